@@ -1,0 +1,393 @@
+// One row of the decode step: draw, score and log Z from one read of its logits.
+//
+// For a row l (V,) the candidate is drawn by three Gumbel races (kernels/decode_step/reference.py):
+// over leaves of 128 consecutive logits, over the 16 groups of the chosen leaf, over the group's 8
+// tokens.  A leaf enters the race with log(sum exp(l/T)) + g = shift + log(sum / E), where E is an
+// exponential variate, so it costs a division, two logarithms and half a Philox block.
+//
+// Passes.  The row is walked in chunks of 2048 logits, each small enough for L1: first its maximum,
+// then the sums of exponentials relative to it, so memory is read once.  Plain float32 logits are
+// used where they lie; all else (16 bits, guidance, odd strides, filters) is first converted to a
+// float32 buffer.  What is kept per row is a maximum and a sum per chunk and, when drawing, a sum
+// per leaf: V/128 floats.  The chosen leaf (512 bytes) is read again, and the chunk that holds the
+// argmax where it is not the last one.  Filters (filters-inl.h) read the row a few times more.
+//
+// NaN counts as -inf, yet stays in the chunk: every maximum takes its other operand beside a NaN,
+// exp2_clamped(NaN) is 2^-126, and comparisons with NaN are false.  +inf becomes the largest float.
+//
+// Limits: V < 2^31; tokens less likely than e^-87 of their row do not enter sums (nor could they win:
+// a variate is at most 45.05).  Accumulation: float32 in W lanes within a chunk, float64 across.
+#include "params.h"
+#include "simd-inl.h"
+#include "row-inl.h"
+#include "draw-inl.h"
+#include "filters-inl.h"
+
+extern "C" void* malloc(std::size_t);
+extern "C" void free(void*);
+
+namespace maskgit {
+namespace MASKGIT_ISA {
+
+// Sum of exp((x - top) * scale) over the buffer, and of t exp(t) where asked.
+static double sum_exp(const Row& r, int n, float top, float scale, double* tz) {
+  const vf s = splat(scale * kLog2e), m = splat(top);
+  vf z0 = {}, z1 = {}, z2 = {}, z3 = {}, sum_tz = {};
+  int i = 0;
+  if (!tz) {
+    for (; i + 4 * W <= n; i += 4 * W) {
+      z0 += exp2_clamped((load(r.x + i) - m) * s);
+      z1 += exp2_clamped((load(r.x + i + W) - m) * s);
+      z2 += exp2_clamped((load(r.x + i + 2 * W) - m) * s);
+      z3 += exp2_clamped((load(r.x + i + 3 * W) - m) * s);
+    }
+    for (; i < n; i += W) z0 += exp2_clamped((load(r.x + i) - m) * s);
+    return hsum((z0 + z1) + (z2 + z3));
+  }
+  for (; i < n; i += W) {
+    vf t = vmax((load(r.x + i) - m) * splat(scale), splat(-87.f));
+    vf e = exp2_clamped(t * splat(kLog2e));
+    z0 += e;
+    sum_tz = fma(t, e, sum_tz);
+  }
+  *tz = hsum(sum_tz);
+  return hsum(z0);
+}
+
+// The same in float64.
+static double sum_exp_double(const Row& r, int n, float top, double scale, double* tz) {
+  vd z = {}, sum_tz = {};
+  for (int i = 0; i < n; i += W) {
+    vd x = __builtin_convertvector(load(r.x + i), vd), low = -700.0 + vd{};
+    vd t = (x - double(top)) * scale;
+    t = t > low ? t : low;
+    vd e = exp_double(t);
+    z += e;
+    sum_tz += t * e;
+  }
+  double total = 0, total_tz = 0;
+  for (int j = 0; j < W; ++j) total += z[j], total_tz += sum_tz[j];
+  if (tz) *tz = total_tz;
+  return total;
+}
+
+// Leaf sums of chunk c; returns their sum.  Lane g of the accumulators is group g.
+static double sum_leaves(Row& r, int64_t c, int n, float top, float scale) {
+  constexpr int vectors = kGroups / W;
+  const vf s = splat(scale * kLog2e), m = splat(top);
+  for (int leaf = 0; leaf < kLeaves; ++leaf) {
+    float* out = r.leaf_sum + c * kLeaves + leaf;
+    *out = 0.f;
+    if (leaf * kLeaf >= n) continue;
+    const float* x = r.x + leaf * kLeaf;
+    vf sum[vectors] = {};
+    for (int j = 0; j < kPerGroup; ++j)
+      for (int g = 0; g < vectors; ++g) sum[g] += exp2_clamped((load(x + j * kGroups + g * W) - m) * s);
+    if (r.p->vocab <= kChunk)
+      for (int g = 0; g < vectors; ++g) store(r.group_sum + leaf * kGroups + g * W, sum[g]);
+    for (int width = vectors / 2; width > 0; width /= 2)
+      for (int g = 0; g < width; ++g) sum[g] += sum[g + width];
+    *out = hsum(sum[0]);
+  }
+  vf total = {};
+  for (int leaf = 0; leaf < kLeaves; leaf += W) total += load(r.leaf_sum + c * kLeaves + leaf);
+  return hsum(total);
+}
+
+struct Wanted {
+  bool leaves, z, z_double, tz, second, noise;
+  float leaf_scale;
+  double z_scale, noise_scale;
+};
+struct Stats {
+  float top = kNegInf, second = kNegInf;
+  int64_t top_chunk = 0;
+  double leaf_z = 0, z = 0, tz = 0;  // relative to top
+  float noisy = kNegInf;
+  int64_t noisy_at = 0;
+};
+
+static inline void top_two(const Row& r, int n, float* first, float* second) {
+  for (int i = 0; i < n; i += W) {
+    vf x = vmax(load(r.x + i), splat(kNegInf)), hi = load(first), lo = load(second);
+    store(second, vmax(lo, vmin(hi, x)));
+    store(first, vmax(hi, x));
+  }
+}
+
+// argmax of x + scale * noise, for noise that the caller injects.
+static void race_with_noise(Row& r, int64_t begin, int n, float scale, Stats& out) {
+  alignas(64) float noisy[kChunk];
+  const float* g = r.noise + begin * r.p->token_gumbel.v;
+  float best = kNegInf;
+  for (int i = 0; i < n; ++i) {
+    float y = r.x[i] + scale * g[i * r.p->token_gumbel.v];
+    noisy[i] = r.x[i] > kNegInf && y == y ? y : kNegInf;
+    best = noisy[i] > best ? noisy[i] : best;
+  }
+  if (!(best > out.noisy)) return;
+  int i = 0;
+  while (noisy[i] != best) ++i;
+  out.noisy = best, out.noisy_at = begin + i;
+}
+
+// One walk over the row.
+static Stats walk(Row& r, const Conditions& keep, const Wanted& want) {
+  const int64_t chunks = num_chunks(r.p->vocab);
+  Stats out;
+  alignas(64) float first[W], second[W];
+  for (int i = 0; i < W; ++i) first[i] = second[i] = kNegInf;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int n = span_at(r, c * kChunk, kChunk);
+    const float top = load_chunk(r, c * kChunk, n, keep);
+    r.chunk_max[c] = top;
+    r.chunk_z[c] = r.chunk_tz[c] = 0;
+    if (top > out.top) out.top = top, out.top_chunk = c;
+    if (want.noise) race_with_noise(r, c * kChunk, n, float(want.noise_scale), out);
+    const bool empty = top == kNegInf;
+    if (want.leaves) {
+      if (empty)
+        for (int i = 0; i < kLeaves; ++i) r.leaf_sum[c * kLeaves + i] = 0.f;
+      else
+        r.chunk_z[c] = sum_leaves(r, c, n, top, want.leaf_scale);
+    }
+    if (empty) continue;
+    const int padded = round_up(n, W);
+    if (want.second) top_two(r, padded, first, second);
+    if (want.z_double)
+      r.chunk_z[c] = sum_exp_double(r, padded, top, want.z_scale, want.tz ? r.chunk_tz + c : nullptr);
+    else if (want.z)
+      r.chunk_z[c] = sum_exp(r, padded, top, float(want.z_scale), want.tz ? r.chunk_tz + c : nullptr);
+  }
+  const double scale = want.z || want.z_double ? want.z_scale : double(want.leaf_scale);
+  for (int64_t c = 0; c < chunks; ++c) {
+    if (r.chunk_max[c] == kNegInf) continue;
+    double shift = (double(r.chunk_max[c]) - out.top) * scale;
+    double weight = shift == 0 ? 1.0 : __builtin_exp(shift);
+    out.z += weight * r.chunk_z[c];
+    if (weight > 0) out.tz += weight * (r.chunk_tz[c] + shift * r.chunk_z[c]);
+  }
+  if (want.second) {  // the largest of all seconds and of all firsts but one
+    bool skipped = false;
+    for (int i = 0; i < W; ++i) {
+      const bool skip = !skipped && first[i] == out.top;
+      skipped = skipped || skip;
+      const float lane = skip ? second[i] : first[i];
+      out.second = lane > out.second ? lane : out.second;
+    }
+  }
+  return out;
+}
+
+// Lowest index of the largest logit.
+static int64_t argmax(Row& r, const Conditions& keep, const Stats& stats) {
+  const int64_t begin = stats.top_chunk * kChunk;
+  const int n = span_at(r, begin, kChunk);
+  if (r.loaded != begin) load_chunk(r, begin, n, keep);
+  return begin + first_at_least(r.x, 0, n, stats.top);
+}
+
+static double round_to(double x, int rounding) {
+  if (rounding == kToFloat64) return x;
+  float f = float(x);
+  if (rounding == kToFloat32) return f;
+  uint32_t bits;
+  if (rounding == kToBfloat16) {
+    __builtin_memcpy(&bits, &f, 4);
+    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    __builtin_memcpy(&f, &bits, 4);
+    return f;
+  }
+  // float16: round at its last mantissa bit (subnormals: at 2^-24), overflow to infinity
+  double magnitude = x < 0 ? -double(f) : double(f);
+  if (!(magnitude < 65520.0)) return magnitude != magnitude ? x : (x < 0 ? -1.0 : 1.0) * __builtin_inf();
+  double unit = 0x1p-24;
+  while (magnitude >= unit * 2048) unit *= 2;
+  double rounded = __builtin_nearbyint(magnitude / unit) * unit;
+  return x < 0 ? -rounded : rounded;
+}
+
+// Dream takes the argmax of rounded probabilities: the first token whose rounded probability ties.
+static int64_t argmax_of_probs(Row& r, const Conditions& keep, const Stats& stats, double z) {
+  const int rounding = r.p->score_rounding;
+  const double best = round_to(1.0 / z, rounding);
+  const float bound = stats.top - 0.02f;
+  for (int64_t begin = 0; begin <= stats.top_chunk * kChunk; begin += kChunk) {
+    const int n = span_at(r, begin, kChunk);
+    load_chunk(r, begin, n, keep);
+    for (int64_t i = 0; (i = first_at_least(r.x, i, n, bound)) < n; ++i)
+      if (round_to(__builtin_exp(double(r.x[i]) - stats.top) / z, rounding) >= best) return begin + i;
+  }
+  return argmax(r, keep, stats);
+}
+
+static bool any_finite(Row& r) {
+  bool found = false;
+  for (int64_t begin = 0; begin < r.p->vocab; begin += kChunk) {
+    const int n = span_at(r, begin, kChunk);
+    load_chunk(r, begin, n, Conditions{});
+    for (int i = 0; i < n; ++i)
+      found = found || (r.x[i] > kNegInf && r.x[i] < kFloatMax);
+  }
+  r.loaded = -1;
+  return found;
+}
+
+static double score_of(const StepParams& p, const Stats& s, float logit) {
+  const double z = s.z;
+  const double scale = 1.0 / p.score_temperature, shift = (double(logit) - s.top) * scale;
+  switch (p.score) {
+    case kProb: return (shift == 0 ? 1.0 : __builtin_exp(shift)) / z;
+    case kLogProb: return shift - __builtin_log(z);
+    case kTop1Prob: return 1.0 / z;
+    case kMargin: {
+      double other = s.second == kNegInf ? 0.0 : __builtin_exp((double(s.second) - s.top) * scale) / z;
+      return round_to(1.0 / z, p.score_rounding) - round_to(other, p.score_rounding);
+    }
+    case kNegEntropy: return s.tz / z - __builtin_log(z);
+    case kLogit: return logit;
+    default: return 0.0;
+  }
+}
+
+// What a call does to each of its rows.
+struct Mode {
+  bool drawing, racing, apart;
+  float scale;         // of the draw
+  double score_scale;  // of the score
+  Wanted first, second;
+};
+
+static Mode mode_of(const StepParams& p) {
+  Mode m{};
+  m.drawing = p.sample_temperature > 0;
+  m.racing = m.drawing && !p.token_gumbel.data;
+  m.apart = p.num_filters > 0 && !p.score_filtered;  // scores the whole row, draws from the rest
+  m.scale = m.drawing ? float(1.0 / p.sample_temperature) : 1.f;
+  m.score_scale = 1.0 / p.score_temperature;
+  const bool in_double = p.score_rounding == kToFloat64;
+  const bool needs_z = (p.score != kLogit && p.score != kRandom) || p.log_z || p.greedy_on_probs;
+  const bool shared = m.racing && !m.apart && !in_double && p.score != kNegEntropy &&
+                      p.sample_temperature == p.score_temperature;  // z is the sum of the leaf sums
+  Wanted draw{};
+  draw.leaves = m.racing, draw.leaf_scale = m.scale;
+  draw.noise = m.drawing && !m.racing, draw.noise_scale = p.sample_temperature;
+  if (!m.apart) m.first = draw;
+  m.first.z_scale = m.score_scale;
+  m.first.z = needs_z && !shared;
+  m.first.z_double = m.first.z && in_double;
+  m.first.tz = m.first.z && p.score == kNegEntropy;
+  m.first.second = p.score == kMargin;
+  m.second = draw;
+  m.second.z = p.greedy_on_probs, m.second.z_scale = 1.0;
+  return m;
+}
+
+struct Scored {
+  bool alive;
+  Conditions keep;
+  Stats stats, drawn;  // of the distribution that is scored, and of the one that is drawn from
+  int64_t leaf, token;
+  float logit;
+};
+
+// Walks the row; without a race the candidate is known then.
+static void begin_row(Row& r, const Mode& m, Scored& s) {
+  const StepParams& p = *r.p;
+  const Conditions everything{};
+  s.keep.n = 0;
+  if (p.num_filters > 0) find_conditions(r, s.keep);
+  s.stats = walk(r, m.apart ? everything : s.keep, m.first);
+  s.alive = s.stats.top > kNegInf && (s.stats.top < kFloatMax || any_finite(r));
+  if (!s.alive) return;
+  s.drawn = s.stats;
+  if (m.apart) {
+    r.loaded = -1;
+    s.drawn = walk(r, s.keep, m.second);
+  }
+  s.logit = s.drawn.top;
+  if (m.racing) return;
+  s.token = m.drawing            ? s.drawn.noisy_at
+            : p.greedy_on_probs ? argmax_of_probs(r, s.keep, s.drawn, s.drawn.z)
+                                : argmax(r, s.keep, s.drawn);
+  if (!m.drawing && !p.greedy_on_probs) return;
+  load_chunk(r, s.token, 1, everything);
+  s.logit = r.x[0];
+}
+
+static void finish_row(const StepParams& p, const Mode& m, const Scored& s, int64_t at) {
+  p.candidates[at] = s.alive ? s.token + p.vocab_start : -1;
+  p.confidence[at] = s.alive ? round_to(score_of(p, s.stats, s.logit), p.score_rounding) : kNegInf;
+  if (p.log_z) p.log_z[at] = s.alive ? double(s.stats.top) * m.score_scale + __builtin_log(s.stats.z) : kNegInf;
+}
+
+static void choice_noise(const StepParams& p, const int64_t* rows, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += W) {
+    vu k0 = {}, k1 = {}, position = {}, zero = {};
+    for (int j = 0; j < W && i + j < end; ++j) {
+      const int64_t b = rows[i + j] / p.length;
+      k0[j] = p.seeds[2 * b], k1[j] = p.seeds[2 * b + 1], position[j] = p.positions[rows[i + j]];
+    }
+    Words w = philox(zero, position, zero + p.step, zero + kStreamChoice, k0, k1);
+    vf g = -vlog(exponential(w.x, w.y));
+    for (int j = 0; j < W && i + j < end; ++j) p.choice_noise[rows[i + j]] = g[j];
+  }
+}
+
+// Rows of one chunk go through each stage a batch at a time, so that their latencies overlap.
+static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, int64_t end) {
+  const int64_t chunks = num_chunks(p.vocab), size = p.dtype == kFloat32 ? 4 : 2;
+  const int batch = chunks == 1 ? kBatch : 1;
+  const Mode mode = mode_of(p);
+  const int64_t bytes = chunks * (2 * 8 + 4 + kLeaves * 4);
+  char* memory = static_cast<char*>(malloc(batch * bytes));
+  alignas(64) float buffer[kChunk], group_sum[kBatch][kLeaves * kGroups], waits[kBatch][kMaxWaits];
+  Row row[kBatch] = {};
+  Scored scored[kBatch];
+  for (int i = 0; i < batch; ++i) {
+    Row& r = row[i];
+    r.p = &p;
+    r.buffer = buffer;
+    r.chunk_z = reinterpret_cast<double*>(memory + i * bytes);
+    r.chunk_tz = r.chunk_z + chunks;
+    r.chunk_max = reinterpret_cast<float*>(r.chunk_tz + chunks);
+    r.leaf_sum = r.chunk_max + chunks;
+    r.group_sum = group_sum[i];
+    r.waits = waits[i];
+  }
+  auto at = [&](const Strided& s, int64_t b, int64_t n, int64_t bytes_each) {
+    return s.data ? static_cast<const char*>(s.data) + (b * s.b + n * s.n) * bytes_each : nullptr;
+  };
+  if (p.draw_choice_noise) choice_noise(p, rows, begin, end);
+  int64_t b = rows[begin] / p.length, base = b * p.length;
+  for (int64_t first = begin; first < end; first += batch) {
+    const int count = int(end - first < batch ? end - first : batch);
+    for (int i = 0; i < count; ++i) {
+      Row& r = row[i];
+      while (rows[first + i] >= base + p.length) ++b, base += p.length;
+      const int64_t n = rows[first + i] - base;
+      r.logits = at(p.logits, b, n, size);
+      r.uncond = at(p.uncond, b, n, size);
+      r.noise = reinterpret_cast<const float*>(at(p.token_gumbel, b, n, 4));
+      r.loaded = -1;
+      if (!mode.racing) continue;
+      r.source = {p.seeds[2 * b], p.seeds[2 * b + 1], p.positions[rows[first + i]]};
+      draw_waits(p, r.source, waits[i]);
+    }
+    for (int i = 0; i < count; ++i) begin_row(row[i], mode, scored[i]);
+    if (mode.racing) {
+      for (int i = 0; i < count; ++i)
+        if (scored[i].alive) scored[i].leaf = race_leaves(row[i], scored[i].drawn.top, mode.scale);
+      for (int i = 0; i < count; ++i)
+        if (scored[i].alive) {
+          Scored& s = scored[i];
+          s.token = race_tokens(row[i], s.keep, s.leaf, s.drawn.top, mode.scale, &s.logit);
+        }
+    }
+    for (int i = 0; i < count; ++i) finish_row(p, mode, scored[i], rows[first + i]);
+  }
+  free(memory);
+}
+
+}  // namespace MASKGIT_ISA
+}  // namespace maskgit

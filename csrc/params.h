@@ -1,0 +1,66 @@
+// What one call of the decode step gets: plain pointers, sizes and numbers, no framework types.
+#pragma once
+#include <cstdint>
+
+namespace maskgit {
+
+enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum Score : int { kProb, kLogProb, kTop1Prob, kMargin, kNegEntropy, kLogit, kRandom };
+enum Count : int { kMasked, kQuota, kFraction, kBernoulli, kThreshold, kFactor };
+enum Cut : int { kStrict, kInclusive, kExact };
+enum Filter : int { kTemperature, kTopK, kTopP, kMinP, kTypicalP };
+enum Rounding : int { kToFloat32, kToFloat64, kToBfloat16, kToFloat16 };
+
+struct Strided {  // a (B, N, V) array; strides in elements
+  const void* data = nullptr;
+  int64_t b = 0, n = 0, v = 1;
+};
+
+struct StepParams {
+  int64_t batch = 0, length = 0, vocab = 0;
+  int dtype = kFloat32;
+  Strided logits, uncond, token_gumbel;  // token_gumbel: float32
+  double guidance_scale = 1.0;
+
+  const int64_t* tokens = nullptr;          // (B, N) contiguous, as all below
+  const uint8_t* eligible = nullptr;        // (B, N)
+  const int64_t* masked_at_start = nullptr; // (B)
+  const uint32_t* seeds = nullptr;          // (B, 2) key words
+  const uint32_t* positions = nullptr;      // (B, N)
+  double* choice_noise = nullptr;           // (B, N): the caller's, or drawn here
+  int draw_choice_noise = 0;
+  const int64_t* banned = nullptr;          // column indices after vocab_slice
+  int64_t num_banned = 0;
+  int64_t mask_token_id = 0, vocab_start = 0;
+  uint32_t step = 0;
+
+  double sample_temperature = 1.0, score_temperature = 1.0, choice_temperature = 0.0;
+  int greedy_on_probs = 0, score = kLogProb, score_filtered = 0, score_rounding = kToFloat32;
+  int num_filters = 0;
+  int filters[5] = {};
+  double filter_values[5] = {};
+
+  int count = kMasked, cut = kExact, count_rows_first = 0, keep_one_masked = 1, commit_all = 0;
+  int base_is_positions = 0;
+  const int32_t* table = nullptr;
+  int64_t table_size = 0;
+  float commit_fraction = 0.f;
+  double commit_below = 0.0, threshold = 0.0, factor = 0.0;
+
+  int64_t* next_tokens = nullptr;  // (B, N); null in sample_tokens
+  int64_t* candidates = nullptr;   // (B, N)
+  double* confidence = nullptr;    // (B, N)
+  double* log_z = nullptr;         // (B, N) or null
+  int num_threads = 1;
+};
+
+// Scores the rows [begin, end) of `rows` (flat positions b * N + n): candidate or -1, score, log_z.
+using ScoreRows = void (*)(const StepParams&, const int64_t* rows, int64_t begin, int64_t end);
+
+struct Implementation {
+  const char* name;
+  bool (*is_supported)();
+  ScoreRows score_rows;
+};
+
+}  // namespace maskgit

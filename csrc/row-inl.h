@@ -1,0 +1,154 @@
+// A row of logits and how a chunk of it comes to lie in L1 as float32.
+namespace maskgit {
+namespace MASKGIT_ISA {
+
+constexpr int kLeaf = 128, kGroups = 16, kPerGroup = 8;
+constexpr int kChunk = 2048, kLeaves = kChunk / kLeaf;
+constexpr float kLog2e = 1.44269504088896341f;
+
+// A token survives if its key is above `bound`, or equals it and its index is at most `last_tie`.
+struct Condition {
+  bool typical;         // key = -|center - scale * x|, else key = x
+  float center, scale;
+  float bound;
+  int64_t last_tie;
+};
+struct Conditions {
+  int n = 0;
+  Condition at[5];
+};
+
+struct Source {  // key words and position of a row's variates
+  uint32_t k0, k1, position;
+};
+
+struct Row {
+  const StepParams* p;
+  const char *logits, *uncond;
+  const float* noise;
+  Source source;
+  float* buffer;     // (kChunk)
+  const float* x;    // the loaded chunk, padded with -inf to whole leaves: the logits or the buffer
+  int64_t loaded;    // its first index; -1 where it was loaded under other conditions
+  // per chunk: maximum, sum of exp, sum of t exp(t); per leaf: sum of exp; per group, where one
+  // chunk is the whole row: sum of exp
+  float* chunk_max;
+  double *chunk_z, *chunk_tz;
+  float* leaf_sum;
+  float* group_sum;
+  const float* waits;  // exponential variates, see draw_waits
+};
+
+static inline int64_t num_chunks(int64_t v) { return (v + kChunk - 1) / kChunk; }
+
+static inline float key_of(const Condition& c, float x) {
+  return c.typical ? -__builtin_fabsf(c.center - c.scale * x) : x;
+}
+static inline bool survives(const Conditions& all, float x, int64_t index) {
+  for (int i = 0; i < all.n; ++i) {
+    float key = key_of(all.at[i], x);
+    if (!(key > all.at[i].bound || (key == all.at[i].bound && index <= all.at[i].last_tie))) return false;
+  }
+  return true;
+}
+
+// W elements of `source` from element i on as float32; lanes at and past `valid` are undefined.
+template <int kType>
+static inline vf load_elements(const char* source, int64_t i, int64_t stride, int valid) {
+  constexpr int size = kType == kFloat32 ? 4 : 2;
+  alignas(64) char raw[W * 4] = {};
+  const char* at = source + i * stride * size;
+  if (stride != 1 || valid < W) {
+    for (int j = 0; j < valid; ++j) __builtin_memcpy(raw + j * size, at + j * stride * size, size);
+    at = raw;
+  }
+  if (kType == kFloat32) return load(reinterpret_cast<const float*>(at));
+  return widen(*reinterpret_cast<const vh*>(at), kType == kBfloat16);
+}
+
+// Converts [begin, begin + n) into the buffer, padded with -inf to whole leaves; returns the maximum.
+template <int kType, bool kGuided, bool kStrided>
+static inline float convert_span(const Row& r, int64_t begin, int n) {
+  const StepParams& p = *r.p;
+  const vf floor = splat(kNegInf), ceiling = splat(kFloatMax), guidance = splat(float(p.guidance_scale));
+  const char *logits = r.logits, *uncond = r.uncond;
+  const int64_t stride = kStrided ? p.logits.v : 1, uncond_stride = kStrided ? p.uncond.v : 1;
+  float* out = r.buffer;
+  vf top = floor;
+  auto take = [&](int i, int valid) {
+    vf x = load_elements<kType>(logits, begin + i, stride, valid);
+    if (kGuided) {
+      vf u = load_elements<kType>(uncond, begin + i, uncond_stride, valid);
+      x = fma(guidance, x - u, u);
+    }
+    return vmin(vmax(x, floor), ceiling);
+  };
+  int i = 0;
+  for (; i + W <= n; i += W) {
+    vf x = take(i, W);
+    store(out + i, x);
+    top = vmax(x, top);
+  }
+  if (i < n) {
+    store(out + i, take(i, n - i));
+    for (int j = n; j < i + W; ++j) out[j] = kNegInf;
+    top = vmax(load(out + i), top);
+    i += W;
+  }
+  for (; i % kLeaf != 0; i += W) store(out + i, floor);
+  return hmax(top);
+}
+
+template <int kType>
+static float convert(const Row& r, int64_t begin, int n) {
+  const bool strided = r.p->logits.v != 1 || (r.uncond && r.p->uncond.v != 1);
+  if (r.uncond) return strided ? convert_span<kType, true, true>(r, begin, n) : convert_span<kType, true, false>(r, begin, n);
+  return strided ? convert_span<kType, false, true>(r, begin, n) : convert_span<kType, false, false>(r, begin, n);
+}
+
+static inline float max_in_place(const float* x, int n) {
+  vf a = splat(kNegInf), b = a, c = a, d = a;
+  int i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    a = vmax(load(x + i), a);
+    b = vmax(load(x + i + W), b);
+    c = vmax(load(x + i + 2 * W), c);
+    d = vmax(load(x + i + 3 * W), d);
+  }
+  for (; i < n; i += W) a = vmax(load(x + i), a);
+  return hmax(vmax(vmax(a, b), vmax(c, d)));
+}
+
+// Makes [begin, begin + n) available at r.x; returns its maximum.
+static float load_chunk(Row& r, int64_t begin, int n, const Conditions& keep) {
+  const StepParams& p = *r.p;
+  const bool plain = p.num_banned == 0 && keep.n == 0;
+  r.loaded = begin;
+  if (plain && p.dtype == kFloat32 && !r.uncond && p.logits.v == 1 && n % kLeaf == 0) {
+    r.x = reinterpret_cast<const float*>(r.logits) + begin;
+    float top = max_in_place(r.x, n);
+    if (top <= kFloatMax) return top;
+  }
+  r.x = r.buffer;
+  float top = p.dtype == kFloat32    ? convert<kFloat32>(r, begin, n)
+              : p.dtype == kBfloat16 ? convert<kBfloat16>(r, begin, n)
+                                     : convert<kFloat16>(r, begin, n);
+  if (plain) return top;
+  for (int64_t i = 0; i < p.num_banned; ++i)
+    if (p.banned[i] >= begin && p.banned[i] < begin + n) r.buffer[p.banned[i] - begin] = kNegInf;
+  top = kNegInf;
+  for (int i = 0; i < n; ++i) {
+    if (keep.n && !survives(keep, r.buffer[i], begin + i)) r.buffer[i] = kNegInf;
+    top = r.buffer[i] > top ? r.buffer[i] : top;
+  }
+  return top;
+}
+
+static inline int span_at(const Row& r, int64_t begin, int most) {
+  int64_t left = r.p->vocab - begin;
+  return left < most ? int(left) : most;
+}
+static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+}  // namespace MASKGIT_ISA
+}  // namespace maskgit

@@ -1,0 +1,105 @@
+#include "thread_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include <unistd.h>
+
+namespace maskgit {
+namespace {
+
+struct Job {
+  const std::function<void(int64_t, int64_t)>* body;
+  int64_t count, grain;
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr failure;
+
+  void work() {
+    for (;;) {
+      int64_t begin = next.fetch_add(grain);
+      if (begin >= count) return;
+      try {
+        (*body)(begin, std::min(begin + grain, count));
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (!failure) failure = std::current_exception();
+        next = count;
+      }
+    }
+  }
+};
+
+class Pool {
+ public:
+  explicit Pool(int workers) : owner_(getpid()) {
+    for (int i = 0; i < workers; ++i) std::thread([this, i] { loop(i); }).detach();
+    size_ = workers;
+  }
+  bool usable(int workers) const { return owner_ == getpid() && size_ >= workers; }
+
+  void run(Job& job, int workers) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job, wanted_ = workers, running_ = workers, ++generation_;
+    }
+    wake_.notify_all();
+    job.work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return running_ == 0; });
+    job_ = nullptr;
+  }
+
+ private:
+  void loop(int index) {
+    uint64_t seen = 0;
+    for (;;) {
+      Job* job;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_ != seen; });
+        seen = generation_;
+        if (index >= wanted_ || !job_) continue;
+        job = job_;
+      }
+      job->work();
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  pid_t owner_;
+  int size_ = 0, wanted_ = 0, running_ = 0;
+  uint64_t generation_ = 0;
+  Job* job_ = nullptr;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+};
+
+std::mutex pool_mutex;
+Pool* pool = nullptr;  // never freed: its workers sleep until the process ends
+
+}  // namespace
+
+void parallel_for(int64_t count, int64_t grain, int threads,
+                  const std::function<void(int64_t, int64_t)>& body) {
+  if (count <= 0) return;
+  if (threads <= 1 || count <= grain) return body(0, count);
+  Job job;
+  job.body = &body, job.count = count, job.grain = grain;
+  std::unique_lock<std::mutex> lock(pool_mutex, std::try_to_lock);
+  if (!lock.owns_lock()) {  // another thread uses the pool: work alone
+    job.work();
+  } else {
+    if (!pool || !pool->usable(threads - 1)) pool = new Pool(threads - 1);
+    pool->run(job, threads - 1);
+  }
+  if (job.failure) std::rethrow_exception(job.failure);
+}
+
+}  // namespace maskgit

@@ -1,0 +1,1 @@
+"""What two ops use unchanged: backend choice, input checks, counter-based randomness."""

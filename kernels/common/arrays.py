@@ -1,0 +1,104 @@
+"""One view of NumPy, torch and jax arrays: what kind, which dtype, to and from NumPy.
+
+No framework is imported here before the caller has: an array of a library exists only if that
+library is already in sys.modules.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+
+
+def kind_of(x: object) -> str | None:
+    """ "torch", "jax" or "numpy" for an array, None for anything else."""
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return "torch"
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(x, jax.Array):
+        return "jax"
+    return None
+
+
+_dtype_names: dict[Any, str] = {}
+
+
+def dtype_name(x: Any) -> str:
+    """ "bfloat16", "int64", ...: the dtype without the library's prefix."""
+    name = _dtype_names.get(x.dtype)
+    if name is None:
+        name = _dtype_names[x.dtype] = str(x.dtype).removeprefix("torch.")
+    return name
+
+
+def is_on_host(x: Any) -> bool:
+    """Whether reading a value of `x` costs no device synchronisation (false under tracing)."""
+    kind = kind_of(x)
+    if kind == "torch":
+        return bool(x.device.type == "cpu")
+    if kind == "jax":
+        jax = sys.modules["jax"]
+        if isinstance(x, jax.core.Tracer):
+            return False
+        return all(d.platform == "cpu" for d in x.devices())
+    return True
+
+
+def to_numpy(x: Any) -> Any:
+    """`x` as a NumPy array, without a copy where it is on the host; bfloat16 as its uint16 bits."""
+    if x is None:
+        return None
+    is_bfloat16 = dtype_name(x) == "bfloat16"
+    if kind_of(x) == "torch":
+        host = x if x.device.type == "cpu" else x.cpu()
+        if is_bfloat16:
+            return host.view(sys.modules["torch"].int16).numpy().view(np.uint16)
+        return host.numpy()
+    array = np.asarray(x)
+    return array.view(np.uint16) if is_bfloat16 else array
+
+
+def widen(x: Any, dtype: str) -> Any:
+    """A `to_numpy` result of floating `dtype` in float32 at least."""
+    if x is None or dtype != "bfloat16":
+        return x if x is None or dtype != "float16" else x.astype(np.float32)
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_kind(x: Any, kind: str, device: Any = None) -> Any:
+    """`x` as an array of the library `kind`, on `device` where torch is asked for."""
+    if x is None or kind_of(x) == kind:
+        return x
+    array = to_numpy(x)
+    if kind == "numpy":
+        return array
+    is_bfloat16 = dtype_name(x) == "bfloat16"
+    if kind == "torch":
+        import torch
+
+        if any(stride < 0 for stride in array.strides):
+            array = np.ascontiguousarray(array)
+        array = array.view(np.int16) if is_bfloat16 else array
+        if array.flags.writeable:
+            tensor = torch.from_numpy(array)
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*not writable.*")
+                tensor = torch.from_numpy(array)
+        tensor = tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+        return tensor if device is None or device.type == "cpu" else tensor.to(device)
+    import jax.numpy as jnp
+
+    return jnp.asarray(array.view(jnp.bfloat16) if is_bfloat16 else array)
+
+
+def like(result: Any, model: Any) -> Any:
+    """`result` as an array of the library and on the device of `model`."""
+    kind = kind_of(model) or "numpy"
+    return to_kind(result, kind, model.device if kind == "torch" else None)

@@ -1,0 +1,100 @@
+"""Which backend runs a call: the one table, the one resolver.
+
+A backend asked for by name runs or raises with the reason and the legal names; only "auto" chooses,
+and the environment variable MASKGIT_BACKEND speaks to "auto" alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+
+def _needs(package: str) -> Callable[[], str | None]:
+    def probe() -> str | None:
+        try:
+            found = importlib.util.find_spec(package) is not None
+        except (ImportError, ValueError):
+            found = False
+        return None if found else f"the package {package} is not installed"
+
+    return probe
+
+
+def _cpp() -> str | None:
+    try:
+        from maskgit import _C  # noqa: F401
+    except ImportError as error:
+        return (
+            f"the C++ extension was not built ({error}); install a C++17 compiler and pybind11, "
+            "then reinstall maskgit"
+        )
+    return None
+
+
+# name -> (reason why it cannot run here or None, array kind it computes in)
+BACKENDS: dict[str, tuple[Callable[[], str | None], str]] = {
+    "triton": (lambda: "this version has no CUDA kernels yet", "torch"),
+    "pallas": (lambda: "this version has no TPU kernels yet", "jax"),
+    "cpp": (_cpp, "numpy"),
+    "torch": (_needs("torch"), "torch"),
+    "jax": (_needs("jax"), "jax"),
+    "reference": (lambda: None, "numpy"),
+}
+
+# What "auto" tries, in order, by (array kind, device type).
+_AUTO = {
+    ("torch", "cpu"): ("cpp", "torch"),
+    ("torch", "other"): ("torch",),
+    ("jax", "cpu"): ("jax",),
+    ("jax", "other"): ("jax",),
+    ("numpy", "cpu"): ("cpp", "reference"),
+}
+
+
+@lru_cache(maxsize=None)
+def why_missing(name: str) -> str | None:
+    """None where the backend can run in this process, else the reason."""
+    return BACKENDS[name][0]()
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name: None where it can run, else the reason why it cannot."""
+    return {name: why_missing(name) for name in BACKENDS}
+
+
+def check_name(backend: str) -> str:
+    """`backend` if it is a legal name, else ValueError."""
+    if backend == "auto" or backend in BACKENDS:
+        return backend
+    raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def choose(backend: str, kind: str, device: str) -> str:
+    """The name of the backend for arrays of `kind` on a `device` type.
+
+    Raises:
+        ValueError: unknown name, or a backend that cannot run here or on these arrays.
+    """
+    check_name(backend)
+    place = "cpu" if device == "cpu" else "other"
+    if backend == "auto":
+        forced = os.environ.get("MASKGIT_BACKEND", "auto")
+        if forced not in ("", "auto"):
+            if forced not in BACKENDS:
+                raise ValueError(
+                    f"MASKGIT_BACKEND: expected auto, {', '.join(BACKENDS)}, got {forced!r}"
+                )
+            return choose(forced, kind, device)
+        return next(name for name in _AUTO[kind, place] if why_missing(name) is None)
+    reason = why_missing(backend)
+    if reason is None and backend == "cpp" and place == "other":
+        reason = f"it works on CPU arrays, not on {device}"
+    if reason is not None:
+        legal = [name for name in BACKENDS if why_missing(name) is None]
+        raise ValueError(
+            f"backend: {backend!r} cannot run: {reason}; available: {', '.join(legal)}"
+        )
+    return backend

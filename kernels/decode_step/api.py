@@ -1,0 +1,184 @@
+"""The public functions of the decode step: signatures, documentation, and the way into the op.
+
+torch tensors go through one `torch.library` op (ops.py), so that `torch.compile` sees one node;
+NumPy and jax arrays go to run.py directly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..common.arrays import kind_of, to_kind
+from ..common.selection import check_name
+from . import run
+from .spec import StepNoise, StepResult, StepRule, TokenStats, as_rule
+
+
+def decode_step(
+    logits: Any,
+    tokens: Any,
+    *,
+    rule: StepRule | str,
+    mask_token_id: int,
+    step: int,
+    num_steps: int,
+    num_masked_at_start: Any = None,
+    seeds: Any = None,
+    noise: StepNoise | None = None,
+    uncond_logits: Any = None,
+    guidance_scale: float | None = None,
+    eligible: Any = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> StepResult:
+    """One step of masked-token decoding: guide, filter, draw, score, count, select, re-mask.
+
+    Args:
+        logits: (B, N, V) float16, bfloat16 or float32, any strides, never copied to be contiguous.
+        tokens: (B, N) integers on the same device; `mask_token_id` marks what is still masked.
+        rule: a `StepRule` or the name of a preset.
+        mask_token_id: the id of the mask token; it may lie outside the V columns, or be -1.
+        step, num_steps: this step, from 0, and how many there are.
+        num_masked_at_start: (B,) masked positions before step 0 (or one number for all); by
+            default those of `tokens`, which is right at step 0 only.
+        seeds: (B,) 64-bit integers, one per sequence (or (B, 2) uint32 words; in jax also keys).
+            Needed where the rule draws at this step and `noise` does not replace it.
+        noise: the caller's own Gumbel noise.
+        uncond_logits, guidance_scale: given together: logits become u + scale * (c - u).
+        eligible: (B, N) bool, which masked positions take part (a block, real tokens of a padded
+            batch); all by default.
+        backend: "auto", or triton, pallas, cpp, torch, jax, reference by name.
+        check: raise on a row without a finite logit (also with MASKGIT_CHECK=1); reads the result
+            on the host.
+
+    Returns:
+        `StepResult(next_tokens, candidate_tokens, confidence)`, each (B, N), of the library and
+        on the device of `logits`; tokens in the dtype of `tokens`.
+
+    Raises:
+        TypeError, ValueError: a wrong kind, shape, dtype, device, count or name; the message
+            names the argument, what was expected and what was got.
+
+    Semantics: known tokens never change.  Equal logits draw the lowest id.  NaN counts as -inf,
+    +inf as the largest float32.  A row without a finite logit stays masked with confidence -inf.
+    A token depends on its own sequence's seed, position, step and logits only.  See
+    docs/semantics.md; the loop is that of MaskGIT (arXiv 2202.04200, section 3.2).
+    """
+    step_rule, token_gumbel, choice_gumbel = _common(rule, noise, backend)
+    seeds = _seeds_like(seeds, logits)
+    if kind_of(logits) == "torch":
+        from .ops import decode_step_op
+
+        num_masked_at_start = _counts_tensor(num_masked_at_start, tokens)
+        out = decode_step_op(
+            logits, tokens, step_rule.encoded, mask_token_id, step, num_steps,
+            num_masked_at_start, seeds, token_gumbel, choice_gumbel, uncond_logits,
+            guidance_scale, eligible, backend, check,
+        )  # fmt: skip
+        return StepResult(*out)
+    out = run.decode_step(
+        logits, tokens, step_rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
+        token_gumbel, choice_gumbel, uncond_logits, guidance_scale, eligible, backend, check,
+    )  # fmt: skip
+    return StepResult(*out)
+
+
+def sample_tokens(
+    logits: Any,
+    *,
+    rule: StepRule | str,
+    seeds: Any = None,
+    positions: Any = None,
+    step: int = 0,
+    noise: StepNoise | None = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> TokenStats:
+    """Draw a candidate for every row and score it: the first half of `decode_step`.
+
+    Args:
+        logits: (B, N, V), or (R, V) rows that were gathered from anywhere.
+        rule: a `StepRule` or preset name; its temperatures are used without annealing.
+        seeds: (B,) 64-bit integers for (B, N, V); (R,) for (R, V), the seed of each row's sequence.
+        positions: (B, N) or (R,) integers, each row's position in its sequence; by default
+            0..N-1, and 0 for gathered rows.
+        step: the step whose random numbers are used.
+        noise: `StepNoise(token_gumbel)` of the shape of `logits`.
+        backend, check: as in `decode_step`.
+
+    Returns:
+        `TokenStats(candidate_tokens, confidence, log_z)` of the shape of `logits` without V.
+
+    Raises and semantics: as `decode_step`.  With the same seed, position and step the candidates
+    are those of `decode_step` wherever its temperature is the unannealed one.
+    """
+    step_rule, token_gumbel, choice_gumbel = _common(rule, noise, backend)
+    if choice_gumbel is not None:
+        raise ValueError(
+            "noise.choice_gumbel: expected None in sample_tokens, which adds no noise to scores"
+        )
+    seeds = _seeds_like(seeds, logits)
+    rows_only = kind_of(logits) is not None and len(logits.shape) == 2
+    if rows_only:
+        logits = logits[:, None]
+        token_gumbel = None if token_gumbel is None else token_gumbel[:, None]
+        positions = None if positions is None else positions[:, None]
+    if kind_of(logits) == "torch":
+        from .ops import sample_tokens_op
+
+        out = sample_tokens_op(
+            logits, step_rule.encoded, seeds, positions, step, token_gumbel, backend, check
+        )
+    else:
+        out = run.sample_tokens(
+            logits, step_rule, seeds, positions, step, token_gumbel, backend, check
+        )
+    return TokenStats(*(array[:, 0] for array in out)) if rows_only else TokenStats(*out)
+
+
+def _common(
+    rule: StepRule | str, noise: StepNoise | None, backend: str
+) -> tuple[StepRule, Any, Any]:
+    check_name(backend)
+    step_rule = as_rule(rule)
+    if noise is None:
+        return step_rule, None, None
+    if not isinstance(noise, StepNoise):
+        raise TypeError(
+            f"noise: expected a StepNoise(token_gumbel, choice_gumbel), got {type(noise).__name__}"
+        )
+    return step_rule, noise.token_gumbel, noise.choice_gumbel
+
+
+def _seeds_like(seeds: Any, logits: Any) -> Any:
+    """Seeds given as a sequence, or as a NumPy array beside another library's logits, converted."""
+    kind = kind_of(logits)
+    if seeds is None or kind is None or kind_of(seeds) == kind:
+        return seeds
+    if kind_of(seeds) is None:
+        array = np.asarray(seeds)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"seeds: expected (B,) integers, got {seeds!r}")
+        seeds = array
+    if kind_of(seeds) != "numpy":
+        return seeds  # another framework's array: run.py names it in its error
+    if kind == "jax" and seeds.ndim == 1:  # 64-bit seeds as words, since jax may have no int64
+        from ..common.philox import seed_words
+
+        seeds = np.stack(seed_words(seeds), axis=1).astype(np.uint32)
+    if kind == "torch":
+        seeds = seeds.view(np.int64) if seeds.dtype == np.uint64 else seeds.astype(np.int64)
+        return to_kind(seeds, "torch", logits.device)
+    return to_kind(seeds, kind)
+
+
+def _counts_tensor(counts: Any, tokens: Any) -> Any:
+    """A number of masked positions for all sequences, as the tensor that the op takes."""
+    if counts is None or kind_of(counts) == "torch" or kind_of(tokens) != "torch":
+        return counts
+    import torch
+
+    values = torch.as_tensor(counts, device=tokens.device)
+    return values.expand(tokens.shape[0]) if values.ndim == 0 else values

@@ -1,0 +1,150 @@
+"""The C++ backend: fills in the parameters and calls the extension (csrc/decode_step-inl.h).
+
+Works on NumPy views of whatever host arrays came in; logits of any stride, never copied.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from .plan import ResolvedStep
+from .spec import StepInputs
+
+_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_SCORES = ("prob", "log_prob", "top1_prob", "margin", "neg_entropy", "logit", "random")
+_COUNTS = ("masked", "quota", "fraction", "bernoulli", "threshold", "factor")
+_CUTS = ("strict", "inclusive", "exact")
+_FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_ROUNDING = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
+
+
+def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    from maskgit import _C
+
+    params, keep, out = _parameters(x, plan, dtype)
+    next_tokens = np.empty(x.tokens.shape, np.int64)
+    noise = None if x.choice_gumbel is None else x.choice_gumbel.astype(np.float64, order="C")
+    params.draw_choice_noise = noise is None and _uses_choice_noise(plan)
+    noise = np.empty(x.tokens.shape) if noise is None else noise
+    keep += [next_tokens, noise]
+    params.next_tokens = next_tokens.ctypes.data
+    params.choice_noise = noise.ctypes.data
+    _C.decode_step(params)
+    candidates, confidence = out
+    kind = np.float64 if plan.rule.score_dtype == "float64" else np.float32
+    return next_tokens, candidates, confidence.astype(kind, copy=False)
+
+
+def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(candidate or -1, score, log_z), each (B, N)."""
+    from maskgit import _C
+
+    params, keep, (candidates, confidence) = _parameters(x, plan, dtype)
+    log_z = np.empty(x.tokens.shape)
+    keep += [log_z]
+    params.log_z = log_z.ctypes.data
+    _C.sample_tokens(params)
+    kind = np.float64 if plan.rule.score_dtype == "float64" else np.float32
+    return candidates, confidence.astype(kind, copy=False), log_z.astype(kind, copy=False)
+
+
+def num_threads() -> int:
+    """Threads to use: torch's number where torch is loaded, MASKGIT_NUM_THREADS, all CPUs."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_num_threads"):
+        return int(torch.get_num_threads())
+    setting = os.environ.get("MASKGIT_NUM_THREADS", "")
+    if setting.isdigit() and int(setting) > 0:
+        return int(setting)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _uses_choice_noise(plan: ResolvedStep) -> bool:
+    return (
+        plan.choice_temperature > 0 or plan.rule.score == "random" or plan.count == "bernoulli"
+    )
+
+
+def _strided(x: Any) -> tuple[Any, tuple[int, int, int, int]]:
+    """The array, copied only where a stride is no whole number of elements, and its address."""
+    if any(stride % x.itemsize for stride in x.strides):
+        x = np.ascontiguousarray(x)
+    b, n, v = (stride // x.itemsize for stride in x.strides)
+    return x, (x.ctypes.data, b, n, v)
+
+
+@lru_cache(maxsize=256)
+def _banned(rule: Any, mask_token_id: int, vocab: int) -> Any:
+    start = rule.vocab_slice[0] if rule.vocab_slice else 0
+    ids = set(rule.banned_ids) | ({mask_token_id} if rule.ban_mask_token else set())
+    return np.array(sorted(i - start for i in ids if 0 <= i - start < vocab), np.int64)
+
+
+def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, list[Any], Any]:
+    """The filled parameters, the arrays that must stay alive, and the two outputs."""
+    from maskgit import _C
+
+    p = _C.StepParams(_numbers(plan, dtype))
+    logits, p.logits = _strided(x.logits)
+    p.batch, p.length, p.vocab = logits.shape
+    tokens = np.ascontiguousarray(x.tokens, dtype=np.int64)
+    eligible = np.ascontiguousarray(x.eligible, dtype=np.uint8)
+    start = np.ascontiguousarray(x.num_masked_at_start, dtype=np.int64)
+    positions = np.ascontiguousarray(x.positions, dtype=np.uint32)
+    candidates, confidence = np.empty(tokens.shape, np.int64), np.empty(tokens.shape)
+    keep = [logits, tokens, eligible, start, positions, plan.table]
+    if plan.rule.banned_ids or plan.rule.ban_mask_token:
+        banned = _banned(plan.rule, x.mask_token_id, logits.shape[2])
+        p.banned, p.num_banned = banned.ctypes.data, banned.size
+        keep.append(banned)
+    if x.uncond_logits is not None:
+        uncond, p.uncond = _strided(x.uncond_logits)
+        p.guidance_scale = x.guidance_scale
+        keep.append(uncond)
+    if x.token_gumbel is not None:
+        noise, p.token_gumbel = _strided(x.token_gumbel.astype(np.float32, copy=False))
+        keep.append(noise)
+    if x.seeds is not None:
+        seeds = np.ascontiguousarray(x.seeds, dtype=np.uint32)
+        p.seeds = seeds.ctypes.data
+        keep.append(seeds)
+    p.tokens, p.eligible = tokens.ctypes.data, eligible.ctypes.data
+    p.masked_at_start, p.positions = start.ctypes.data, positions.ctypes.data
+    p.candidates, p.confidence = candidates.ctypes.data, confidence.ctypes.data
+    p.mask_token_id = x.mask_token_id
+    p.num_threads = num_threads()
+    return p, keep, (candidates, confidence)
+
+
+@lru_cache(maxsize=1024)
+def _numbers(plan: ResolvedStep, dtype: str) -> Any:
+    """The parameters that depend on the plan and the dtype alone."""
+    from maskgit import _C
+
+    rule, p = plan.rule, _C.StepParams()
+    p.dtype = _DTYPES[dtype]
+    p.table, p.table_size = plan.table.ctypes.data, plan.table.size
+    p.vocab_start = rule.vocab_slice[0] if rule.vocab_slice else 0
+    p.step = plan.step
+    p.sample_temperature = plan.sample_temperature
+    p.score_temperature = plan.score_temperature
+    p.choice_temperature = plan.choice_temperature
+    p.greedy_on_probs = plan.sample_temperature == 0 and rule.greedy_on == "probs"
+    p.score = _SCORES.index(rule.score)
+    p.score_filtered = rule.score_filtered
+    p.score_rounding = _ROUNDING[dtype if rule.score_dtype == "logits" else rule.score_dtype]
+    p.set_filters([(_FILTERS.index(f), float(getattr(rule, f, 0) or 0)) for f in rule.filters])
+    p.count, p.cut = _COUNTS.index(plan.count), _CUTS.index(rule.cut)
+    p.count_rows_first = plan.count_rows == "first"
+    p.base_is_positions = plan.count_base == "positions"
+    p.keep_one_masked = plan.keep_one_masked
+    p.commit_all = plan.commit_all
+    p.commit_fraction, p.commit_below = plan.commit_fraction, plan.commit_below
+    p.threshold, p.factor = rule.threshold, rule.factor
+    return p

@@ -1,0 +1,253 @@
+"""The decode step in float64 NumPy, one row at a time: slow, obvious, and the judge of all others.
+
+For a row of logits l (V,) at temperature T the hierarchical draw is three Gumbel races:
+
+    leaf   a: max over leaves of 128 consecutive logits of  log sum exp(l/T) + g_leaf[a]
+    group  b: max over the leaf's 16 groups (ids = b mod 16) of  log sum exp(l/T) + g_inner[b]
+    token  c: max over the group's 8 ids (id = 16 c + b)    of  l/T + g_inner[16 + c]
+
+The maximum of independent Gumbels shifted by log-masses falls on each with probability
+proportional to its mass, so the product of the three choices is softmax(l/T) exactly, for
+V/128 + 24 variates instead of V.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..common import philox
+from .counts import next_masked_counts
+from .plan import ResolvedStep
+from .spec import StepInputs
+
+F64 = npt.NDArray[np.float64]
+LEAF, GROUPS, PER_GROUP = 128, 16, 8
+
+
+def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    drawn, score, _ = sample_tokens(x, plan, dtype)
+    alive = x.eligible & (drawn >= 0)
+    candidates = np.where(alive, drawn, x.tokens)
+    noise = _choice_noise(x, plan)
+    if plan.rule.score == "random":
+        score = np.where(alive, noise, -np.inf)
+    elif plan.choice_temperature > 0:
+        score = score + plan.choice_temperature * noise
+    kind = np.float64 if plan.rule.score_dtype == "float64" else np.float32
+    score = score.astype(kind)
+    ranked = np.where(alive & ~np.isnan(score), score, -np.inf).astype(kind)
+    commit = select(ranked, x.eligible, x.num_masked_at_start, noise, plan)
+    known = x.tokens != x.mask_token_id
+    confidence = np.where(known, np.inf, ranked).astype(kind)
+    return np.where(commit & alive, candidates, x.tokens), candidates, confidence
+
+
+def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(candidate or -1, score, log_z), each (B, N); rows that are not eligible give (-1, -inf, -inf)."""
+    batch, length, _ = x.logits.shape
+    drawn = np.full((batch, length), -1, np.int64)
+    score, log_z = (np.full((batch, length), -np.inf) for _ in range(2))
+    for b, n in zip(*np.nonzero(x.eligible), strict=True):
+        row = guided(x, b, n)
+        banned = plan.rule.banned_ids + ((x.mask_token_id,) if plan.rule.ban_mask_token else ())
+        start = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
+        row[[i - start for i in banned if 0 <= i - start < row.size]] = -np.inf
+        if not np.isfinite(row).any():
+            continue
+        row = np.minimum(row, float(np.finfo(np.float32).max))  # +inf wins like the largest float
+        key = None if x.seeds is None else (x.seeds[b, 0], x.seeds[b, 1])
+        noise = None if x.token_gumbel is None else x.token_gumbel[b, n].astype(np.float64)
+        kept = keep_mask(row, plan)
+        filtered = np.where(kept, row, -np.inf)
+        base = filtered if plan.rule.score_filtered else row
+        token = draw(filtered, plan, noise, key, int(x.positions[b, n]), dtype)
+        drawn[b, n] = token + start
+        log_z[b, n] = log_sum_exp(base / plan.score_temperature)
+        score[b, n] = row_score(base, token, plan, dtype)
+    return drawn, score, log_z
+
+
+def guided(x: StepInputs, b: int, n: int) -> F64:
+    """One row in float64, guidance mixed in, NaN as -inf."""
+    with np.errstate(invalid="ignore"):
+        row = x.logits[b, n].astype(np.float64)
+        if x.uncond_logits is not None:
+            uncond = x.uncond_logits[b, n].astype(np.float64)
+            row = uncond + x.guidance_scale * (row - uncond)
+    row[np.isnan(row)] = -np.inf
+    return row
+
+
+def draw(
+    row: F64, plan: ResolvedStep, noise: F64 | None, key: Any, position: int, dtype: str
+) -> int:
+    """The candidate of one row: argmax, Gumbel-max on injected noise, or the hierarchical draw."""
+    temperature = plan.sample_temperature
+    if temperature == 0:
+        if plan.rule.greedy_on == "probs":
+            return int(np.argmax(round_to(softmax(row), plan.rule.score_dtype, dtype)))
+        return int(np.argmax(row))
+    if noise is not None:
+        perturbed = np.where(np.isfinite(row), row + temperature * noise, -np.inf)
+        return int(np.argmax(np.where(np.isnan(perturbed), -np.inf, perturbed)))
+    leaves = -(-row.size // LEAF)
+    scaled = np.full(leaves * LEAF, -np.inf)
+    scaled[: row.size] = (row - row.max()) / temperature
+    tree = scaled.reshape(leaves, PER_GROUP, GROUPS)
+
+    def variates(index: Any, stream: int) -> F64:
+        return philox.gumbel(key, index, position, plan.step, stream)
+
+    mass = np.array([log_sum_exp(leaf) for leaf in tree])
+    leaf = int(np.argmax(mass + variates(np.arange(leaves), philox.STREAM_LEAF)))
+    inner = variates(np.arange(GROUPS + PER_GROUP), philox.STREAM_INNER)
+    groups = np.array([log_sum_exp(tree[leaf, :, g]) for g in range(GROUPS)])
+    group = int(np.argmax(groups + inner[:GROUPS]))
+    token = int(np.argmax(tree[leaf, :, group] + inner[GROUPS:]))
+    return leaf * LEAF + token * GROUPS + group
+
+
+def row_score(row: F64, token: int, plan: ResolvedStep, dtype: str) -> float:
+    """The rule's score of a candidate, rounded to the rule's score dtype."""
+    kind = plan.rule.score
+    if kind == "logit":
+        value = row[token]
+    elif kind == "random":
+        value = 0.0
+    else:
+        probs = softmax(row / plan.score_temperature)
+        if kind == "margin":
+            pair = np.sort(round_to(probs, plan.rule.score_dtype, dtype))[::-1][:2]
+            value = pair[0] - (pair[1] if pair.size > 1 else 0.0)
+        elif kind == "neg_entropy":
+            value = float(np.sum(probs[probs > 0] * np.log(probs[probs > 0])))
+        elif kind == "log_prob":
+            z = row / plan.score_temperature
+            value = z[token] - log_sum_exp(z)
+        else:
+            value = probs[token] if kind == "prob" else probs.max()
+    return float(round_to(np.asarray(value), plan.rule.score_dtype, dtype))
+
+
+def keep_mask(row: F64, plan: ResolvedStep) -> npt.NDArray[np.bool_]:
+    """Which tokens survive the rule's filters, applied one after the other."""
+    keep = np.isfinite(row)
+    order = plan.rule.filters
+    temperature = plan.sample_temperature or 1.0
+    scaled = row if "temperature" in order else row / temperature
+    for name in order:
+        if name == "temperature":
+            scaled = row / temperature
+        elif name == "top_k":
+            ranked = np.sort(scaled[keep])[::-1]
+            keep = keep & (scaled >= ranked[min(int(plan.rule.top_k or 1), ranked.size) - 1])
+        elif name == "min_p":
+            keep = keep & (scaled >= scaled[keep].max() + np.log(plan.rule.min_p or 1.0))
+        else:
+            keep = _nucleus(np.where(keep, scaled, -np.inf), name, plan)
+    return keep
+
+
+def _nucleus(scaled: F64, name: str, plan: ResolvedStep) -> npt.NDArray[np.bool_]:
+    """top_p: the most probable tokens until their sum passes p; typical_p: the most typical ones.
+
+    The token that passes the limit is kept; among equals the lowest index comes first.
+    """
+    probs = softmax(scaled)
+    if name == "top_p":
+        order, limit = np.argsort(-scaled, kind="stable"), plan.rule.top_p or 1.0
+    else:
+        log_p = scaled - log_sum_exp(scaled)
+        entropy = -np.sum(probs[probs > 0] * log_p[probs > 0])
+        distance = np.where(np.isfinite(log_p), np.abs(-log_p - entropy), np.inf)
+        order, limit = np.argsort(distance, kind="stable"), plan.rule.typical_p or 1.0
+    before = np.cumsum(probs[order]) - probs[order]
+    keep = np.zeros(scaled.size, bool)
+    keep[order[before <= limit]] = True
+    keep[order[0]] = True
+    return keep & np.isfinite(scaled)
+
+
+def select(
+    confidence: npt.NDArray[Any],
+    eligible: npt.NDArray[np.bool_],
+    masked_at_start: npt.NDArray[Any],
+    noise: npt.NDArray[Any] | None,
+    plan: ResolvedStep,
+) -> npt.NDArray[np.bool_]:
+    """Which eligible positions are committed, (B, N) bool."""
+    if plan.commit_all:
+        return eligible
+    if plan.count == "bernoulli":
+        assert noise is not None
+        return eligible & (noise < plan.commit_below)
+    masked_now = eligible.sum(axis=1)
+    commit = np.zeros_like(eligible)
+    if plan.count in ("masked", "quota", "fraction"):
+        stay = next_masked_counts(plan, masked_at_start, masked_now)
+    for b in np.flatnonzero(masked_now):
+        where = np.flatnonzero(eligible[b])
+        order = where[np.argsort(-confidence[b, where], kind="stable")]  # surest, lowest first
+        ranked = confidence[b, order]
+        cut = plan.rule.cut
+        if plan.count in ("threshold", "factor"):
+            commit[b, order[: _confident(ranked, plan)]] = True
+        elif cut == "exact" or stay[b] == 0:
+            commit[b, order[: order.size - stay[b]]] = True
+        elif cut == "strict":  # ranked[::-1][k] is sorted[k]; known positions are +inf above it
+            floor = ranked[::-1][stay[b]] if stay[b] < order.size else np.inf
+            commit[b, order[ranked >= floor]] = True
+        else:
+            commit[b, order[ranked > ranked[::-1][stay[b] - 1]]] = True
+    return commit
+
+
+def _confident(ranked: npt.NDArray[Any], plan: ResolvedStep) -> int:
+    """How many of the descending confidences a threshold or factor rule commits; at least one."""
+    kind = ranked.dtype.type
+    if plan.count == "threshold":
+        return max(int((ranked >= kind(plan.rule.threshold)).sum()), 1)
+    size = ranked.size
+    bound = np.array([1 - plan.rule.factor / (i + 2) for i in range(size)], kind)
+    failing = np.flatnonzero(ranked[1:] < bound[1:]) + 1  # the first always passes
+    first = int(failing[0]) if failing.size else size
+    return size if size <= 2 or first == size - 1 else first  # Fast-dLLM's off-by-one at the end
+
+
+def _choice_noise(x: StepInputs, plan: ResolvedStep) -> Any:
+    """(B, N) Gumbel noise for confidences, or None where the rule has no use for it at this step."""
+    rule = plan.rule
+    if plan.choice_temperature == 0 and rule.score != "random" and rule.count != "bernoulli":
+        return None
+    if x.choice_gumbel is not None:
+        return x.choice_gumbel.astype(np.float64)
+    key = (x.seeds[:, :1], x.seeds[:, 1:])
+    return philox.gumbel(key, 0, x.positions, plan.step, philox.STREAM_CHOICE)
+
+
+def log_sum_exp(x: F64) -> float:
+    """log of the sum of exp(x); -inf where nothing is finite."""
+    top = x.max(initial=-np.inf)
+    if not np.isfinite(top):
+        return -np.inf
+    return float(top + np.log(np.exp(x - top).sum()))
+
+
+def softmax(x: F64) -> F64:
+    """Probabilities of a row with at least one finite entry."""
+    e = np.exp(x - x.max())
+    return np.asarray(e / e.sum())
+
+
+def round_to(x: npt.NDArray[Any], score_dtype: str, logits_dtype: str) -> F64:
+    """`x` rounded to the score dtype, "logits" being that of the logits, back in float64."""
+    name = logits_dtype if score_dtype == "logits" else score_dtype
+    if name != "bfloat16":
+        return np.asarray(x).astype(name).astype(np.float64)
+    bits = np.asarray(x, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # to nearest even
+    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)

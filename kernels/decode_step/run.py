@@ -1,0 +1,380 @@
+"""From the public arguments to a backend and back: checks that hold for every backend, then the call.
+
+`decode_step` and `sample_tokens` here take arrays of one kind and a `StepRule`; api.py gives them
+their public signatures, ops.py their torch.library form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..common.arrays import dtype_name, is_on_host, kind_of, like, to_kind, to_numpy, widen
+from ..common.philox import seed_words
+from ..common.selection import BACKENDS, choose
+from .plan import ResolvedStep, resolve
+from .spec import StepInputs, StepRule
+
+_MODULES = {
+    "cpp": ".cpu",
+    "torch": ".torch_ref",
+    "jax": ".jax_ref",
+    "reference": ".reference",
+}
+_SCALARS = ("guidance_scale", "mask_token_id")
+LOGIT_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend that `choose` has found able to run."""
+    return importlib.import_module(_MODULES[name], __package__)
+
+
+def decode_step(
+    logits: Any,
+    tokens: Any,
+    rule: StepRule,
+    mask_token_id: int,
+    step: int,
+    num_steps: int,
+    num_masked_at_start: Any = None,
+    seeds: Any = None,
+    token_gumbel: Any = None,
+    choice_gumbel: Any = None,
+    uncond_logits: Any = None,
+    guidance_scale: float | None = None,
+    eligible: Any = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence) of one step; see `maskgit.decode_step`."""
+    batch, length, _ = _check_logits(logits, 3)
+    plan = resolve(rule, step, num_steps, length)
+    _check_step_arrays(logits, tokens, eligible, mask_token_id)
+    _check_noise(logits, rule, plan, seeds, token_gumbel, choice_gumbel, both=True)
+    _check_guidance(logits, uncond_logits, guidance_scale)
+    is_masked = tokens == mask_token_id
+    eligible = is_masked if eligible is None else is_masked & eligible
+    x = StepInputs(
+        logits=_columns(logits, rule),
+        tokens=tokens,
+        eligible=eligible,
+        num_masked_at_start=_counts(num_masked_at_start, eligible, batch, length),
+        seeds=_key_words(seeds, batch),
+        positions=None,
+        token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
+        choice_gumbel=choice_gumbel,
+        uncond_logits=_columns(uncond_logits, rule),
+        guidance_scale=float(guidance_scale or 0.0),
+        mask_token_id=mask_token_id,
+    )
+    out = _call("decode_step", x, plan, logits, backend)
+    next_tokens, candidates, confidence = (like(array, logits) for array in out)
+    if check or os.environ.get("MASKGIT_CHECK", "") == "1":
+        _raise_on_dead_rows(to_numpy(eligible) & np.isneginf(to_numpy(confidence)))
+    return _cast_like(next_tokens, tokens), _cast_like(candidates, tokens), confidence
+
+
+def sample_tokens(
+    logits: Any,
+    rule: StepRule,
+    seeds: Any = None,
+    positions: Any = None,
+    step: int = 0,
+    token_gumbel: Any = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> tuple[Any, Any, Any]:
+    """(candidate_tokens, confidence, log_z) of (B, N, V) logits; see `maskgit.sample_tokens`."""
+    batch, length, _ = _check_logits(logits, 3)
+    plan = _constant_plan(rule, step)
+    if rule.score == "random":
+        raise ValueError("rule: expected a score computed from the logits, got score='random'")
+    _check_noise(logits, rule, plan, seeds, token_gumbel, None, both=False)
+    if positions is not None:
+        _check_same_kind("positions", positions, logits)
+        _check_shape("positions", positions, (batch, length))
+        _check_integers("positions", positions)
+    x = StepInputs(
+        logits=_columns(logits, rule),
+        tokens=np.zeros((batch, length), np.int64),
+        eligible=np.ones((batch, length), bool),
+        num_masked_at_start=np.zeros(batch, np.int64),
+        seeds=_key_words(seeds, batch),
+        positions=positions,
+        token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
+        choice_gumbel=None,
+        uncond_logits=None,
+        guidance_scale=0.0,
+        mask_token_id=-1,
+    )
+    drawn, score, log_z = (like(a, logits) for a in _call("sample_tokens", x, plan, logits, backend))
+    if check or os.environ.get("MASKGIT_CHECK", "") == "1":
+        _raise_on_dead_rows(to_numpy(drawn) < 0)
+    kind = "float64" if rule.score_dtype == "float64" else "float32"
+    return drawn, _cast(score, kind), _cast(log_z, kind)
+
+
+@lru_cache(maxsize=1024)
+def _constant_plan(rule: StepRule, step: int) -> ResolvedStep:
+    """The rule without its annealing, its random numbers those of `step`."""
+    if not isinstance(step, int) or not 0 <= step < 2**32:
+        raise ValueError(f"step: expected an integer in [0, 2^32), got {step!r}")
+    flat = dataclasses.replace(rule, sample_anneal="constant", count="quota")
+    return dataclasses.replace(resolve(flat, 0, 1, 0), step=step, rule=rule)
+
+
+def _call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str) -> Any:
+    """Run the chosen backend on arrays of its own kind."""
+    kind = kind_of(logits) or "numpy"
+    on_host = is_on_host(logits)
+    device = "cpu" if on_host else str(getattr(logits, "device", "a traced array"))
+    chosen = choose(backend, kind, device)
+    native, dtype = BACKENDS[chosen][1], dtype_name(logits)
+    if x.positions is None:
+        x = x._replace(positions=_rows_of_positions(logits.shape[0], logits.shape[1]))
+    x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
+    return getattr(backend_module(chosen), name)(x, plan, dtype)
+
+
+@lru_cache(maxsize=64)
+def _rows_of_positions(batch: int, length: int) -> Any:
+    """0..N-1 for every sequence, (B, N) uint32, read-only."""
+    rows = np.tile(np.arange(length, dtype=np.uint32), (batch, 1))
+    rows.flags.writeable = False
+    return rows
+
+
+def _to_host(x: StepInputs, chosen: str, dtype: str) -> StepInputs:
+    """The inputs as NumPy arrays; bfloat16 logits as bits, for the reference as float32."""
+    fields = {k: to_numpy(v) for k, v in x._asdict().items() if k not in _SCALARS}
+    for name in ("token_gumbel", "choice_gumbel"):
+        given = getattr(x, name)
+        if given is not None:
+            fields[name] = widen(fields[name], dtype_name(given))
+    if chosen == "reference":
+        for name in ("logits", "uncond_logits"):
+            fields[name] = widen(fields[name], dtype)
+    return x._replace(**fields)
+
+
+def _to_framework(x: StepInputs, native: str, logits: Any) -> StepInputs:
+    """The inputs as torch or jax arrays, in torch on the device of the logits."""
+    fields = {k: v for k, v in x._asdict().items() if k not in _SCALARS}
+    if native == "torch":  # which computes with key words and positions as int64
+        for name in ("seeds", "positions"):
+            if isinstance(fields[name], np.ndarray):
+                fields[name] = fields[name].astype(np.int64)
+    target = logits.device if kind_of(logits) == "torch" else None
+    return x._replace(**{k: to_kind(v, native, target) for k, v in fields.items()})
+
+
+def _columns(logits: Any, rule: StepRule) -> Any:
+    if logits is None or rule.vocab_slice is None:
+        return logits
+    return logits[..., rule.vocab_slice[0] : rule.vocab_slice[1]]
+
+
+def _key_words(seeds: Any, batch: int) -> Any:
+    """(B, 2) words of the 64-bit seeds, uint32 (in torch int64), in the library of `seeds`."""
+    if seeds is None:
+        return None
+    kind = kind_of(seeds)
+    if kind == "torch":
+        import torch
+
+        if seeds.ndim == 2:
+            return seeds.to(torch.int64) & 0xFFFFFFFF
+        wide = seeds.view(torch.int64) if seeds.dtype == torch.uint64 else seeds.to(torch.int64)
+        return torch.stack([wide & 0xFFFFFFFF, (wide >> 32) & 0xFFFFFFFF], dim=1)
+    if kind == "jax":
+        import jax
+        import jax.numpy as jnp
+
+        if jnp.issubdtype(seeds.dtype, jax.dtypes.prng_key):
+            seeds = jax.random.key_data(seeds)
+        if seeds.ndim == 2:
+            return seeds.astype(jnp.uint32)
+        if seeds.dtype.itemsize == 8:
+            return jnp.stack([seeds.astype(jnp.uint32), (seeds >> 32).astype(jnp.uint32)], axis=1)
+        signed = jnp.issubdtype(seeds.dtype, jnp.signedinteger)
+        high = jnp.where(signed & (seeds < 0), jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
+        return jnp.stack([seeds.astype(jnp.uint32), high], axis=1)
+    if seeds.ndim == 2:
+        return seeds.astype(np.uint32)
+    return np.stack(seed_words(seeds), axis=1).astype(np.uint32)
+
+
+def _counts(given: Any, eligible: Any, batch: int, length: int) -> Any:
+    """num_masked_at_start as (B,) integers, counted where it is not given."""
+    if given is None:
+        return eligible.sum(1)
+    if isinstance(given, (int, np.integer)):
+        given = np.full(batch, given, np.int64)
+    _check_shape("num_masked_at_start", given, (batch,))
+    _check_integers("num_masked_at_start", given)
+    if is_on_host(given):
+        values = to_numpy(given)
+        if values.size and (values.min() < 0 or values.max() > length):
+            bad = int(values[(values < 0) | (values > length)][0])
+            raise ValueError(
+                f"num_masked_at_start: expected counts between 0 and the {length} positions, got {bad}"
+            )
+    return given
+
+
+def _check_logits(logits: Any, ndim: int) -> tuple[int, ...]:
+    kind = kind_of(logits)
+    if kind is None:
+        raise TypeError(
+            f"logits: expected a torch, jax or NumPy array, got {type(logits).__name__}"
+        )
+    if len(logits.shape) != ndim or logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected shape (B, N, V) with V >= 1, got {tuple(logits.shape)}")
+    if dtype_name(logits) not in LOGIT_DTYPES:
+        raise TypeError(
+            f"logits: expected dtype {', '.join(LOGIT_DTYPES)}, got {dtype_name(logits)}"
+        )
+    if kind == "torch" and logits.requires_grad:
+        raise ValueError(
+            "logits: decoding has no gradient; expected logits.detach() or torch.no_grad(), "
+            "got a tensor that requires grad"
+        )
+    return tuple(logits.shape)
+
+
+def _check_same_kind(name: str, x: Any, logits: Any) -> None:
+    kind, expected = kind_of(x), kind_of(logits)
+    if kind != expected:
+        raise TypeError(f"{name}: expected a {expected} array like logits, got {type(x).__name__}")
+    if kind == "torch" and x.device != logits.device:
+        raise ValueError(f"{name}: expected on device {logits.device} like logits, got {x.device}")
+
+
+def _check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+
+
+def _check_integers(name: str, x: Any) -> None:
+    if not dtype_name(x).startswith(("int", "uint")):
+        raise TypeError(f"{name}: expected integers, got dtype {dtype_name(x)}")
+
+
+def _check_step_arrays(logits: Any, tokens: Any, eligible: Any, mask_token_id: int) -> None:
+    batch, length, vocab = logits.shape
+    _check_same_kind("tokens", tokens, logits)
+    _check_shape("tokens", tokens, (batch, length))
+    _check_integers("tokens", tokens)
+    if not isinstance(mask_token_id, (int, np.integer)) or isinstance(mask_token_id, bool):
+        raise TypeError(f"mask_token_id: expected an integer, got {mask_token_id!r}")
+    most = int(np.iinfo(np.dtype(dtype_name(tokens))).max)
+    if vocab - 1 > most or mask_token_id > most:
+        raise TypeError(
+            f"tokens: expected a dtype that holds ids up to {max(vocab - 1, mask_token_id)}, "
+            f"got {dtype_name(tokens)}"
+        )
+    if eligible is not None:
+        _check_same_kind("eligible", eligible, logits)
+        _check_shape("eligible", eligible, (batch, length))
+        if dtype_name(eligible) != "bool":
+            raise TypeError(f"eligible: expected dtype bool, got {dtype_name(eligible)}")
+    if is_on_host(tokens):
+        check_token_ids(tokens, vocab, mask_token_id)
+
+
+def check_token_ids(tokens: Any, vocab: int, mask_token_id: int) -> None:
+    """ValueError for an id outside the vocabulary, which is V columns or up to the mask id."""
+    ids = to_numpy(tokens)
+    if not ids.size:
+        return
+    ids = ids[ids != mask_token_id]
+    top = max(vocab, mask_token_id + 1) if mask_token_id >= 0 else np.iinfo(np.int64).max
+    bad = ids[(ids < 0) | (ids >= top)]
+    if bad.size:
+        raise ValueError(
+            f"tokens: expected ids in [0, {top}) or the mask token {mask_token_id}, got {int(bad[0])}"
+        )
+
+
+def _check_noise(
+    logits: Any, rule: StepRule, plan: ResolvedStep, seeds: Any, token: Any, choice: Any, both: bool
+) -> None:
+    batch, length, _ = logits.shape
+    width = _columns(logits, rule).shape[-1]
+    if rule.vocab_slice is not None and rule.vocab_slice[1] > logits.shape[-1]:
+        raise ValueError(
+            f"rule: vocab_slice {rule.vocab_slice} expected within V = {logits.shape[-1]} columns"
+        )
+    shapes = {"noise.token_gumbel": (token, (batch, length, width))}
+    shapes["noise.choice_gumbel"] = (choice, (batch, length))
+    for name, (noise, shape) in shapes.items():
+        if noise is None:
+            continue
+        _check_same_kind(name, noise, logits)
+        _check_shape(name, noise, shape)
+        if not dtype_name(noise).startswith(("float", "bfloat")):
+            raise TypeError(f"{name}: expected floating noise, got dtype {dtype_name(noise)}")
+    if seeds is not None:
+        if kind_of(seeds) != kind_of(logits):
+            _check_same_kind("seeds", seeds, logits)
+        if "key" not in dtype_name(seeds):
+            _check_integers("seeds", seeds)
+        if tuple(seeds.shape) not in ((batch,), (batch, 2)):
+            raise ValueError(
+                f"seeds: expected shape ({batch},) or ({batch}, 2), got {tuple(seeds.shape)}"
+            )
+    draws = plan.sample_temperature > 0 and token is None
+    ranks = both and (
+        plan.choice_temperature > 0 or rule.score == "random" or plan.count == "bernoulli"
+    )
+    if seeds is None and (draws or (ranks and choice is None)):
+        what = "draws its candidates" if draws else "adds noise to its confidences"
+        raise ValueError(
+            f"seeds: expected ({batch},) integers because rule {rule.name!r} {what} at this step, got None"
+        )
+
+
+def _check_guidance(logits: Any, uncond_logits: Any, guidance_scale: float | None) -> None:
+    if (uncond_logits is None) != (guidance_scale is None):
+        missing = "guidance_scale" if guidance_scale is None else "uncond_logits"
+        raise ValueError(f"{missing}: expected together with its counterpart, got None")
+    if uncond_logits is None:
+        return
+    _check_same_kind("uncond_logits", uncond_logits, logits)
+    _check_shape("uncond_logits", uncond_logits, tuple(logits.shape))
+    if dtype_name(uncond_logits) != dtype_name(logits):
+        raise TypeError(
+            f"uncond_logits: expected dtype {dtype_name(logits)} like logits, "
+            f"got {dtype_name(uncond_logits)}"
+        )
+    if not isinstance(guidance_scale, (int, float, np.floating)) or not np.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
+
+
+def _raise_on_dead_rows(dead: Any) -> None:
+    if dead.any():
+        b, n = np.argwhere(dead)[0]
+        raise ValueError(
+            f"logits: expected a finite value in every row, got none in row (sequence {b}, position {n})"
+        )
+
+
+def _cast(x: Any, dtype: str) -> Any:
+    if dtype_name(x) == dtype:
+        return x
+    if kind_of(x) == "torch":
+        import torch
+
+        return x.to(getattr(torch, dtype))
+    return x.astype(dtype)
+
+
+def _cast_like(x: Any, model: Any) -> Any:
+    return _cast(x, dtype_name(model))

@@ -1,0 +1,36 @@
+"""Masked-token generation, fast and exact.
+
+`decode_step` is one step of the loop that MaskGIT, Muse, LLaDA, Dream and their family share;
+`generate` is the loop.  Importing this package needs NumPy alone; torch, jax and the C++ extension
+are used where the arrays or the machine bring them.
+"""
+
+from ._version import __version__
+from .kernels.common.selection import available_backends
+from .kernels.decode_step import (
+    StepNoise,
+    StepResult,
+    StepRule,
+    TokenStats,
+    decode_step,
+    gamma,
+    plan_masked_counts,
+    sample_tokens,
+)
+from .sampler import GenerateResult, Trajectory, generate
+
+__all__ = [
+    "GenerateResult",
+    "StepNoise",
+    "StepResult",
+    "StepRule",
+    "TokenStats",
+    "Trajectory",
+    "__version__",
+    "available_backends",
+    "decode_step",
+    "gamma",
+    "generate",
+    "plan_masked_counts",
+    "sample_tokens",
+]
