@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .kernels.common.arrays import is_on_host, kind_of, to_kind, to_numpy
 from .kernels.decode_step import StepNoise, StepRule, as_rule, decode_step
+from .kernels.decode_step.plan import check_num_steps
 
 
 class Trajectory(NamedTuple):
@@ -128,8 +129,7 @@ def _blocks(
         )
     if len(tokens.shape) != 2:
         raise ValueError(f"tokens: expected shape (B, N), got {tuple(tokens.shape)}")
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
-        raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
+    check_num_steps(num_steps)
     length = int(tokens.shape[1])
     if not isinstance(prompt_length, int) or not 0 <= prompt_length <= length:
         raise ValueError(
@@ -211,4 +211,3 @@ class _bar:
 
 
 __all__ = ["GenerateResult", "Trajectory", "generate"]
-

@@ -19,9 +19,7 @@ def _multiply(x: jax.Array, multiplier: int) -> tuple[jax.Array, jax.Array]:
     return x_high * m_high + (middle >> 16) + (cross >> 16), x * _U32(multiplier)
 
 
-def philox4x32(
-    counter: tuple[jax.Array, ...], key: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
+def philox4x32(counter: tuple[jax.Array, ...], key: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Ten rounds on four counter words with two key words, uint32, broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -32,9 +30,7 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def gumbel(
-    seeds: jax.Array, positions: jax.Array, step: int, stream: int, size: int
-) -> jax.Array:
+def gumbel(seeds: jax.Array, positions: jax.Array, step: int, stream: int, size: int) -> jax.Array:
     """The first `size` standard Gumbel variates of each position's stream, (B, N, size) float32.
 
     seeds (B, 2) and positions (B, N) are uint32 words.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 
 def _needs(package: str) -> Callable[[], str | None]:
@@ -54,7 +54,7 @@ _AUTO = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def why_missing(name: str) -> str | None:
     """None where the backend can run in this process, else the reason."""
     return BACKENDS[name][0]()

@@ -71,7 +71,12 @@ def decode_step(
     if kind_of(logits) == "torch":
         from .ops import decode_step_op
 
-        num_masked_at_start = _counts_tensor(num_masked_at_start, tokens)
+        num_masked_at_start = _counts_tensor(num_masked_at_start, logits)
+        arrays = {"tokens": tokens, "seeds": seeds, "noise.token_gumbel": token_gumbel}
+        arrays |= {"noise.choice_gumbel": choice_gumbel, "uncond_logits": uncond_logits}
+        arrays |= {"eligible": eligible, "num_masked_at_start": num_masked_at_start}
+        numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
+        _check_op_arguments(logits, arrays, numbers, guidance_scale)
         out = decode_step_op(
             logits, tokens, step_rule.encoded, mask_token_id, step, num_steps,
             num_masked_at_start, seeds, token_gumbel, choice_gumbel, uncond_logits,
@@ -128,6 +133,8 @@ def sample_tokens(
     if kind_of(logits) == "torch":
         from .ops import sample_tokens_op
 
+        arrays = {"seeds": seeds, "positions": positions, "noise.token_gumbel": token_gumbel}
+        _check_op_arguments(logits, arrays, {"step": step}, None)
         out = sample_tokens_op(
             logits, step_rule.encoded, seeds, positions, step, token_gumbel, backend, check
         )
@@ -174,11 +181,24 @@ def _seeds_like(seeds: Any, logits: Any) -> Any:
     return to_kind(seeds, kind)
 
 
-def _counts_tensor(counts: Any, tokens: Any) -> Any:
+def _counts_tensor(counts: Any, logits: Any) -> Any:
     """A number of masked positions for all sequences, as the tensor that the op takes."""
-    if counts is None or kind_of(counts) == "torch" or kind_of(tokens) != "torch":
+    if not isinstance(counts, (int, np.integer, list, tuple)):
         return counts
     import torch
 
-    values = torch.as_tensor(counts, device=tokens.device)
-    return values.expand(tokens.shape[0]) if values.ndim == 0 else values
+    values = torch.as_tensor(counts, device=logits.device)
+    return values.expand(logits.shape[0]) if values.ndim == 0 else values
+
+
+def _check_op_arguments(
+    logits: Any, arrays: dict[str, Any], numbers: dict[str, Any], guidance_scale: Any
+) -> None:
+    """What the op's schema would refuse with a message about schemas."""
+    for name, array in arrays.items():
+        if array is not None:
+            run.check_same_kind(name, array, logits)
+    for name, number in numbers.items():
+        run.check_integer(name, number)
+    if guidance_scale is not None and not isinstance(guidance_scale, (int, float, np.floating)):
+        raise TypeError(f"guidance_scale: expected a number, got {type(guidance_scale).__name__}")

@@ -157,10 +157,11 @@ def plan_masked_counts(
     Semantics: counts hold when confidences have no ties at the cut; the strict and the inclusive
     cut rules mask fewer or more positions where they do.
     """
-    from .plan import resolve
+    from .plan import check_num_steps, resolve
     from .spec import as_rule
 
     step_rule = as_rule(rule)
+    check_num_steps(num_steps)
     start = np.atleast_1d(np.asarray(num_masked_at_start))
     if start.ndim != 1 or start.dtype.kind not in "iu" or (start < 0).any():
         raise ValueError(
@@ -182,4 +183,4 @@ def plan_masked_counts(
     for step in range(num_steps):
         now = next_masked_counts(resolve(step_rule, step, num_steps, size), start, now)
         counts.append(now)
-    return np.stack(counts) if counts else np.zeros((0, start.size), np.int64)
+    return np.stack(counts)

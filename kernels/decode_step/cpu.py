@@ -66,9 +66,7 @@ def num_threads() -> int:
 
 
 def _uses_choice_noise(plan: ResolvedStep) -> bool:
-    return (
-        plan.choice_temperature > 0 or plan.rule.score == "random" or plan.count == "bernoulli"
-    )
+    return plan.choice_temperature > 0 or plan.rule.score == "random" or plan.count == "bernoulli"
 
 
 def _strided(x: Any) -> tuple[Any, tuple[int, int, int, int]]:

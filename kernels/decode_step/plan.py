@@ -55,6 +55,12 @@ def _temperature(value: float, kind: str, step: int, num_steps: int) -> float:
     return scaled if scaled >= _MIN_TEMPERATURE else 0.0
 
 
+def check_num_steps(num_steps: object) -> None:
+    """ValueError unless `num_steps` is an integer of at least 1."""
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+        raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
+
+
 @lru_cache(maxsize=4096)
 def resolve(rule: StepRule, step: int, num_steps: int, size: int) -> ResolvedStep:
     """`rule` at `step` of `num_steps`, for sequences of `size` positions.
@@ -62,8 +68,7 @@ def resolve(rule: StepRule, step: int, num_steps: int, size: int) -> ResolvedSte
     Raises:
         ValueError: num_steps < 1 or step outside [0, num_steps).
     """
-    if not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
+    check_num_steps(num_steps)
     if not isinstance(step, int) or not 0 <= step < num_steps:
         raise ValueError(f"step: expected an integer in [0, {num_steps}), got {step!r}")
     last = step == num_steps - 1

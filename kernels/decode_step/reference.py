@@ -126,7 +126,7 @@ def row_score(row: F64, token: int, plan: ResolvedStep, dtype: str) -> float:
         elif kind == "neg_entropy":
             value = float(np.sum(probs[probs > 0] * np.log(probs[probs > 0])))
         elif kind == "log_prob":
-            z = row / plan.score_temperature
+            z = (row - row.max()) / plan.score_temperature
             value = z[token] - log_sum_exp(z)
         else:
             value = probs[token] if kind == "prob" else probs.max()

@@ -98,7 +98,7 @@ def sample_tokens(
         raise ValueError("rule: expected a score computed from the logits, got score='random'")
     _check_noise(logits, rule, plan, seeds, token_gumbel, None, both=False)
     if positions is not None:
-        _check_same_kind("positions", positions, logits)
+        check_same_kind("positions", positions, logits)
         _check_shape("positions", positions, (batch, length))
         _check_integers("positions", positions)
     x = StepInputs(
@@ -114,7 +114,9 @@ def sample_tokens(
         guidance_scale=0.0,
         mask_token_id=-1,
     )
-    drawn, score, log_z = (like(a, logits) for a in _call("sample_tokens", x, plan, logits, backend))
+    drawn, score, log_z = (
+        like(a, logits) for a in _call("sample_tokens", x, plan, logits, backend)
+    )
     if check or os.environ.get("MASKGIT_CHECK", "") == "1":
         _raise_on_dead_rows(to_numpy(drawn) < 0)
     kind = "float64" if rule.score_dtype == "float64" else "float32"
@@ -140,7 +142,22 @@ def _call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: st
     if x.positions is None:
         x = x._replace(positions=_rows_of_positions(logits.shape[0], logits.shape[1]))
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
+    if chosen == "jax":
+        return _jitted(name)(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
     return getattr(backend_module(chosen), name)(x, plan, dtype)
+
+
+@lru_cache(maxsize=None)
+def _jitted(name: str) -> Any:
+    """The jax backend's function as one compiled program per plan, dtype and shapes."""
+    import jax
+
+    function = getattr(backend_module("jax"), name)
+
+    def call(x: StepInputs, mask_token_id: int, plan: ResolvedStep, dtype: str) -> Any:
+        return function(x._replace(mask_token_id=mask_token_id), plan, dtype)
+
+    return jax.jit(call, static_argnames=("mask_token_id", "plan", "dtype"))
 
 
 @lru_cache(maxsize=64)
@@ -249,12 +266,21 @@ def _check_logits(logits: Any, ndim: int) -> tuple[int, ...]:
     return tuple(logits.shape)
 
 
-def _check_same_kind(name: str, x: Any, logits: Any) -> None:
+def check_same_kind(name: str, x: Any, logits: Any) -> None:
+    """TypeError or ValueError unless `x` is an array of the kind and on the device of `logits`."""
     kind, expected = kind_of(x), kind_of(logits)
     if kind != expected:
         raise TypeError(f"{name}: expected a {expected} array like logits, got {type(x).__name__}")
     if kind == "torch" and x.device != logits.device:
         raise ValueError(f"{name}: expected on device {logits.device} like logits, got {x.device}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """TypeError unless `value` is an integer, symbolic ones of a traced program included."""
+    is_symbol = type(value).__name__ == "SymInt"
+    if is_symbol or (isinstance(value, (int, np.integer)) and not isinstance(value, bool)):
+        return
+    raise TypeError(f"{name}: expected an integer, got {value!r}")
 
 
 def _check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:
@@ -269,11 +295,10 @@ def _check_integers(name: str, x: Any) -> None:
 
 def _check_step_arrays(logits: Any, tokens: Any, eligible: Any, mask_token_id: int) -> None:
     batch, length, vocab = logits.shape
-    _check_same_kind("tokens", tokens, logits)
+    check_same_kind("tokens", tokens, logits)
     _check_shape("tokens", tokens, (batch, length))
     _check_integers("tokens", tokens)
-    if not isinstance(mask_token_id, (int, np.integer)) or isinstance(mask_token_id, bool):
-        raise TypeError(f"mask_token_id: expected an integer, got {mask_token_id!r}")
+    check_integer("mask_token_id", mask_token_id)
     most = int(np.iinfo(np.dtype(dtype_name(tokens))).max)
     if vocab - 1 > most or mask_token_id > most:
         raise TypeError(
@@ -281,7 +306,7 @@ def _check_step_arrays(logits: Any, tokens: Any, eligible: Any, mask_token_id: i
             f"got {dtype_name(tokens)}"
         )
     if eligible is not None:
-        _check_same_kind("eligible", eligible, logits)
+        check_same_kind("eligible", eligible, logits)
         _check_shape("eligible", eligible, (batch, length))
         if dtype_name(eligible) != "bool":
             raise TypeError(f"eligible: expected dtype bool, got {dtype_name(eligible)}")
@@ -312,18 +337,19 @@ def _check_noise(
         raise ValueError(
             f"rule: vocab_slice {rule.vocab_slice} expected within V = {logits.shape[-1]} columns"
         )
-    shapes = {"noise.token_gumbel": (token, (batch, length, width))}
+    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    shapes["noise.token_gumbel"] = (token, (batch, length, width))
     shapes["noise.choice_gumbel"] = (choice, (batch, length))
     for name, (noise, shape) in shapes.items():
         if noise is None:
             continue
-        _check_same_kind(name, noise, logits)
+        check_same_kind(name, noise, logits)
         _check_shape(name, noise, shape)
         if not dtype_name(noise).startswith(("float", "bfloat")):
             raise TypeError(f"{name}: expected floating noise, got dtype {dtype_name(noise)}")
     if seeds is not None:
         if kind_of(seeds) != kind_of(logits):
-            _check_same_kind("seeds", seeds, logits)
+            check_same_kind("seeds", seeds, logits)
         if "key" not in dtype_name(seeds):
             _check_integers("seeds", seeds)
         if tuple(seeds.shape) not in ((batch,), (batch, 2)):
@@ -347,7 +373,7 @@ def _check_guidance(logits: Any, uncond_logits: Any, guidance_scale: float | Non
         raise ValueError(f"{missing}: expected together with its counterpart, got None")
     if uncond_logits is None:
         return
-    _check_same_kind("uncond_logits", uncond_logits, logits)
+    check_same_kind("uncond_logits", uncond_logits, logits)
     _check_shape("uncond_logits", uncond_logits, tuple(logits.shape))
     if dtype_name(uncond_logits) != dtype_name(logits):
         raise TypeError(

@@ -212,9 +212,7 @@ def _check_numbers(rule: StepRule) -> None:
             f"StepRule.vocab_slice: expected None or (start, stop) with 0 <= start < stop, got {piece!r}"
         )
     if not all(isinstance(i, int) and i >= 0 for i in rule.banned_ids):
-        raise ValueError(
-            f"StepRule.banned_ids: expected integers >= 0, got {rule.banned_ids!r}"
-        )
+        raise ValueError(f"StepRule.banned_ids: expected integers >= 0, got {rule.banned_ids!r}")
 
 
 def _check_filters(rule: StepRule) -> None:

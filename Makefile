@@ -1,0 +1,43 @@
+# make demo: set up, generate digits, show the speed table.  make test: everything but slow tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+
+.PHONY: setup demo test test-all lint types bench clean
+
+setup: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, got " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/maskgit generate --classes 0-9 --per-class 8 --steps 8 --seed 0 --out demo.png --strip demo_steps.png
+	$(BIN)/maskgit bench decode-step --shape 64x126464 --shape 16384x1024 --dtype float32 --mode greedy --mode draw --backend cpp --rounds 5
+
+test: setup lint types
+	$(BIN)/python -m pytest
+
+test-all: setup lint types
+	$(BIN)/python -m pytest --all
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow the folder map of setup.py, so it reads a copy that is laid out as installed
+types: setup
+	rm -rf build/types && mkdir -p build/types/maskgit
+	cp -r maskgit/. build/types/maskgit && cp -r kernels/. build/types/maskgit/kernels
+	mkdir -p build/types/maskgit/benchmarks && cp benchmarks/*.py build/types/maskgit/benchmarks
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p maskgit
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info maskgit/*.so

@@ -1,0 +1,297 @@
+"""The decode step in plain jax.numpy, all rows at once: the unfused baseline, and the fallback.
+
+It runs wherever jax does and traces under `jax.jit` with the plan static.  The meaning is that of
+reference.py; the arithmetic is float32.  Rules that score in float64 do so where 64-bit types are
+enabled (`jax_enable_x64`); without them they are scored, and confidences returned, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..common import philox, philox_jax
+from .plan import ResolvedStep
+from .spec import StepInputs
+
+LEAF, GROUPS, PER_GROUP = 128, 16, 8
+_FLOAT_MAX = float(np.finfo(np.float32).max)
+
+
+def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    drawn, score, _ = sample_tokens(x, plan, dtype)
+    alive = x.eligible & (drawn >= 0)
+    candidates = jnp.where(alive, drawn.astype(x.tokens.dtype), x.tokens)
+    noise = _choice_noise(x, plan)
+    if noise is not None and plan.rule.score == "random":
+        score = jnp.where(alive, noise.astype(score.dtype), -jnp.inf)
+    elif noise is not None and plan.choice_temperature > 0:
+        score = score + plan.choice_temperature * noise.astype(score.dtype)
+    ranked = jnp.where(alive & ~jnp.isnan(score), score, -jnp.inf)
+    commit = select(ranked, x.eligible, x.num_masked_at_start, noise, plan)
+    confidence = jnp.where(x.tokens != x.mask_token_id, jnp.inf, ranked)
+    return jnp.where(commit & alive, candidates, x.tokens), candidates, confidence
+
+
+def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(candidate or -1, score, log_z), each (B, N); (-1, -inf, -inf) where not eligible.
+
+    Candidates are int32, int64 with 64-bit types enabled; score and log_z float32, float64 for
+    rules that score in float64 with 64-bit types enabled.
+    """
+    row, start = _rows(x, plan)
+    alive = x.eligible & jnp.isfinite(row).any(-1)
+    row = jnp.minimum(row, _FLOAT_MAX)  # +inf wins like the largest float
+    filtered = jnp.where(keep_mask(row, plan), row, -jnp.inf) if plan.rule.filters else row
+    token = _draw(filtered, x, plan, dtype)
+    base = filtered if plan.rule.score_filtered else row
+    score, log_z = _score(base, token, plan, dtype)
+    return (
+        jnp.where(alive, token + start, -1),
+        jnp.where(alive, score, -jnp.inf),
+        jnp.where(alive, log_z, -jnp.inf),
+    )
+
+
+def _rows(x: StepInputs, plan: ResolvedStep) -> tuple[jax.Array, int]:
+    """Rows with guidance mixed in, NaN and banned columns as -inf; and the first column's id."""
+    wide = plan.rule.score_dtype == "float64" and jax.config.read("jax_enable_x64")
+    compute = jnp.float64 if wide else jnp.float32
+    row = jnp.asarray(x.logits).astype(compute)
+    if x.uncond_logits is not None:
+        uncond = jnp.asarray(x.uncond_logits).astype(compute)
+        row = uncond + x.guidance_scale * (row - uncond)
+    start = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
+    ids = plan.rule.banned_ids + ((x.mask_token_id,) if plan.rule.ban_mask_token else ())
+    banned = np.zeros(row.shape[-1], bool)
+    banned[[i - start for i in ids if 0 <= i - start < row.shape[-1]]] = True
+    return jnp.where(jnp.isnan(row) | banned, -jnp.inf, row), start
+
+
+def _scaled(row: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """(row - its maximum) / temperature, and that maximum; finite entries never overflow to NaN."""
+    top = row.max(-1, keepdims=True)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    return (row - top) / temperature, top
+
+
+def _log_sum_exp(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """log of the sum of exp(x); -inf where nothing is finite."""
+    top = x.max(axis, keepdims=True)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    return jnp.log(jnp.exp(x - top).sum(axis)) + jnp.squeeze(top, axis)
+
+
+def _take(values: jax.Array, index: jax.Array) -> jax.Array:
+    """values (..., K) at index (...), along the last axis."""
+    return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
+
+
+def _draw(row: jax.Array, x: StepInputs, plan: ResolvedStep, dtype: str) -> jax.Array:
+    """Candidates (B, N): argmax, Gumbel-max on injected noise, or the hierarchical draw."""
+    temperature = plan.sample_temperature
+    if temperature == 0:
+        if plan.rule.greedy_on == "probs":
+            exps = jnp.exp(_scaled(row, 1.0)[0])
+            probs = exps / exps.sum(-1, keepdims=True)
+            row = round_to(probs, plan.rule.score_dtype, dtype)
+        return row.argmax(-1)
+    if x.token_gumbel is not None:
+        noisy = row + temperature * jnp.asarray(x.token_gumbel).astype(row.dtype)
+        return jnp.where(jnp.isfinite(row) & ~jnp.isnan(noisy), noisy, -jnp.inf).argmax(-1)
+    scaled = _scaled(row, temperature)[0]
+    leaves = -(-row.shape[-1] // LEAF)
+    after = leaves * LEAF - row.shape[-1]
+    scaled = jnp.pad(scaled, ((0, 0), (0, 0), (0, after)), constant_values=-jnp.inf)
+    tree = scaled.reshape(*row.shape[:2], leaves, PER_GROUP, GROUPS)
+
+    def variates(stream: int, size: int) -> jax.Array:
+        return philox_jax.gumbel(x.seeds, x.positions, plan.step, stream, size)
+
+    leaf = (_log_sum_exp(tree, (-2, -1)) + variates(philox.STREAM_LEAF, leaves)).argmax(-1)
+    inside = jnp.take_along_axis(tree, leaf[..., None, None, None], axis=-3)[..., 0, :, :]
+    inner = variates(philox.STREAM_INNER, GROUPS + PER_GROUP)
+    group = (_log_sum_exp(inside, -2) + inner[..., :GROUPS]).argmax(-1)
+    inside = jnp.take_along_axis(inside, group[..., None, None], axis=-1)[..., 0]
+    token = (inside + inner[..., GROUPS:]).argmax(-1)
+    return leaf * LEAF + token * GROUPS + group
+
+
+def _score(
+    row: jax.Array, token: jax.Array, plan: ResolvedStep, dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """The rule's score of the candidates and log Z, in the compute dtype."""
+    kind = plan.rule.score
+    z, top = _scaled(row, plan.score_temperature)
+    exps = jnp.exp(z)
+    total = exps.sum(-1)
+    log_total = jnp.log(total)
+    log_z = top[..., 0] / plan.score_temperature + log_total
+    if kind == "logit":
+        value = _take(row, token)
+    elif kind == "random":
+        value = jnp.zeros_like(total)
+    elif kind == "margin":
+        pair = jax.lax.top_k(exps, min(2, row.shape[-1]))[0] / total[..., None]
+        pair = round_to(pair, plan.rule.score_dtype, dtype)
+        value = pair[..., 0] - pair[..., 1] if pair.shape[-1] > 1 else pair[..., 0]
+    elif kind == "neg_entropy":
+        value = jnp.where(exps > 0, exps * z, 0.0).sum(-1) / total - log_total
+    elif kind == "log_prob":
+        value = _take(z, token) - log_total
+    else:
+        value = (_take(exps, token) if kind == "prob" else exps.max(-1)) / total
+    return round_to(value, plan.rule.score_dtype, dtype), log_z
+
+
+def keep_mask(row: jax.Array, plan: ResolvedStep) -> jax.Array:
+    """Which tokens survive the rule's filters, applied one after the other."""
+    order, rule = plan.rule.filters, plan.rule
+    temperature = plan.sample_temperature or 1.0
+    keep = jnp.isfinite(row)
+    scaled = _scaled(row, 1.0 if "temperature" in order else temperature)[0]
+    for name in order:
+        kept = jnp.where(keep, scaled, -jnp.inf)
+        if name == "temperature":
+            scaled = _scaled(row, temperature)[0]
+        elif name == "top_k":  # on the logits: two of them may not become equal by a division
+            kept = jnp.where(keep, row, -jnp.inf)
+            size = min(int(rule.top_k or 1), row.shape[-1])
+            keep = keep & (row >= jax.lax.top_k(kept, size)[0][..., -1:])
+        elif name == "min_p":
+            bound = kept.max(-1, keepdims=True) + math.log(rule.min_p or 1.0)
+            keep = keep & (scaled >= bound)
+        else:
+            keep = keep & _nucleus(kept, jnp.where(keep, row, -jnp.inf), name, plan)
+    return keep
+
+
+def _nucleus(scaled: jax.Array, row: jax.Array, name: str, plan: ResolvedStep) -> jax.Array:
+    """top_p: the most probable tokens until their sum passes p; typical_p: the most typical ones.
+
+    The token that passes the limit is kept; among equals the lowest index comes first.
+    """
+    log_p = scaled - _log_sum_exp(scaled, -1)[..., None]
+    probs = jnp.exp(log_p)
+    if name == "top_p":
+        key, limit = -row, plan.rule.top_p or 1.0
+    else:
+        entropy = -jnp.where(probs > 0, probs * log_p, 0.0).sum(-1, keepdims=True)
+        key = jnp.where(jnp.isfinite(log_p), jnp.abs(-log_p - entropy), jnp.inf)
+        limit = plan.rule.typical_p or 1.0
+    order = jnp.argsort(key, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(probs, order, axis=-1)
+    within = (jnp.cumsum(ranked, axis=-1) - ranked <= limit).at[..., 0].set(True)
+    return jnp.take_along_axis(within, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def select(
+    confidence: jax.Array,
+    eligible: jax.Array,
+    masked_at_start: jax.Array,
+    noise: jax.Array | None,
+    plan: ResolvedStep,
+) -> jax.Array:
+    """Which eligible positions are committed, (B, N) bool."""
+    if plan.commit_all:
+        return eligible
+    if plan.count == "bernoulli":
+        assert noise is not None
+        return eligible & (noise < plan.commit_below)
+    now = eligible.sum(-1, keepdims=True, dtype=jnp.int32)
+    order = jnp.argsort(-jnp.where(eligible, confidence, -jnp.inf), axis=-1, stable=True)
+    falling = jnp.take_along_axis(eligible, order, axis=-1)
+    among = jnp.cumsum(falling, axis=-1, dtype=jnp.int32) - 1
+    rank = jnp.take_along_axis(among, jnp.argsort(order, axis=-1), axis=-1)  # 0 is the surest
+
+    def ranked(index: jax.Array) -> jax.Array:
+        """Confidence of the eligible position of rank `index` (B, 1); -inf where there is none."""
+        here = eligible & (rank == index)
+        return jnp.where(here, confidence, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf)
+
+    if plan.count in ("threshold", "factor"):
+        return eligible & (rank < _confident(confidence, eligible, rank, now, plan))
+    stay = _stay_masked(plan, jnp.asarray(masked_at_start), now[:, 0], eligible.size)[:, None]
+    exact = eligible & (rank < now - stay)
+    if plan.rule.cut == "exact":
+        return exact
+    if plan.rule.cut == "strict":  # rank U - 1 - k is sorted[k]; known positions are +inf above it
+        floor = jnp.where(stay < now, ranked(now - 1 - stay), jnp.inf)
+        commit = eligible & (confidence >= floor)
+    else:
+        commit = eligible & (confidence > ranked(now - stay))
+    return jnp.where(stay == 0, exact, commit)
+
+
+def _stay_masked(
+    plan: ResolvedStep, masked_at_start: jax.Array, now: jax.Array, positions: int
+) -> jax.Array:
+    """counts.next_masked_counts on arrays: how many of each row's positions stay masked, (B,)."""
+    if plan.count == "fraction":
+        # One entry per total of `now`: float32 division is not correctly rounded on every device.
+        mean = np.arange(positions + 1, dtype=np.float32) / np.float32(max(now.shape[0], 1))
+        commit = (mean * np.float32(plan.commit_fraction)).astype(np.int32)
+        return jnp.maximum(now - jnp.asarray(commit)[now.sum()], 0)
+    table = jnp.asarray(plan.table, dtype=jnp.int32)
+    start, limit = masked_at_start.astype(jnp.int32).clip(0, plan.table.size - 1), now
+    if plan.count == "quota":
+        return jnp.maximum(now - table[start], 0)
+    if plan.count_rows == "first":
+        start = jnp.broadcast_to(start[:1], start.shape)
+        limit = jnp.broadcast_to(now[:1], now.shape)
+    target = jnp.broadcast_to(table[-1], now.shape)
+    if plan.count_base != "positions":
+        target = table[start]
+    if plan.keep_one_masked:
+        target = jnp.maximum(1, jnp.minimum(limit - 1, target))
+    return jnp.minimum(target, now)
+
+
+def _confident(
+    confidence: jax.Array,
+    eligible: jax.Array,
+    rank: jax.Array,
+    now: jax.Array,
+    plan: ResolvedStep,
+) -> jax.Array:
+    """How many of the surest positions a threshold or factor rule commits, (B, 1); at least one."""
+    kind = np.dtype(confidence.dtype)
+    if plan.count == "threshold":
+        passing = eligible & (confidence >= np.asarray(plan.rule.threshold, kind))
+        return jnp.maximum(passing.sum(-1, keepdims=True), 1)
+    size = eligible.shape[-1]
+    bound = (1 - plan.rule.factor / (np.arange(size + 1, dtype=np.float64) + 2)).astype(kind)
+    failing = eligible & (rank >= 1) & (confidence < jnp.asarray(bound)[rank])  # the first passes
+    first = jnp.where(failing, rank, now).min(-1, keepdims=True, initial=size)
+    first = jnp.minimum(first, now)
+    # Fast-dLLM's off-by-one: a failure at the last index is committed all the same.
+    return jnp.where((now <= 2) | (first == now - 1), now, first)
+
+
+def _choice_noise(x: StepInputs, plan: ResolvedStep) -> jax.Array | None:
+    """(B, N) Gumbel noise for confidences, or None where this step has no use for it."""
+    rule = plan.rule
+    if plan.choice_temperature == 0 and rule.score != "random" and rule.count != "bernoulli":
+        return None
+    if x.choice_gumbel is not None:
+        return jnp.asarray(x.choice_gumbel)
+    gumbel = philox_jax.gumbel(x.seeds, x.positions, plan.step, philox.STREAM_CHOICE, 1)
+    return gumbel[..., 0]
+
+
+def round_to(values: jax.Array, score_dtype: str, logits_dtype: str) -> jax.Array:
+    """`values` rounded to the score dtype ("logits": that of the logits), in their own dtype."""
+    name = logits_dtype if score_dtype == "logits" else score_dtype
+    if name in ("float32", "float64"):
+        return values if name == "float64" else values.astype(jnp.float32).astype(values.dtype)
+    # XLA may drop a conversion there and back; `reduce_precision` it has to perform, but that
+    # flushes subnormals, which matter in float16 (below 2^-14, in steps of 2^-24).
+    if name == "bfloat16":
+        return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+    normal = jax.lax.reduce_precision(values, exponent_bits=5, mantissa_bits=10)
+    return jnp.where(jnp.abs(values) < 2.0**-14, jnp.round(values * 2.0**24) * 2.0**-24, normal)

@@ -1,0 +1,288 @@
+"""The decode step in plain torch, all rows at once: the unfused baseline, and the fallback.
+
+It reads and writes arrays of the size of the logits a dozen times and works wherever torch does.
+The meaning is that of reference.py; the arithmetic is float32, for rules that score in float64
+float64.  Nothing here waits for the device or depends on a tensor's values in its control flow,
+so that it may be compiled and captured in a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..common import philox, philox_torch
+from .plan import ResolvedStep
+from .spec import StepInputs
+
+LEAF, GROUPS, PER_GROUP = 128, 16, 8
+_FLOAT_MAX = float(np.finfo(np.float32).max)
+
+
+def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    drawn, score, _ = sample_tokens(x, plan, dtype)
+    alive = x.eligible & (drawn >= 0)
+    candidates = torch.where(alive, drawn, x.tokens)
+    noise = _choice_noise(x, plan)
+    if noise is not None and plan.rule.score == "random":
+        score = torch.where(alive, noise.to(score.dtype), -math.inf)
+    elif noise is not None and plan.choice_temperature > 0:
+        score = score + plan.choice_temperature * noise.to(score.dtype)
+    ranked = torch.where(alive & ~score.isnan(), score, -math.inf)
+    commit = select(ranked, x.eligible, x.num_masked_at_start, noise, plan)
+    confidence = torch.where(x.tokens != x.mask_token_id, math.inf, ranked)
+    return torch.where(commit & alive, candidates, x.tokens), candidates, confidence
+
+
+def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(candidate or -1, score, log_z), each (B, N); (-1, -inf, -inf) where not eligible.
+
+    score and log_z are float32, float64 for rules that score in float64.
+    """
+    row = _guided(x, plan)
+    start = _ban(row, x, plan)
+    alive = x.eligible & row.nan_to_num(posinf=-math.inf, neginf=-math.inf).amax(-1).isfinite()
+    row = row.clamp(max=_FLOAT_MAX)  # +inf wins like the largest float
+    filtered = torch.where(keep_mask(row, plan), row, -math.inf) if plan.rule.filters else row
+    token = _draw(filtered, x, plan, dtype)
+    base = filtered if plan.rule.score_filtered else row
+    score, log_z = _score(base, token, plan, dtype)
+    return (
+        torch.where(alive, token + start, -1),
+        torch.where(alive, score, -math.inf),
+        torch.where(alive, log_z, -math.inf),
+    )
+
+
+def _guided(x: StepInputs, plan: ResolvedStep) -> torch.Tensor:
+    """A fresh copy of the rows in the compute dtype, guidance mixed in, NaN as -inf."""
+    compute = torch.float64 if plan.rule.score_dtype == "float64" else torch.float32
+    row = x.logits.to(compute)
+    if x.uncond_logits is not None:
+        uncond = x.uncond_logits.to(compute)
+        row = uncond + x.guidance_scale * (row - uncond)
+    return row.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def _ban(row: torch.Tensor, x: StepInputs, plan: ResolvedStep) -> int:
+    """Write -inf over the banned columns of `row`; returns the id of its first column."""
+    rule = plan.rule
+    start = rule.vocab_slice[0] if rule.vocab_slice else 0
+    for i in rule.banned_ids + ((x.mask_token_id,) if rule.ban_mask_token else ()):
+        if 0 <= i - start < row.shape[-1]:
+            row[..., i - start] = -math.inf
+    return start
+
+
+def _scaled(row: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row - its maximum) / temperature, and that maximum; finite entries never overflow to NaN."""
+    top = row.amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)
+    shifted = row - top
+    return (shifted if temperature == 1 else shifted / temperature), top
+
+
+def _draw(row: torch.Tensor, x: StepInputs, plan: ResolvedStep, dtype: str) -> torch.Tensor:
+    """Candidates (B, N): argmax, Gumbel-max on injected noise, or the hierarchical draw."""
+    temperature = plan.sample_temperature
+    if temperature == 0:
+        if plan.rule.greedy_on == "probs":
+            row = round_to(_scaled(row, 1.0)[0].softmax(-1), plan.rule.score_dtype, dtype)
+        return row.argmax(-1)
+    if x.token_gumbel is not None:
+        noisy = row + temperature * x.token_gumbel.to(row.dtype)
+        return torch.where(row.isfinite() & ~noisy.isnan(), noisy, -math.inf).argmax(-1)
+    scaled = _scaled(row, temperature)[0]
+    leaves = -(-row.shape[-1] // LEAF)
+    scaled = F.pad(scaled, (0, leaves * LEAF - row.shape[-1]), value=-math.inf)
+    tree = scaled.unflatten(-1, (leaves, PER_GROUP, GROUPS))
+
+    def variates(stream: int, size: int) -> torch.Tensor:
+        return philox_torch.gumbel(x.seeds, x.positions, plan.step, stream, size)
+
+    leaf = (tree.logsumexp((-2, -1)) + variates(philox.STREAM_LEAF, leaves)).argmax(-1)
+    inside = tree.take_along_dim(leaf[..., None, None, None], dim=-3).squeeze(-3)
+    inner = variates(philox.STREAM_INNER, GROUPS + PER_GROUP)
+    group = (inside.logsumexp(-2) + inner[..., :GROUPS]).argmax(-1)
+    inside = inside.take_along_dim(group[..., None, None], dim=-1).squeeze(-1)
+    token = (inside + inner[..., GROUPS:]).argmax(-1)
+    return leaf * LEAF + token * GROUPS + group
+
+
+def _score(
+    row: torch.Tensor, token: torch.Tensor, plan: ResolvedStep, dtype: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rule's score of the candidates and log Z, in the compute dtype."""
+    kind = plan.rule.score
+    z, top = _scaled(row, plan.score_temperature)
+    exps = z.exp()
+    total = exps.sum(-1)
+    log_total = total.log()
+    log_z = top.squeeze(-1) / plan.score_temperature + log_total
+
+    def of_token(values: torch.Tensor) -> torch.Tensor:
+        return values.gather(-1, token[..., None]).squeeze(-1)
+
+    if kind == "logit":
+        value = of_token(row)
+    elif kind == "random":
+        value = torch.zeros_like(total)
+    elif kind == "margin":
+        pair = exps.topk(min(2, row.shape[-1]), dim=-1).values / total[..., None]
+        pair = round_to(pair, plan.rule.score_dtype, dtype)
+        value = pair[..., 0] - pair[..., 1] if pair.shape[-1] > 1 else pair[..., 0]
+    elif kind == "neg_entropy":
+        value = torch.where(exps > 0, exps * z, 0.0).sum(-1) / total - log_total
+    elif kind == "log_prob":
+        value = of_token(z) - log_total
+    else:
+        value = (of_token(exps) if kind == "prob" else exps.amax(-1)) / total
+    return round_to(value, plan.rule.score_dtype, dtype), log_z
+
+
+def keep_mask(row: torch.Tensor, plan: ResolvedStep) -> torch.Tensor:
+    """Which tokens survive the rule's filters, applied one after the other."""
+    order, rule = plan.rule.filters, plan.rule
+    temperature = plan.sample_temperature or 1.0
+    keep = row.isfinite()
+    scaled = _scaled(row, 1.0 if "temperature" in order else temperature)[0]
+    for name in order:
+        kept = torch.where(keep, scaled, -math.inf)
+        if name == "temperature":
+            scaled = _scaled(row, temperature)[0]
+        elif name == "top_k":  # on the logits: two of them may not become equal by a division
+            kept = torch.where(keep, row, -math.inf)
+            size = min(int(rule.top_k or 1), row.shape[-1])
+            keep = keep & (row >= kept.topk(size, dim=-1).values[..., -1:])
+        elif name == "min_p":
+            bound = kept.amax(-1, keepdim=True) + math.log(rule.min_p or 1.0)
+            keep = keep & (scaled >= bound)
+        else:
+            keep = keep & _nucleus(kept, torch.where(keep, row, -math.inf), name, plan)
+    return keep
+
+
+def _nucleus(
+    scaled: torch.Tensor, row: torch.Tensor, name: str, plan: ResolvedStep
+) -> torch.Tensor:
+    """top_p: the most probable tokens until their sum passes p; typical_p: the most typical ones.
+
+    The token that passes the limit is kept; among equals the lowest index comes first.
+    """
+    probs = scaled.softmax(-1)
+    if name == "top_p":
+        key, limit = -row, plan.rule.top_p or 1.0
+    else:
+        log_p = scaled - scaled.logsumexp(-1, keepdim=True)
+        entropy = -torch.where(probs > 0, probs * log_p, 0.0).sum(-1, keepdim=True)
+        key = torch.where(log_p.isfinite(), (-log_p - entropy).abs(), math.inf)
+        limit = plan.rule.typical_p or 1.0
+    order = key.sort(dim=-1, stable=True).indices
+    ranked = probs.gather(-1, order)
+    within = ranked.cumsum(-1) - ranked <= limit
+    within[..., :1] = True
+    return torch.zeros_like(within).scatter(-1, order, within)
+
+
+def select(
+    confidence: torch.Tensor,
+    eligible: torch.Tensor,
+    masked_at_start: torch.Tensor,
+    noise: torch.Tensor | None,
+    plan: ResolvedStep,
+) -> torch.Tensor:
+    """Which eligible positions are committed, (B, N) bool."""
+    if plan.commit_all:
+        return eligible
+    if plan.count == "bernoulli":
+        assert noise is not None
+        return eligible & (noise < plan.commit_below)
+    now = eligible.sum(-1, keepdim=True)
+    falling = torch.where(eligible, confidence, -math.inf).sort(
+        dim=-1, descending=True, stable=True
+    )
+    among = eligible.gather(-1, falling.indices).cumsum(-1) - 1
+    rank = torch.zeros_like(among).scatter(-1, falling.indices, among)  # 0 is the surest
+
+    def ranked(index: torch.Tensor) -> torch.Tensor:
+        """Confidence of the eligible position of rank `index` (B, 1); -inf where there is none."""
+        here = eligible & (rank == index)
+        found = torch.where(here, confidence, -math.inf)
+        return found.amax(-1, keepdim=True) if found.shape[-1] else found.sum(-1, keepdim=True)
+
+    if plan.count in ("threshold", "factor"):
+        return eligible & (rank < _confident(confidence, eligible, rank, now, plan))
+    stay = _stay_masked(plan, masked_at_start, now.squeeze(-1))[:, None]
+    exact = eligible & (rank < now - stay)
+    if plan.rule.cut == "exact":
+        return exact
+    if plan.rule.cut == "strict":  # rank U - 1 - k is sorted[k]; known positions are +inf above it
+        floor = torch.where(stay < now, ranked(now - 1 - stay), math.inf)
+        commit = eligible & (confidence >= floor)
+    else:
+        commit = eligible & (confidence > ranked(now - stay))
+    return torch.where(stay == 0, exact, commit)
+
+
+def _stay_masked(
+    plan: ResolvedStep, masked_at_start: torch.Tensor, now: torch.Tensor
+) -> torch.Tensor:
+    """counts.next_masked_counts on tensors: how many of each row's positions stay masked, (B,)."""
+    if plan.count == "fraction":
+        # Through float64, so that each of the two float32 operations is rounded correctly.
+        mean = (now.sum().double() / max(now.shape[0], 1)).float()
+        commit = (mean.double() * float(np.float32(plan.commit_fraction))).float()
+        return (now - commit.to(torch.int64)).clamp(min=0)
+    size = plan.table.size - 1
+    table = torch.as_tensor(plan.table, dtype=torch.int64, device=now.device)
+    start, limit = masked_at_start.to(torch.int64).clamp(0, size), now
+    if plan.count == "quota":
+        return (now - table[start]).clamp(min=0)
+    if plan.count_rows == "first":
+        start, limit = start[:1].expand_as(start), now[:1].expand_as(now)
+    target = table[-1:].expand_as(now) if plan.count_base == "positions" else table[start]
+    if plan.keep_one_masked:
+        target = target.minimum(limit - 1).clamp(min=1)
+    return target.minimum(now)
+
+
+def _confident(
+    confidence: torch.Tensor,
+    eligible: torch.Tensor,
+    rank: torch.Tensor,
+    now: torch.Tensor,
+    plan: ResolvedStep,
+) -> torch.Tensor:
+    """How many of the surest positions a threshold or factor rule commits, (B, 1); at least one."""
+    if plan.count == "threshold":
+        bound = torch.full((), plan.rule.threshold, dtype=confidence.dtype, device=rank.device)
+        return (eligible & (confidence >= bound)).sum(-1, keepdim=True).clamp(min=1)
+    bound = (1 - plan.rule.factor / (rank.double() + 2)).to(confidence.dtype)
+    failing = eligible & (rank >= 1) & (confidence < bound)  # the first always passes
+    first = torch.where(failing, rank, now)
+    first = first.amin(-1, keepdim=True) if first.shape[-1] else now
+    # Fast-dLLM's off-by-one: a failure at the last index is committed all the same.
+    return torch.where((now <= 2) | (first == now - 1), now, first)
+
+
+def _choice_noise(x: StepInputs, plan: ResolvedStep) -> torch.Tensor | None:
+    """(B, N) Gumbel noise for confidences, or None where this step has no use for it."""
+    rule = plan.rule
+    if plan.choice_temperature == 0 and rule.score != "random" and rule.count != "bernoulli":
+        return None
+    if x.choice_gumbel is not None:
+        return torch.as_tensor(x.choice_gumbel)
+    gumbel = philox_torch.gumbel(x.seeds, x.positions, plan.step, philox.STREAM_CHOICE, 1)
+    return gumbel.squeeze(-1)
+
+
+def round_to(values: torch.Tensor, score_dtype: str, logits_dtype: str) -> torch.Tensor:
+    """`values` rounded to the score dtype ("logits": that of the logits), in their own dtype."""
+    name = logits_dtype if score_dtype == "logits" else score_dtype
+    rounded: torch.Tensor = values.to(getattr(torch, name)).to(values.dtype)
+    return rounded

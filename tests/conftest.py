@@ -1,0 +1,48 @@
+"""Shared fixtures: which backends run here, as arrays of which kind, and poisoned memory."""
+
+import numpy as np
+import pytest
+
+import maskgit
+
+BACKENDS = [name for name, reason in maskgit.available_backends().items() if reason is None]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also run the slow tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all"):
+        return
+    skip = pytest.mark.skip(reason="slow: run with --all (make test-all)")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch):
+    for name in ("MASKGIT_BACKEND", "MASKGIT_CHECK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """np.empty gives NaN or the most negative integer, so that a missed store shows."""
+    empty = np.empty
+
+    def poisoned(*args, **kwargs):
+        array = empty(*args, **kwargs)
+        if array.dtype.kind == "f":
+            array.fill(np.nan)
+        elif array.dtype.kind == "i":
+            array.fill(np.iinfo(array.dtype).min)
+        return array
+
+    monkeypatch.setattr(np, "empty", poisoned)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param

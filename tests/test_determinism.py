@@ -1,0 +1,118 @@
+"""A token depends on its own sequence's seed, position, step and logits, and on nothing else."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import maskgit
+from maskgit import StepRule
+
+torch = pytest.importorskip("torch")
+cpp = pytest.importorskip("maskgit._C", reason="the C++ extension was not built")
+
+
+def inputs(batch=7, length=33, vocab=517, seed=0):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (batch, length, vocab)).astype(np.float32)
+    tokens = np.where(
+        rng.random((batch, length)) < 0.7, vocab, rng.integers(0, vocab, (batch, length))
+    )
+    return logits, tokens, rng.integers(0, 2**62, batch)
+
+
+def step(logits, tokens, seeds, rule="maskgit", **changes):
+    options = {"mask_token_id": logits.shape[2], "step": 2, "num_steps": 8, **changes}
+    return maskgit.decode_step(logits, tokens, rule=rule, seeds=seeds, **options)
+
+
+def same(a, b):
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True))
+
+
+def test_shuffled_split_and_alone(backend):
+    logits, tokens, seeds = inputs()
+    whole = step(logits, tokens, seeds, backend=backend)
+    order = np.random.default_rng(1).permutation(len(seeds))
+    shuffled = step(logits[order], tokens[order], seeds[order], backend=backend)
+    assert same([x[order] for x in whole], shuffled)
+    for rows in (slice(0, 3), slice(3, 7), slice(4, 5)):
+        part = step(logits[rows], tokens[rows], seeds[rows], backend=backend)
+        assert same([x[rows] for x in whole], part)
+
+
+def test_threads(monkeypatch):
+    logits, tokens, seeds = inputs(vocab=5003)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(step(logits, tokens, seeds, backend="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+
+
+def test_a_forked_child_can_use_the_core():
+    import multiprocessing
+
+    logits, tokens, seeds = inputs(vocab=5003)
+    here = step(logits, tokens, seeds, backend="cpp")
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        there = pool.apply(step, (logits, tokens, seeds), {"backend": "cpp"})
+    assert same(here, there)
+
+
+def test_rows_gathered_from_anywhere(backend):
+    logits, _, seeds = inputs()
+    rule = dataclasses.replace(StepRule.preset("maskgit"), choice_temperature=0.0)
+    whole = maskgit.sample_tokens(logits, rule=rule, seeds=seeds, step=4, backend=backend)
+    rows = [(0, 5), (6, 32), (3, 0)]
+    gathered = maskgit.sample_tokens(
+        np.stack([logits[b, n] for b, n in rows]),
+        rule=rule,
+        seeds=np.array([seeds[b] for b, _ in rows]),
+        positions=np.array([n for _, n in rows]),
+        step=4,
+        backend=backend,
+    )
+    for i, (b, n) in enumerate(rows):
+        assert all(np.array_equal(x[b, n], y[i]) for x, y in zip(whole, gathered, strict=True))
+
+
+@pytest.mark.parametrize("isa", cpp.supported_implementations())
+@pytest.mark.parametrize("vocab", [1, 17, 128, 1000, 2048, 2049, 4999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_instruction_set_agrees_with_the_reference(isa, vocab, dtype):
+    rng = np.random.default_rng(vocab)
+    logits = torch.from_numpy(rng.normal(0, 3, (2, 9, vocab)).astype(np.float32)).to(dtype)
+    tokens = torch.full((2, 9), vocab)
+    seeds = torch.tensor([3, 4])
+    options = {"mask_token_id": vocab, "step": 1, "num_steps": 4, "seeds": seeds}
+    try:
+        cpp.set_implementation(isa)
+        got = maskgit.decode_step(logits, tokens, rule="maskgit", backend="cpp", **options)
+    finally:
+        cpp.set_implementation("")
+    want = maskgit.decode_step(logits, tokens, rule="maskgit", backend="reference", **options)
+    assert torch.equal(got.candidate_tokens, want.candidate_tokens)
+    torch.testing.assert_close(got.confidence, want.confidence, rtol=1e-5, atol=2e-5)
+    assert torch.equal(got.next_tokens, want.next_tokens)
+
+
+def test_instruction_set_by_environment(monkeypatch):
+    import subprocess
+    import sys
+
+    code = "from maskgit import _C; print(_C.active_implementation())"
+    for isa in cpp.supported_implementations():
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"MASKGIT_CPU_ISA": isa, "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == isa

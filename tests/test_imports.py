@@ -1,0 +1,76 @@
+"""What importing costs: NumPy alone, in a fresh process that has nothing else."""
+
+import subprocess
+import sys
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run(code, blocked=("torch", "jax", "jaxlib", "triton", "scipy", "sklearn", "PIL", "typer")):
+    text = BLOCKED.format(blocked=set(blocked)) + code
+    return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+
+
+def test_import_and_use_with_numpy_alone():
+    done = run("""
+import numpy as np, maskgit
+logits = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
+tokens = np.full((2, 5), 7)
+result = maskgit.generate(lambda t: logits, tokens, rule="maskgit", mask_token_id=7, num_steps=3,
+                          seeds=[1, 2], backend="reference")
+assert ((0 <= result.tokens) & (result.tokens < 7)).all()
+assert "not installed" in maskgit.available_backends()["torch"]
+assert not {"torch", "jax", "triton"} & set(sys.modules)
+print("ok")
+""")
+    assert done.stdout == "ok\n", done.stderr
+
+
+def test_numpy_arrays_do_not_import_torch_or_jax():
+    done = run(
+        """
+import numpy as np, maskgit
+maskgit.sample_tokens(np.zeros((1, 2, 5), np.float32), rule="llada")
+assert not {"torch", "jax", "triton"} & set(sys.modules)
+print("ok")
+""",
+        blocked=(),
+    )
+    assert done.stdout == "ok\n", done.stderr
+
+
+def test_without_the_extension_auto_falls_back_and_says_so():
+    done = run(
+        """
+sys.modules["maskgit._C"] = None
+import numpy as np, maskgit
+maskgit.sample_tokens(np.zeros((1, 2, 5), np.float32), rule="llada")
+from maskgit.env_report import collect
+print(collect()["backends"]["cpp"]["reason"])
+try:
+    maskgit.sample_tokens(np.zeros((1, 2, 5), np.float32), rule="llada", backend="cpp")
+except ValueError as error:
+    print(error)
+"""
+    )
+    first, second = done.stdout.splitlines()
+    assert "was not built" in first
+    assert second.startswith("backend: 'cpp' cannot run")
+
+
+def test_every_op_folder_is_mapped_in_setup():
+    from pathlib import Path
+
+    root = Path(__file__).parent.parent
+    text = (root / "setup.py").read_text()
+    folders = {p.name for p in (root / "kernels").iterdir() if p.is_dir() and p.name[0] not in "._"}
+    assert folders
+    for name in folders:
+        assert f'"maskgit.kernels.{name}": "kernels/{name}"' in text

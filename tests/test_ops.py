@@ -1,0 +1,152 @@
+"""The torch.library ops: schema and fakes by opcheck, no graph break, clear errors."""
+
+import numpy as np
+import pytest
+
+import maskgit
+from maskgit import StepNoise, StepRule
+
+torch = pytest.importorskip("torch")
+
+
+def example(batch=2, length=6, vocab=19, dtype=torch.float32):
+    torch.manual_seed(0)
+    logits = torch.randn(batch, length, vocab, dtype=dtype)
+    tokens = torch.full((batch, length), vocab)
+    tokens[0, 1] = 3
+    return logits, tokens, torch.arange(batch)
+
+
+@pytest.mark.parametrize("rule", ["maskgit", "llada-fp64", "dream-entropy"])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_opcheck(rule, backend):
+    from maskgit.kernels.decode_step.ops import decode_step_op, sample_tokens_op
+
+    logits, tokens, seeds = example()
+    encoded = StepRule.preset(rule).encoded
+    torch.library.opcheck(
+        decode_step_op,
+        (
+            logits,
+            tokens,
+            encoded,
+            19,
+            1,
+            4,
+            None,
+            seeds,
+            None,
+            None,
+            None,
+            None,
+            None,
+            backend,
+            False,
+        ),
+    )
+    torch.library.opcheck(sample_tokens_op, (logits, encoded, seeds, None, 0, None, backend, False))
+
+
+def test_compiles_without_a_graph_break():
+    rule = StepRule.preset("maskgit")
+
+    def one_step(logits, tokens, seeds):
+        return maskgit.decode_step(
+            logits * 2, tokens, rule=rule, mask_token_id=19, step=1, num_steps=4, seeds=seeds
+        )
+
+    def stats(logits, seeds):
+        return maskgit.sample_tokens(logits, rule=rule, seeds=seeds)
+
+    logits, tokens, seeds = example()
+    compiled = torch.compile(one_step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (2, 5):
+        logits, tokens, seeds = example(batch)
+        for a, b in zip(
+            compiled(logits, tokens, seeds), one_step(logits, tokens, seeds), strict=True
+        ):
+            assert torch.equal(a, b)
+    compiled = torch.compile(stats, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(logits, seeds), stats(logits, seeds), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inputs_that_require_grad_raise():
+    logits, tokens, seeds = example()
+    logits.requires_grad_()
+    with pytest.raises(ValueError, match="logits: decoding has no gradient"):
+        maskgit.decode_step(
+            logits, tokens, rule="maskgit", mask_token_id=19, step=0, num_steps=2, seeds=seeds
+        )
+
+
+def test_results_are_like_the_inputs(backend):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits, tokens, seeds = example(dtype=dtype)
+        tokens = tokens.to(torch.int32)
+        out = maskgit.decode_step(
+            logits, tokens, rule="maskgit", mask_token_id=19, step=0, num_steps=2, seeds=seeds,
+            backend=backend,
+        )  # fmt: skip
+        assert all(isinstance(x, torch.Tensor) for x in out)
+        assert out.next_tokens.dtype == out.candidate_tokens.dtype == torch.int32
+        assert out.confidence.dtype == torch.float32
+
+
+def test_numpy_torch_and_jax_give_the_same(backend):
+    jax = pytest.importorskip("jax")
+    logits, tokens, seeds = example()
+    forms = [
+        (logits, tokens, seeds),
+        (logits.numpy(), tokens.numpy(), seeds.numpy()),
+        (jax.numpy.asarray(logits.numpy()), jax.numpy.asarray(tokens.numpy()), seeds.numpy()),
+    ]
+    results = [
+        maskgit.decode_step(
+            a, b, rule="maskgit", mask_token_id=19, step=0, num_steps=2, seeds=s, backend=backend
+        )
+        for a, b, s in forms
+    ]
+    assert isinstance(results[1].next_tokens, np.ndarray)
+    assert isinstance(results[2].next_tokens, jax.Array)
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            assert np.array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_jit_in_jax_gives_the_same():
+    jax = pytest.importorskip("jax")
+    logits, tokens, seeds = (jax.numpy.asarray(x.numpy()) for x in example())
+
+    def one_step(logits, tokens, seeds):
+        return maskgit.decode_step(
+            logits, tokens, rule="maskgit", mask_token_id=19, step=1, num_steps=4, seeds=seeds
+        )
+
+    eager, jitted = one_step(logits, tokens, seeds), jax.jit(one_step)(logits, tokens, seeds)
+    assert np.array_equal(eager.next_tokens, jitted.next_tokens)
+    assert np.array_equal(eager.candidate_tokens, jitted.candidate_tokens)
+    np.testing.assert_allclose(eager.confidence, jitted.confidence, rtol=1e-6)
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert maskgit.decode_step(
+        logits, tokens, rule="maskgit", mask_token_id=19, step=1, num_steps=4, seeds=keys
+    ).next_tokens.shape == (2, 6)
+
+
+def test_device_mix_names_the_argument():
+    logits, tokens, seeds = example()
+    with pytest.raises(TypeError, match="tokens: expected a torch array like logits, got ndarray"):
+        maskgit.decode_step(
+            logits, tokens.numpy(), rule="llada", mask_token_id=19,
+            step=0, num_steps=2,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="tokens: expected on device cpu like logits, got meta"):
+        maskgit.decode_step(
+            logits, tokens.to("meta"), rule="llada", mask_token_id=19, step=0, num_steps=2
+        )
+    noise = StepNoise(token_gumbel=torch.zeros(2, 6, 19, device="meta"))
+    with pytest.raises(ValueError, match=r"noise.token_gumbel: expected on device cpu"):
+        maskgit.decode_step(
+            logits, tokens, rule="amused", mask_token_id=19, step=0, num_steps=2, seeds=seeds,
+            noise=noise,
+        )  # fmt: skip
