@@ -22,15 +22,24 @@ CASES = [
     ({"logits": [[1.0]]}, "logits: expected a torch, jax or NumPy array, got list"),
     ({"logits": np.zeros((3, 5), np.float32)}, r"logits: expected shape \(B, N, V\)"),
     ({"logits": np.zeros((2, 3, 0), np.float32)}, r"logits: expected shape .* got \(2, 3, 0\)"),
-    ({"logits": np.zeros((2, 3, 5))}, "logits: expected dtype float16, bfloat16, float32, got float64"),
+    (
+        {"logits": np.zeros((2, 3, 5))},
+        "logits: expected dtype float16, bfloat16, float32, got float64",
+    ),
     ({"logits": np.zeros((2, 3, 5), np.int64)}, "logits: expected dtype .* got int64"),
     ({"tokens": np.full((2, 4), 5)}, r"tokens: expected shape \(2, 3\), got \(2, 4\)"),
     ({"tokens": np.full((2, 3), 5.0)}, "tokens: expected integers, got dtype float64"),
     ({"tokens": [[5] * 3] * 2}, "tokens: expected a numpy array like logits, got list"),
-    ({"tokens": np.full((2, 3), 6)}, r"tokens: expected ids in \[0, 6\) or the mask token 5, got 6"),
+    (
+        {"tokens": np.full((2, 3), 6)},
+        r"tokens: expected ids in \[0, 6\) or the mask token 5, got 6",
+    ),
     ({"tokens": np.full((2, 3), -2)}, "tokens: expected ids .* got -2"),
     ({"mask_token_id": 2.5}, "mask_token_id: expected an integer, got 2.5"),
-    ({"mask_token_id": 300, "tokens": np.zeros((2, 3), np.int8)}, "tokens: expected a dtype that holds"),
+    (
+        {"mask_token_id": 300, "tokens": np.zeros((2, 3), np.int8)},
+        "tokens: expected a dtype that holds",
+    ),
     ({"step": 2}, r"step: expected an integer in \[0, 2\), got 2"),
     ({"step": -1}, r"step: expected an integer in \[0, 2\), got -1"),
     ({"num_steps": 0}, "num_steps: expected an integer >= 1, got 0"),
@@ -39,7 +48,10 @@ CASES = [
     ({"seeds": np.array([1, 2, 3])}, r"seeds: expected shape \(2,\) or \(2, 2\), got \(3,\)"),
     ({"seeds": np.array([1.0, 2.0])}, "seeds: expected integers, got dtype float64"),
     ({"seeds": ["a", "b"]}, "seeds: expected .* integers"),
-    ({"num_masked_at_start": 4}, "num_masked_at_start: expected counts between 0 and the 3 positions, got 4"),
+    (
+        {"num_masked_at_start": 4},
+        "num_masked_at_start: expected counts between 0 and the 3 positions, got 4",
+    ),
     ({"num_masked_at_start": np.array([-1, 0])}, "num_masked_at_start: .* got -1"),
     ({"num_masked_at_start": np.array([1])}, r"num_masked_at_start: expected shape \(2,\)"),
     ({"noise": np.zeros(3)}, "noise: expected a StepNoise"),
@@ -47,13 +59,19 @@ CASES = [
     ({"noise": StepNoise(None, np.zeros((2, 3), int))}, "noise.choice_gumbel: expected floating"),
     ({"guidance_scale": 2.0}, "uncond_logits: expected together with"),
     ({"uncond_logits": GOOD["logits"]}, "guidance_scale: expected together with"),
-    ({"uncond_logits": GOOD["logits"], "guidance_scale": np.nan}, "guidance_scale: expected a finite"),
+    (
+        {"uncond_logits": GOOD["logits"], "guidance_scale": np.nan},
+        "guidance_scale: expected a finite",
+    ),
     ({"uncond_logits": GOOD["logits"][:1], "guidance_scale": 1.0}, "uncond_logits: expected shape"),
     ({"eligible": np.ones((2, 3))}, "eligible: expected dtype bool, got float64"),
     ({"eligible": np.ones((3, 2), bool)}, r"eligible: expected shape \(2, 3\)"),
     ({"rule": "masgit"}, "rule: expected a StepRule or one of maskgit, amused"),
     ({"rule": 3}, "rule: expected a StepRule or a preset name, got int"),
-    ({"backend": "cuda"}, "backend: expected auto, triton, pallas, cpp, torch, jax, reference, got 'cuda'"),
+    (
+        {"backend": "cuda"},
+        "backend: expected auto, triton, pallas, cpp, torch, jax, reference, got 'cuda'",
+    ),
     ({"backend": "triton"}, "backend: 'triton' cannot run: .*; available: .*reference"),
     ({"rule": dataclasses.replace(StepRule.preset("maskgit"), vocab_slice=(0, 6))}, "vocab_slice"),
 ]
@@ -73,7 +91,10 @@ def test_the_good_arguments_are_good():
     ("change", "message"),
     [
         ({"schedule": "cosin"}, "schedule: expected one of linear, cosine"),
-        ({"sample_temperature": -1.0}, "sample_temperature: expected a finite number >= 0, got -1.0"),
+        (
+            {"sample_temperature": -1.0},
+            "sample_temperature: expected a finite number >= 0, got -1.0",
+        ),
         ({"choice_temperature": float("nan")}, "choice_temperature: expected a finite"),
         ({"score_temperature": 0.0}, "score_temperature: expected None or a finite number > 0"),
         ({"cut": "sharp"}, "cut: expected one of strict, inclusive, exact, got 'sharp'"),
@@ -87,7 +108,10 @@ def test_the_good_arguments_are_good():
         ({"vocab_slice": (5, 5)}, "vocab_slice: expected None or"),
         ({"banned_ids": (-1,)}, "banned_ids: expected integers >= 0"),
         ({"time_eps": 0.0}, r"time_eps: expected a number in \(0, 1\)"),
-        ({"greedy_on": "probs", "score_temperature": 0.5}, "score_temperature: expected None or 1.0"),
+        (
+            {"greedy_on": "probs", "score_temperature": 0.5},
+            "score_temperature: expected None or 1.0",
+        ),
     ],
 )
 def test_rules(change, message):

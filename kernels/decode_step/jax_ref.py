@@ -184,6 +184,7 @@ def _nucleus(scaled: jax.Array, row: jax.Array, name: str, plan: ResolvedStep) -
         entropy = -jnp.where(probs > 0, probs * log_p, 0.0).sum(-1, keepdims=True)
         key = jnp.where(jnp.isfinite(log_p), jnp.abs(-log_p - entropy), jnp.inf)
         limit = plan.rule.typical_p or 1.0
+    limit = limit if limit < 1 else math.inf  # a float32 sum may pass 1 before the end
     order = jnp.argsort(key, axis=-1, stable=True)
     ranked = jnp.take_along_axis(probs, order, axis=-1)
     within = (jnp.cumsum(ranked, axis=-1) - ranked <= limit).at[..., 0].set(True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -147,7 +147,7 @@ def _call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: st
     return getattr(backend_module(chosen), name)(x, plan, dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _jitted(name: str) -> Any:
     """The jax backend's function as one compiled program per plan, dtype and shapes."""
     import jax

@@ -182,6 +182,7 @@ def _nucleus(
         entropy = -torch.where(probs > 0, probs * log_p, 0.0).sum(-1, keepdim=True)
         key = torch.where(log_p.isfinite(), (-log_p - entropy).abs(), math.inf)
         limit = plan.rule.typical_p or 1.0
+    limit = limit if limit < 1 else math.inf  # a float32 sum may pass 1 before the end
     order = key.sort(dim=-1, stable=True).indices
     ranked = probs.gather(-1, order)
     within = ranked.cumsum(-1) - ranked <= limit

@@ -1,0 +1,195 @@
+"""Checkpoints: safetensors files whose metadata says what they hold. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from maskgit.config import ConfigError, PresetConfig, from_dict, to_dict
+from maskgit.files import atomic_write
+from maskgit.model import MaskGitTransformer
+from maskgit.tokenizer import Tokenizer
+
+FORMAT = "maskgit-checkpoint"
+FORMAT_VERSION = "1"
+WEIGHTS = "weights"
+TRAINING_ONLY = ("tokenizer.quantizer.ema_count", "tokenizer.quantizer.ema_sum")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or does not hold what was asked for."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds: its kind, tensors by name, configuration and free-form facts."""
+
+    kind: str
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A tokenizer and a transformer ready to use, in eval mode, float32."""
+
+    config: PresetConfig
+    tokenizer: Tokenizer
+    transformer: MaskGitTransformer
+    info: dict[str, Any]
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and bytes of the tensors, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    kind: str,
+    config: Mapping[str, Any],
+    info: Mapping[str, Any],
+) -> Path:
+    """Write tensors with metadata to a safetensors file, atomically. `info` must be JSON-able."""
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "config": json.dumps(dict(config)),
+        "info": json.dumps(dict(info)),
+        "sha256": tensors_digest(flat),
+    }
+    return atomic_write(path, save(flat, metadata), "checkpoint")
+
+
+def load_checkpoint(path: str | Path, *, kind: str) -> Checkpoint:
+    """Read a file written by `save_checkpoint`, checking its format, its digest and its values.
+
+    Raises CheckpointError saying what is wrong: absent, not safetensors, truncated, another kind of
+    file, altered tensors, or a value that is not finite.
+    """
+    path = Path(path)
+    tensors, metadata = _read(path)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a maskgit checkpoint (its metadata does not say so)")
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version!r}; this release reads version {FORMAT_VERSION!r}"
+        )
+    if metadata.get("kind") != kind:
+        raise CheckpointError(f"{path}: expected a {kind!r} file, got {metadata.get('kind')!r}")
+    if metadata.get("sha256") != tensors_digest(tensors):
+        raise CheckpointError(f"{path}: the tensors do not match the file's own SHA-256")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: tensor {name!r} has values that are not finite")
+    return Checkpoint(kind, tensors, _json(path, metadata, "config"), _json(path, metadata, "info"))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: expected a safetensors file, got a directory")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _json(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(metadata[key])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: metadata {key!r} is missing or not JSON") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: metadata {key!r}: expected an object, got {value!r}")
+    return value
+
+
+def check_tensors(path: str | Path, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `got` has the names and shapes of `want`, and float values where
+    `want` is floating-point (other dtypes must be equal). `want` may live on the meta device."""
+    missing, extra = sorted(set(want) - set(got)), sorted(set(got) - set(want))
+    if missing:
+        raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+    if extra:
+        raise CheckpointError(f"{path}: unexpected tensor {extra[0]!r} ({len(extra)} in all)")
+    for name, tensor in want.items():
+        if got[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path}: tensor {name!r}: expected shape {tuple(tensor.shape)}, "
+                f"got {tuple(got[name].shape)}"
+            )
+        same = got[name].dtype == tensor.dtype
+        if not same and not (got[name].is_floating_point() and tensor.is_floating_point()):
+            raise CheckpointError(
+                f"{path}: tensor {name!r}: expected {tensor.dtype}, got {got[name].dtype}"
+            )
+
+
+def save_weights(
+    path: str | Path,
+    config: PresetConfig,
+    tokenizer: nn.Module,
+    transformer: nn.Module,
+    *,
+    info: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write both models for inference (without what only training needs) as `dtype`."""
+    tensors = {f"tokenizer.{k}": v for k, v in tokenizer.state_dict().items()}
+    tensors.update({f"transformer.{k}": v for k, v in transformer.state_dict().items()})
+    kept = {k: v.to(dtype) for k, v in tensors.items() if k not in TRAINING_ONLY}
+    return save_checkpoint(path, kept, kind=WEIGHTS, config=to_dict(config), info=info)
+
+
+def load_weights(path: str | Path) -> Weights:
+    """Read a file written by `save_weights` and build both models from the configuration in it.
+
+    Raises CheckpointError, naming the tensor or field, when anything does not fit.
+    """
+    checkpoint = load_checkpoint(path, kind=WEIGHTS)
+    try:
+        config = from_dict(PresetConfig, checkpoint.config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: bad configuration: {error}") from error
+    with torch.device("meta"):
+        tokenizer, transformer = Tokenizer(config.tokenizer), MaskGitTransformer(config.transformer)
+    want = {f"tokenizer.{k}": v for k, v in tokenizer.state_dict().items()}
+    want.update({f"transformer.{k}": v for k, v in transformer.state_dict().items()})
+    check_tensors(path, checkpoint.tensors, _without(want, TRAINING_ONLY))
+    tensors = {name: tensor.float() for name, tensor in checkpoint.tensors.items()}
+    for name in TRAINING_ONLY:
+        tensors[name] = torch.zeros(want[name].shape)
+    for prefix, module in (("tokenizer.", tokenizer), ("transformer.", transformer)):
+        part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        module.load_state_dict(part, assign=True)
+        module.eval().requires_grad_(False)
+    return Weights(config, tokenizer, transformer, checkpoint.info)
+
+
+def _without(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    dropped = set(names)
+    return {name: tensor for name, tensor in tensors.items() if name not in dropped}

@@ -1,0 +1,201 @@
+"""The `maskgit` command."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from maskgit import cli_common as common
+from maskgit.cli_edit import edit
+from maskgit.cli_train import evaluate, train_app
+
+app = typer.Typer(
+    name="maskgit",
+    help="Masked-token generation: sample, edit, train, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(train_app, name="train")
+app.command("edit")(edit)
+app.command("evaluate")(evaluate)
+
+STRIP_COLUMNS = 12
+PASS_THROUGH = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+
+
+@app.command()
+@common.user_errors
+def generate(
+    out: common.OutOption = Path("digits.png"),
+    classes: Annotated[str, typer.Option(help='Such as "0-9" or "3,5".')] = "0-9",
+    per_class: Annotated[
+        int, typer.Option(parser=common.whole, metavar="N", help="Images of each class.")
+    ] = 8,
+    steps: Annotated[
+        int | None,
+        typer.Option(parser=common.whole, metavar="N", help="Decode steps. [default: 8]"),
+    ] = None,
+    strip: Annotated[
+        Path | None, typer.Option(help="PNG of one image per class, refined step by step.")
+    ] = None,
+    seed: common.SeedOption = 0,
+    rule: common.RuleOption = None,
+    backend: common.BackendOption = "auto",
+    choice_temperature: common.ChoiceOption = None,
+    sample_temperature: common.SampleOption = None,
+    guidance: common.GuidanceOption = None,
+    weights: common.WeightsOption = "digits",
+    as_json: common.JsonOption = False,
+) -> None:
+    """Generate images by class and write them as one labelled PNG grid."""
+    common.check_range("--per-class", per_class, 1, 1000)
+    common.check_sampling(rule, backend, choice_temperature, sample_temperature, guidance, seed)
+    common.check_out("--out", out)
+    common.check_out("--strip", strip)
+    from maskgit.pipeline import load
+
+    pipeline = load(weights)
+    common.check_range("--steps", steps, 1, pipeline.weights.config.transformer.num_tokens)
+    wanted = common.parse_classes(classes, pipeline.num_classes)
+    started = time.perf_counter()
+    result = pipeline.generate_tokens(
+        [c for c in wanted for _ in range(per_class)],
+        num_steps=steps,
+        seeds=seed,
+        rule=rule,
+        choice_temperature=choice_temperature,
+        sample_temperature=sample_temperature,
+        guidance_scale=guidance,
+        backend=backend,
+        record=strip is not None,
+        progress=not as_json,
+    )
+    seconds = time.perf_counter() - started
+    written = [_write_grid(pipeline, result.tokens, wanted, per_class, out)]
+    if strip is not None:
+        written.append(_write_strip(pipeline, result, wanted, per_class, strip))
+    if as_json:
+        common.print_json(
+            {
+                "files": [str(path) for path in written],
+                "classes": wanted,
+                "per_class": per_class,
+                "steps": steps or pipeline.config.num_steps,
+                "seed": seed,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    common.log.print(f"{len(result.tokens)} images in {seconds:.2f} s")
+    for path in written:
+        typer.echo(path)
+
+
+def _write_grid(pipeline: Any, tokens: Any, classes: list[int], per_class: int, out: Path) -> Path:
+    from maskgit import images
+
+    pixels = pipeline.decode(tokens)[:, 0].numpy()
+    rows = [list(pixels[i * per_class : (i + 1) * per_class]) for i in range(len(classes))]
+    return images.save_png(images.grid(rows, row_labels=[str(c) for c in classes]), out)
+
+
+def _write_strip(pipeline: Any, result: Any, classes: list[int], per_class: int, out: Path) -> Path:
+    """One row per class: all masked, then each step's kept tokens, then the final image."""
+    import numpy as np
+
+    from maskgit import images
+
+    rows = list(range(0, len(classes) * per_class, per_class))
+    candidates, kept = result.trajectory.candidate_tokens, result.trajectory.next_tokens
+    steps, grid = len(kept), pipeline.weights.config.tokenizer.grid_size
+    shown = _spread(steps - 1, STRIP_COLUMNS - 2)
+    tiles: list[list[Any]] = []
+    masks: list[list[Any]] = []
+    for row in rows:
+        final = pipeline.decode(result.tokens[row : row + 1])[0, 0].numpy()
+        hidden = [np.ones((grid, grid), dtype=bool)]
+        hidden += [
+            (kept[t][row] == pipeline.mask_token_id).numpy().reshape(grid, grid) for t in shown
+        ]
+        pixels = [pipeline.decode(candidates[t][row : row + 1])[0, 0].numpy() for t in shown]
+        tiles.append([final, *pixels, final])
+        masks.append([*hidden, None])
+    picture = images.grid(
+        tiles,
+        masked=masks,
+        row_labels=[str(c) for c in classes],
+        column_labels=["start", *(str(t + 1) for t in shown), str(steps)],
+        scale=10,
+    )
+    return images.save_png(picture, out)
+
+
+def _spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of 0 .. count - 1, evenly spread."""
+    if count <= limit:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (limit - 1)) for i in range(limit)})
+
+
+@app.command()
+@common.user_errors
+def env(as_json: common.JsonOption = False) -> None:
+    """Say which versions, devices and backends are here, and why others are not."""
+    from maskgit.env_report import collect
+
+    report = collect()
+    if as_json:
+        common.print_json(report)
+        return
+    table = Table(show_header=False, box=None)
+    for key, text in _flatten(report):
+        table.add_row(key, text)
+    Console(highlight=False).print(table)
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested dicts as (dotted key, text); {available, reason} becomes one line."""
+    if not isinstance(value, dict) or not value:
+        text = (
+            ", ".join(map(str, value))
+            if isinstance(value, list)
+            else str("none" if value in (None, {}) else value)
+        )
+        return [(prefix, text)]
+    if set(value) == {"available", "reason"}:
+        return [(prefix, "yes" if value["available"] else f"no: {value['reason']}")]
+    rows: list[tuple[str, str]] = []
+    for key, inner in value.items():
+        rows += _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return rows
+
+
+@app.command(context_settings=PASS_THROUGH)
+def bench(context: typer.Context) -> None:
+    """Measure kernels: `maskgit bench --help` lists what."""
+    try:
+        from maskgit.benchmarks.cli import app as bench_app
+    except ImportError as error:
+        typer.echo(f"Error: the benchmarks are not available here ({error})", err=True)
+        raise typer.Exit(1) from error
+    typer.main.get_command(bench_app).main(args=context.args, prog_name="maskgit bench")
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app(prog_name="maskgit")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def check_writable(path: str | Path, what: str = "output path") -> Path:
+    """Raise OSError, naming `what`, when a file cannot be written at `path`; return it as a Path.
+
+    Called before long work, so that a mistyped folder is not found out at the end.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{what}: expected a file name, got the directory {path}")
+    folder = path.parent
+    if not folder.exists():
+        raise FileNotFoundError(f"{what}: the folder {folder} does not exist")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{what}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{what}: the folder {folder} is not writable")
+    return path
+
+
+def atomic_write(path: str | Path, data: bytes, what: str = "output path") -> Path:
+    """Write bytes to a temporary file in the same folder, then rename it onto `path`.
+
+    A reader sees the old file or the new one, never a part. Raises OSError as `check_writable`.
+    """
+    path = check_writable(path, what)
+    descriptor, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+    )
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

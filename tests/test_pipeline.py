@@ -1,0 +1,152 @@
+"""The shipped weights through the pipeline: quality, determinism, arguments."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskgit import metrics
+from maskgit.checkpoint import CheckpointError
+from maskgit.digits import Digits, load_split
+from maskgit.pipeline import WEIGHTS_DIR, Pipeline, load
+
+PER_CLASS = 30
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def judge() -> metrics.Judge:
+    return metrics.Judge()
+
+
+@pytest.fixture(scope="module")
+def eight(pipeline: Pipeline) -> Digits:
+    return generated(pipeline, 8)
+
+
+def generated(pipeline: Pipeline, steps: int) -> Digits:
+    labels = np.arange(10).repeat(PER_CLASS)
+    return Digits(pipeline.generate(labels, num_steps=steps, seeds=1).numpy(), labels)
+
+
+def test_eight_steps_are_good_and_one_is_clearly_worse(
+    pipeline: Pipeline, judge: metrics.Judge, eight: Digits
+) -> None:
+    good, bad = judge.score("8", eight), judge.score("1", generated(pipeline, 1))
+    assert judge.test_accuracy >= 0.95
+    assert good.accuracy >= 0.95
+    assert bad.accuracy <= good.accuracy - 0.05
+    assert bad.frechet >= 2 * good.frechet
+    assert bad.precision <= good.precision - 0.2
+
+
+def test_default_steps_are_eight(pipeline: Pipeline) -> None:
+    assert pipeline.config.num_steps == 8
+    assert torch.equal(
+        pipeline.generate([3], seeds=5), pipeline.generate([3], num_steps=8, seeds=5)
+    )
+
+
+def test_generated_digits_are_not_copies(eight: Digits) -> None:
+    images = eight.images.reshape(-1, 64)
+    train = load_split()[0].images.reshape(-1, 64)
+    nearest = ((images[:, None] - train[None]) ** 2).mean(-1).min(1)
+    assert float(np.median(nearest)) > 0.005
+    assert len(np.unique(images.round(3), axis=0)) == len(images)
+
+
+def test_tokenizer_reconstructs_held_out_digits(pipeline: Pipeline, judge: metrics.Judge) -> None:
+    _, test = load_split()
+    tokens = pipeline.encode(test.images)
+    images = pipeline.decode(tokens)
+    assert tokens.shape == (len(test.labels), 64)
+    assert float((images - torch.from_numpy(test.images)).square().mean().sqrt()) < 0.03
+    read = judge.accuracy(Digits(images.numpy(), test.labels))
+    assert read >= judge.test_accuracy - 0.01
+    used = tokens.flatten().bincount(minlength=pipeline.weights.config.tokenizer.codebook_size)
+    assert int((used > 0).sum()) >= 12
+
+
+def test_same_seed_same_image_and_other_seed_another(pipeline: Pipeline) -> None:
+    first, again, other = (pipeline.generate([4, 4], seeds=s) for s in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_image_depends_on_its_own_seed_not_on_the_batch(pipeline: Pipeline) -> None:
+    seeds = torch.arange(6) + 100
+    whole = pipeline.generate_tokens([0, 1, 2, 3, 4, 5], seeds=seeds).tokens
+    alone = torch.cat(
+        [pipeline.generate_tokens([c], seeds=seeds[c : c + 1]).tokens for c in range(6)]
+    )
+    # the matrix products may round differently, so leave room for a near tie
+    assert float((whole == alone).all(1).double().mean()) >= 0.8
+
+
+def test_known_tokens_stay(pipeline: Pipeline) -> None:
+    tokens = pipeline.encode(load_split()[1].images[:4])
+    start = tokens.clone()
+    start[:, ::2] = pipeline.mask_token_id
+    result = pipeline.fill(start, [0, 1, 2, 3], seeds=0)
+    assert torch.equal(result.tokens[:, 1::2], tokens[:, 1::2])
+    assert int(result.tokens.max()) < pipeline.weights.config.tokenizer.codebook_size
+
+
+def test_recorded_trajectory_unmasks_step_by_step(pipeline: Pipeline) -> None:
+    result = pipeline.generate_tokens([0, 1], num_steps=8, seeds=0, record=True)
+    kept = torch.stack(result.trajectory.next_tokens)
+    assert tuple(kept.shape) == (8, 2, 64)
+    masked = (kept == pipeline.mask_token_id).sum(-1)
+    assert bool((masked[1:] < masked[:-1]).all())
+    assert torch.equal(result.trajectory.candidate_tokens[-1], result.tokens)
+
+
+def test_guidance_changes_the_images(pipeline: Pipeline) -> None:
+    images = [pipeline.generate([8], seeds=2, guidance_scale=s) for s in (1.0, 4.0)]
+    assert not torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"classes": [10]}, r"classes: expected 0\.\.9, got 10"),
+        ({"classes": [-1]}, r"classes: expected 0\.\.9, got -1"),
+        ({"classes": [[1]]}, r"classes: expected shape \(B,\)"),
+        ({"num_steps": 0}, "num_steps: expected at least 1, got 0"),
+        ({"choice_temperature": -1.0}, "choice_temperature: expected a number of at least 0"),
+        ({"sample_temperature": float("nan")}, "sample_temperature: expected a number"),
+        ({"guidance_scale": -2.0}, "guidance_scale: expected at least 0"),
+        ({"seeds": -1}, "seed: expected 0"),
+        ({"seeds": [1, 2]}, r"seeds: expected shape \(1,\)"),
+        ({"rule": "nonsense"}, "nonsense"),
+        ({"backend": "nonsense"}, "nonsense"),
+    ],
+)
+def test_bad_settings_are_named(pipeline: Pipeline, settings: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        pipeline.generate(**{"classes": [1], **settings})
+
+
+def test_empty_batch(pipeline: Pipeline) -> None:
+    assert tuple(pipeline.generate([]).shape) == (0, 1, 8, 8)
+
+
+def test_load_names_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="'maskgit-paper' ships without weights"):
+        load("maskgit-paper")
+    with pytest.raises(CheckpointError, match="nothing: no such file"):
+        load(tmp_path / "nothing")
+
+
+def test_shipped_weights_say_where_they_come_from(pipeline: Pipeline) -> None:
+    info = pipeline.weights.info
+    assert info["command"].startswith("maskgit train digits --seed 0")
+    assert info["seed"] == 0
+    assert "scikit-learn" in info["data"]
+    assert (WEIGHTS_DIR / "digits.safetensors").stat().st_size <= 4 * 2**20
