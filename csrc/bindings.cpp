@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "dispatch.h"
+#include "thread_pool.h"
 
 namespace py = pybind11;
 using maskgit::StepParams;
@@ -90,5 +91,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample_tokens", &maskgit::sample_tokens, py::call_guard<py::gil_scoped_release>());
   m.def("supported_implementations", &maskgit::supported_implementations);
   m.def("active_implementation", &maskgit::active_implementation);
+  m.def("use_openmp", &maskgit::use_openmp, py::arg("gomp_parallel"));
   m.def("set_implementation", &maskgit::set_implementation, py::arg("name"));
 }

@@ -36,6 +36,7 @@ static double sum_exp(const Row& r, int n, float top, float scale, double* tz) {
   int i = 0;
   if (!tz) {
     for (; i + 4 * W <= n; i += 4 * W) {
+      prefetch_ahead(r, i, 4 * W);
       z0 += exp2_clamped((load(r.x + i) - m) * s);
       z1 += exp2_clamped((load(r.x + i + W) - m) * s);
       z2 += exp2_clamped((load(r.x + i + 2 * W) - m) * s);
@@ -75,22 +76,33 @@ static double sum_exp_double(const Row& r, int n, float top, double scale, doubl
 static double sum_leaves(Row& r, int64_t c, int n, float top, float scale) {
   constexpr int vectors = kGroups / W;
   const vf s = splat(scale * kLog2e), m = splat(top);
-  for (int leaf = 0; leaf < kLeaves; ++leaf) {
-    float* out = r.leaf_sum + c * kLeaves + leaf;
-    *out = 0.f;
-    if (leaf * kLeaf >= n) continue;
-    const float* x = r.x + leaf * kLeaf;
-    vf sum[vectors] = {};
-    for (int j = 0; j < kPerGroup; ++j)
-      for (int g = 0; g < vectors; ++g) sum[g] += exp2_clamped((load(x + j * kGroups + g * W) - m) * s);
-    if (r.p->vocab <= kChunk)
-      for (int g = 0; g < vectors; ++g) store(r.group_sum + leaf * kGroups + g * W, sum[g]);
-    for (int width = vectors / 2; width > 0; width /= 2)
-      for (int g = 0; g < width; ++g) sum[g] += sum[g + width];
-    *out = hsum(sum[0]);
+  const bool keeps_groups = r.p->vocab <= kChunk;
+  float* out = r.leaf_sum + c * kLeaves;
+  const int leaves = round_up(n, kLeaf) / kLeaf;
+  vf total = {}, sums[8];
+  for (int first = 0; first < kLeaves; first += 8) {
+    for (int k = 0; k < 8; ++k) {
+      const int leaf = first + k;
+      vf sum[vectors] = {};
+      if (leaf < leaves) {
+        const float* x = r.x + leaf * kLeaf;
+        prefetch_ahead(r, leaf * kLeaf, kLeaf);
+        for (int j = 0; j < kPerGroup; ++j)
+          for (int g = 0; g < vectors; ++g) sum[g] += exp2_clamped((load(x + j * kGroups + g * W) - m) * s);
+        if (keeps_groups)
+          for (int g = 0; g < vectors; ++g) store(r.group_sum + leaf * kGroups + g * W, sum[g]);
+        for (int width = vectors / 2; width > 0; width /= 2)
+          for (int g = 0; g < width; ++g) sum[g] += sum[g + width];
+      }
+      sums[k] = sum[0];
+    }
+    hsum8(sums, out + first);
+    if (first + 8 >= leaves) {
+      for (int k = first + 8; k < kLeaves; ++k) out[k] = 0.f;
+      break;
+    }
   }
-  vf total = {};
-  for (int leaf = 0; leaf < kLeaves; leaf += W) total += load(r.leaf_sum + c * kLeaves + leaf);
+  for (int leaf = 0; leaf < kLeaves; leaf += W) total += load(out + leaf);
   return hsum(total);
 }
 
@@ -237,7 +249,7 @@ static double score_of(const StepParams& p, const Stats& s, float logit) {
   const double z = s.z;
   const double scale = 1.0 / p.score_temperature, shift = (double(logit) - s.top) * scale;
   switch (p.score) {
-    case kProb: return (shift == 0 ? 1.0 : __builtin_exp(shift)) / z;
+    case kProb: return (shift == 0 ? 1.0 : scalar_exp(shift)) / z;
     case kLogProb: return shift - __builtin_log(z);
     case kTop1Prob: return 1.0 / z;
     case kMargin: {
@@ -334,6 +346,12 @@ static void choice_noise(const StepParams& p, const int64_t* rows, int64_t begin
   }
 }
 
+// A kilobyte of a row of the next stage or batch, to keep memory busy while variates are made.
+constexpr int kPrefetch = 1024;
+static inline void prefetch_bytes(const char* from) {
+  for (int b = 0; b < kPrefetch; b += 64) __builtin_prefetch(from + b);
+}
+
 // Rows of one chunk go through each stage a batch at a time, so that their latencies overlap.
 static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, int64_t end) {
   const int64_t chunks = num_chunks(p.vocab), size = p.dtype == kFloat32 ? 4 : 2;
@@ -344,6 +362,8 @@ static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, 
   alignas(64) float buffer[kChunk], group_sum[kBatch][kLeaves * kGroups], waits[kBatch][kMaxWaits];
   Row row[kBatch] = {};
   Scored scored[kBatch];
+  for (auto& w : waits)
+    for (float& x : w) x = 1.f;  // lanes past the variates are read, and must not be NaN
   for (int i = 0; i < batch; ++i) {
     Row& r = row[i];
     r.p = &p;
@@ -372,6 +392,7 @@ static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, 
       r.loaded = -1;
       if (!mode.racing) continue;
       r.source = {p.seeds[2 * b], p.seeds[2 * b + 1], p.positions[rows[first + i]]};
+      if (batch > 1) prefetch_bytes(r.logits);
       draw_waits(p, r.source, waits[i]);
     }
     for (int i = 0; i < count; ++i) begin_row(row[i], mode, scored[i]);
@@ -381,6 +402,7 @@ static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, 
       for (int i = 0; i < count; ++i)
         if (scored[i].alive) {
           Scored& s = scored[i];
+          if (batch > 1) prefetch_bytes(row[i].logits + batch * p.logits.n * size + kPrefetch);
           s.token = race_tokens(row[i], s.keep, s.leaf, s.drawn.top, mode.scale, &s.logit);
         }
     }

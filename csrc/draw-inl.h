@@ -9,7 +9,7 @@ namespace MASKGIT_ISA {
 constexpr uint32_t kStreamLeaf = 0, kStreamInner = 1, kStreamChoice = 2;
 constexpr int kInnerBlocks = (kGroups + kPerGroup) / 2;
 constexpr int kBatch = 8;  // rows whose variates are drawn together: their latencies overlap
-constexpr int kMaxWaits = 2 * (kLeaves / 2 + kInnerBlocks + W);
+constexpr int kMaxWaits = 2 * (kLeaves / 2 + kInnerBlocks + W) + 16;
 
 static inline vu iota(uint32_t from) {
   vu x;
@@ -107,14 +107,13 @@ static int64_t race_tokens(Row& r, const Conditions& keep, int64_t leaf, float r
   }
   for (int g = 0; g < kGroups; g += W) store(keys + g, load(sums + g) / load(inner + g));
   const int group = first_largest(keys);
-  alignas(64) float value[kGroups], wait[kGroups];
-  for (int j = 0; j < kGroups; ++j) {
-    const float logit_at = j < kPerGroup ? x[j * kGroups + group] : kNegInf;
-    value[j] = logit_at > kNegInf ? logit_at : kNegInf;  // NaN too
-    wait[j] = j < kPerGroup ? inner[kGroups + j] : 1.f;
+  alignas(64) float value[kGroups];
+  for (int j = 0; j < kGroups; j += W) store(value + j, splat(kNegInf));
+  for (int j = 0; j < kPerGroup; ++j) value[j] = x[j * kGroups + group];
+  for (int j = 0; j < kGroups; j += W) {
+    vf z = (vmax(load(value + j), splat(kNegInf)) - splat(top)) * splat(scale);  // NaN is -inf too
+    store(keys + j, z - vlog(load(inner + kGroups + j)));
   }
-  for (int j = 0; j < kGroups; j += W)
-    store(keys + j, (load(value + j) - splat(top)) * splat(scale) - vlog(load(wait + j)));
   const int token = first_largest(keys);
   *logit = value[token];
   return begin + token * kGroups + group;

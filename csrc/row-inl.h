@@ -30,6 +30,7 @@ struct Row {
   float* buffer;     // (kChunk)
   const float* x;    // the loaded chunk, padded with -inf to whole leaves: the logits or the buffer
   int64_t loaded;    // its first index; -1 where it was loaded under other conditions
+  const char* ahead; // what will be read next: the chunk after this one, or the row after this one
   // per chunk: maximum, sum of exp, sum of t exp(t); per leaf: sum of exp; per group, where one
   // chunk is the whole row: sum of exp
   float* chunk_max;
@@ -124,6 +125,7 @@ static float load_chunk(Row& r, int64_t begin, int n, const Conditions& keep) {
   const StepParams& p = *r.p;
   const bool plain = p.num_banned == 0 && keep.n == 0;
   r.loaded = begin;
+  r.ahead = r.logits + (begin + n) * p.logits.v * (p.dtype == kFloat32 ? 4 : 2);
   if (plain && p.dtype == kFloat32 && !r.uncond && p.logits.v == 1 && n % kLeaf == 0) {
     r.x = reinterpret_cast<const float*>(r.logits) + begin;
     float top = max_in_place(r.x, n);
@@ -142,6 +144,13 @@ static float load_chunk(Row& r, int64_t begin, int n, const Conditions& keep) {
     top = r.buffer[i] > top ? r.buffer[i] : top;
   }
   return top;
+}
+
+// Fetches the part of the next chunk that corresponds to `count` logits from the i-th on, while the
+// exponentials of this one keep the core busy; without it memory idles for as long.
+static inline void prefetch_ahead(const Row& r, int i, int count) {
+  const int size = r.p->dtype == kFloat32 ? 4 : 2;
+  for (int b = 0; b < count * size; b += 64) __builtin_prefetch(r.ahead + i * size + b);
 }
 
 static inline int span_at(const Row& r, int64_t begin, int most) {

@@ -62,6 +62,24 @@ static inline float hsum(vf x) {
   return lanes[0];
 #endif
 }
+// out[k] = sum of the lanes of x[k], k < 8.
+static inline void hsum8(const vf* x, float* out) {
+#if defined(__AVX512F__)
+  auto pairs = [](__m512 a, __m512 b) {  // per quarter: a0 + a1, a2 + a3, b0 + b1, b2 + b3
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
+  };
+  auto quarters = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  };
+  __m512 low = pairs(pairs((__m512)x[0], (__m512)x[1]), pairs((__m512)x[2], (__m512)x[3]));
+  __m512 high = pairs(pairs((__m512)x[4], (__m512)x[5]), pairs((__m512)x[6], (__m512)x[7]));
+  __m512 halves = quarters(low, high), sums = quarters(halves, halves);
+  _mm256_storeu_ps(out, _mm512_castps512_ps256(sums));
+#else
+  for (int k = 0; k < 8; ++k) out[k] = hsum(x[k]);
+#endif
+}
+
 static inline float hmax(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
@@ -234,6 +252,8 @@ static inline vd exp_double(vd t) {
   for (double c : inverse_factorials) p = p * f + c;
   return (vd)((vl)p + (n << 52));
 }
+
+static inline double scalar_exp(double t) { return exp_double(t + vd{})[0]; }  // t <= 0
 
 // Two 16-bit formats, to float32 by bits.
 static inline vf widen(vh x, bool is_bfloat16) {

@@ -81,10 +81,19 @@ class Pool {
   std::condition_variable wake_, done_;
 };
 
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+GompParallel gomp_parallel = nullptr;
+pid_t gomp_owner = 0;  // its threads do not survive a fork
+
 std::mutex pool_mutex;
 Pool* pool = nullptr;  // never freed: its workers sleep until the process ends
 
 }  // namespace
+
+void use_openmp(uintptr_t address) {
+  gomp_parallel = reinterpret_cast<GompParallel>(address);
+  gomp_owner = getpid();
+}
 
 void parallel_for(int64_t count, int64_t grain, int threads,
                   const std::function<void(int64_t, int64_t)>& body) {
@@ -92,6 +101,11 @@ void parallel_for(int64_t count, int64_t grain, int threads,
   if (threads <= 1 || count <= grain) return body(0, count);
   Job job;
   job.body = &body, job.count = count, job.grain = grain;
+  if (gomp_parallel && gomp_owner == getpid()) {
+    gomp_parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, threads, 0);
+    if (job.failure) std::rethrow_exception(job.failure);
+    return;
+  }
   std::unique_lock<std::mutex> lock(pool_mutex, std::try_to_lock);
   if (!lock.owns_lock()) {  // another thread uses the pool: work alone
     job.work();

@@ -5,9 +5,11 @@ Works on NumPy views of whatever host arrays came in; logits of any stride, neve
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,11 +60,28 @@ def num_threads() -> int:
     """Threads to use: torch's number where torch is loaded, MASKGIT_NUM_THREADS, all CPUs."""
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_num_threads"):
+        _share_threads_with_torch()
         return int(torch.get_num_threads())
     setting = os.environ.get("MASKGIT_NUM_THREADS", "")
     if setting.isdigit() and int(setting) > 0:
         return int(setting)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@lru_cache(maxsize=1)
+def _share_threads_with_torch() -> None:
+    """Let the core run on the threads of the OpenMP runtime that torch brought, where it is found."""
+    from maskgit import _C
+
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return
+    names = ("libgomp", "libiomp5", "libomp")
+    paths = [line.split()[-1] for line in maps if any(name in line for name in names)]
+    for path in sorted(set(paths), key=lambda p: "torch" not in p)[:1]:
+        function = ctypes.CDLL(path).GOMP_parallel
+        _C.use_openmp(ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
 def _uses_choice_noise(plan: ResolvedStep) -> bool:
