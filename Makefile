@@ -17,7 +17,7 @@ $(STAMP): $(SOURCES)
 
 demo: setup
 	$(BIN)/maskgit generate --classes 0-9 --per-class 8 --steps 8 --seed 0 --out demo.png --strip demo_steps.png
-	$(BIN)/maskgit bench decode-step --shape 64x126464 --shape 16384x1024 --dtype float32 --mode greedy --mode draw --backend cpp --rounds 5
+	$(BIN)/maskgit bench decode-step --shape 64x126464 --dtype float32 --mode greedy draw --backend cpp --samples 3 --seconds 1 --no-memory
 
 test: setup lint types
 	$(BIN)/python -m pytest

@@ -57,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
   MASKGIT_NUMBER(vocab);
   MASKGIT_NUMBER(dtype);
   MASKGIT_NUMBER(guidance_scale);
+  MASKGIT_NUMBER(noise_is_double);
   MASKGIT_NUMBER(draw_choice_noise);
   MASKGIT_NUMBER(num_banned);
   MASKGIT_NUMBER(mask_token_id);

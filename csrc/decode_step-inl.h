@@ -115,8 +115,8 @@ struct Stats {
   float top = kNegInf, second = kNegInf;
   int64_t top_chunk = 0;
   double leaf_z = 0, z = 0, tz = 0;  // relative to top
-  float noisy = kNegInf;
-  int64_t noisy_at = 0;
+  double noisy = kNegInf;
+  int64_t noisy_at = -1;  // where no noise is finite or +inf
 };
 
 static inline void top_two(const Row& r, int n, float* first, float* second) {
@@ -127,20 +127,14 @@ static inline void top_two(const Row& r, int n, float* first, float* second) {
   }
 }
 
-// argmax of x + scale * noise, for noise that the caller injects.
-static void race_with_noise(Row& r, int64_t begin, int n, float scale, Stats& out) {
-  alignas(64) float noisy[kChunk];
-  const float* g = r.noise + begin * r.p->token_gumbel.v;
-  float best = kNegInf;
+// argmax of x + scale * noise in float64, for noise that the caller injects.
+template <class Noise>
+static void race_with_noise(const Row& r, int64_t begin, int n, double scale, Stats& out) {
+  const Noise* g = static_cast<const Noise*>(r.noise) + begin * r.p->token_gumbel.v;
   for (int i = 0; i < n; ++i) {
-    float y = r.x[i] + scale * g[i * r.p->token_gumbel.v];
-    noisy[i] = r.x[i] > kNegInf && y == y ? y : kNegInf;
-    best = noisy[i] > best ? noisy[i] : best;
+    const double y = double(r.x[i]) + scale * double(g[i * r.p->token_gumbel.v]);
+    if (r.x[i] > kNegInf && y > out.noisy) out.noisy = y, out.noisy_at = begin + i;
   }
-  if (!(best > out.noisy)) return;
-  int i = 0;
-  while (noisy[i] != best) ++i;
-  out.noisy = best, out.noisy_at = begin + i;
 }
 
 // One walk over the row.
@@ -155,7 +149,8 @@ static Stats walk(Row& r, const Conditions& keep, const Wanted& want) {
     r.chunk_max[c] = top;
     r.chunk_z[c] = r.chunk_tz[c] = 0;
     if (top > out.top) out.top = top, out.top_chunk = c;
-    if (want.noise) race_with_noise(r, c * kChunk, n, float(want.noise_scale), out);
+    if (want.noise && r.p->noise_is_double) race_with_noise<double>(r, c * kChunk, n, want.noise_scale, out);
+    else if (want.noise) race_with_noise<float>(r, c * kChunk, n, want.noise_scale, out);
     const bool empty = top == kNegInf;
     if (want.leaves) {
       if (empty)
@@ -319,10 +314,11 @@ static void begin_row(Row& r, const Mode& m, Scored& s) {
   }
   s.logit = s.drawn.top;
   if (m.racing) return;
-  s.token = m.drawing            ? s.drawn.noisy_at
+  const bool noisy = m.drawing && s.drawn.noisy_at >= 0;
+  s.token = noisy                ? s.drawn.noisy_at
             : p.greedy_on_probs ? argmax_of_probs(r, s.keep, s.drawn, s.drawn.z)
                                 : argmax(r, s.keep, s.drawn);
-  if (!m.drawing && !p.greedy_on_probs) return;
+  if (!noisy && !p.greedy_on_probs) return;
   load_chunk(r, s.token, 1, everything);
   s.logit = r.x[0];
 }
@@ -388,7 +384,7 @@ static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, 
       const int64_t n = rows[first + i] - base;
       r.logits = at(p.logits, b, n, size);
       r.uncond = at(p.uncond, b, n, size);
-      r.noise = reinterpret_cast<const float*>(at(p.token_gumbel, b, n, 4));
+      r.noise = at(p.token_gumbel, b, n, p.noise_is_double ? 8 : 4);
       r.loaded = -1;
       if (!mode.racing) continue;
       r.source = {p.seeds[2 * b], p.seeds[2 * b + 1], p.positions[rows[first + i]]};

@@ -19,7 +19,8 @@ struct Strided {  // a (B, N, V) array; strides in elements
 struct StepParams {
   int64_t batch = 0, length = 0, vocab = 0;
   int dtype = kFloat32;
-  Strided logits, uncond, token_gumbel;  // token_gumbel: float32
+  Strided logits, uncond, token_gumbel;
+  int noise_is_double = 0;  // token_gumbel is float64, else float32
   double guidance_scale = 1.0;
 
   const int64_t* tokens = nullptr;          // (B, N) contiguous, as all below

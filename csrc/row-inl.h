@@ -25,7 +25,7 @@ struct Source {  // key words and position of a row's variates
 struct Row {
   const StepParams* p;
   const char *logits, *uncond;
-  const float* noise;
+  const void* noise;
   Source source;
   float* buffer;     // (kChunk)
   const float* x;    // the loaded chunk, padded with -inf to whole leaves: the logits or the buffer

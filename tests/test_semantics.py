@@ -200,6 +200,16 @@ def test_guidance_slices_bans_and_strides(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_noise_without_a_usable_value_falls_back_to_argmax(backend):
+    logits = np.array([[[0.0, 3.0, 1.0]] * 3], np.float32)
+    gumbel = np.array([[[np.nan] * 3, [-np.inf] * 3, [-np.inf, np.nan, 0.0]]], np.float32)
+    out = maskgit.sample_tokens(
+        logits, rule="maskgit", noise=StepNoise(token_gumbel=gumbel), backend=backend
+    )
+    assert np.asarray(out.candidate_tokens).tolist() == [[1, 1, 2]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_are_not_eligible_are_left_alone(backend):
     rng = np.random.default_rng(6)
     logits = rng.normal(size=(2, 8, 11)).astype(np.float32)

@@ -50,7 +50,7 @@ def philox4x32(
 
 
 def seed_words(seeds: npt.NDArray[Any]) -> tuple[Words, Words]:
-    """Key words of 64-bit seeds (...,) of any integer dtype, or of (..., 2) uint32 words."""
+    """Key words, low and high, of 64-bit seeds of any integer dtype and shape."""
     bits = seeds.astype(np.uint64) if seeds.dtype.kind == "u" else seeds.astype(np.int64)
     bits = bits.view(np.uint64)
     return bits & _MASK, bits >> np.uint64(32)

@@ -58,7 +58,7 @@ def gamma(
     valeoai/Maskgit-pytorch.
     """
     check_schedule(schedule)
-    dt = np.dtype(dtype)
+    dt: np.dtype[Any] = np.dtype(dtype)
     r = np.asarray(ratio, dtype=dt)
     if not bool(np.all((r >= 0) & (r <= 1))):
         raise ValueError(f"ratio: expected values in [0, 1], got {ratio!r}")
@@ -85,12 +85,12 @@ def gamma(
 
 def masked_count_table(rule: StepRule, step: int, num_steps: int, size: int) -> npt.NDArray[Any]:
     """num_masked_next before clamping, for every count base 0..size: int32 (size + 1,)."""
-    dt = np.dtype(rule.count_dtype)
+    dt: np.dtype[Any] = np.dtype(rule.count_dtype)
     base = np.arange(size + 1, dtype=dt)
     ratio = dt.type(step + 1) / dt.type(num_steps)
     product = base * gamma(np.minimum(ratio, 1), rule.schedule, base, dt)
     rounded = {"floor": np.floor, "round": np.rint, "ceil": np.ceil}[rule.count_rounding](product)
-    return rounded.astype(np.int32)
+    return np.asarray(rounded, dtype=np.int32)
 
 
 def quota_table(step: int, num_steps: int, size: int) -> npt.NDArray[np.int32]:
@@ -103,8 +103,15 @@ def time_step_fraction(step: int, num_steps: int, time_eps: float) -> float:
     """Share 1 - s/t of the masked positions that Dream commits; its times run 1 -> time_eps."""
     if step == num_steps - 1:
         return 1.0
-    times = np.linspace(1.0, time_eps, num_steps + 1, dtype=np.float64).astype(np.float32)
-    return float(np.float32(1) - times[step + 1] / times[step])
+    start, end, half = np.float32(1), np.float32(time_eps), (num_steps + 1) // 2
+    delta = (end - start) / np.float32(num_steps)
+
+    def time(i: int) -> np.float32:  # torch.linspace in float32 counts from the nearer end
+        return (
+            start + delta * np.float32(i) if i < half else end - delta * np.float32(num_steps - i)
+        )
+
+    return float(np.float32(1) - time(step + 1) / time(step))
 
 
 def next_masked_counts(
@@ -120,10 +127,10 @@ def next_masked_counts(
         return np.zeros_like(now)
     if plan.count == "fraction":
         mean = np.float32(now.sum()) / np.float32(now.size)
-        return np.maximum(now - int(mean * np.float32(plan.commit_fraction)), 0)
+        return np.asarray(np.maximum(now - int(mean * np.float32(plan.commit_fraction)), 0))
     start = np.asarray(masked_at_start, dtype=np.int64)
     if plan.count == "quota":
-        return np.maximum(now - plan.table[start], 0)
+        return np.asarray(np.maximum(now - plan.table[start], 0))
     limit = now
     if plan.count_rows == "first":
         start, limit = np.full_like(start, start[0]), np.full_like(now, now[0])
@@ -131,7 +138,7 @@ def next_masked_counts(
     target = plan.table[base].astype(np.int64)
     if plan.keep_one_masked:
         target = np.maximum(1, np.minimum(limit - 1, target))
-    return np.minimum(target, now)
+    return np.asarray(np.minimum(target, now))
 
 
 def plan_masked_counts(

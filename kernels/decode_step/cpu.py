@@ -125,7 +125,8 @@ def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, lis
         p.guidance_scale = x.guidance_scale
         keep.append(uncond)
     if x.token_gumbel is not None:
-        noise, p.token_gumbel = _strided(x.token_gumbel.astype(np.float32, copy=False))
+        noise, p.token_gumbel = _strided(x.token_gumbel)
+        p.noise_is_double = noise.dtype == np.float64
         keep.append(noise)
     if x.seeds is not None:
         seeds = np.ascontiguousarray(x.seeds, dtype=np.uint32)

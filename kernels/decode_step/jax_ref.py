@@ -103,7 +103,9 @@ def _draw(row: jax.Array, x: StepInputs, plan: ResolvedStep, dtype: str) -> jax.
         return row.argmax(-1)
     if x.token_gumbel is not None:
         noisy = row + temperature * jnp.asarray(x.token_gumbel).astype(row.dtype)
-        return jnp.where(jnp.isfinite(row) & ~jnp.isnan(noisy), noisy, -jnp.inf).argmax(-1)
+        keys = jnp.where(jnp.isfinite(row) & ~jnp.isnan(noisy), noisy, -jnp.inf)
+        none = jnp.isneginf(keys).all(-1, keepdims=True)
+        return jnp.where(none, row, keys).argmax(-1)
     scaled = _scaled(row, temperature)[0]
     leaves = -(-row.shape[-1] // LEAF)
     after = leaves * LEAF - row.shape[-1]

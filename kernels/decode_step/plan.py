@@ -57,7 +57,8 @@ def _temperature(value: float, kind: str, step: int, num_steps: int) -> float:
 
 def check_num_steps(num_steps: object) -> None:
     """ValueError unless `num_steps` is an integer of at least 1."""
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+    whole = isinstance(num_steps, (int, np.integer)) and not isinstance(num_steps, bool)
+    if not whole or num_steps < 1:  # type: ignore[operator]
         raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
 
 
@@ -69,8 +70,9 @@ def resolve(rule: StepRule, step: int, num_steps: int, size: int) -> ResolvedSte
         ValueError: num_steps < 1 or step outside [0, num_steps).
     """
     check_num_steps(num_steps)
-    if not isinstance(step, int) or not 0 <= step < num_steps:
+    if not isinstance(step, (int, np.integer)) or not 0 <= step < num_steps:
         raise ValueError(f"step: expected an integer in [0, {num_steps}), got {step!r}")
+    step, num_steps = int(step), int(num_steps)
     last = step == num_steps - 1
     fraction = time_step_fraction(step, num_steps, rule.time_eps)
     table = np.zeros(0, np.int32)

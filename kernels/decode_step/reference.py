@@ -36,7 +36,8 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     if plan.rule.score == "random":
         score = np.where(alive, noise, -np.inf)
     elif plan.choice_temperature > 0:
-        score = score + plan.choice_temperature * noise
+        with np.errstate(invalid="ignore"):
+            score = score + plan.choice_temperature * noise
     kind = np.float64 if plan.rule.score_dtype == "float64" else np.float32
     score = score.astype(kind)
     ranked = np.where(alive & ~np.isnan(score), score, -np.inf).astype(kind)
@@ -79,7 +80,7 @@ def guided(x: StepInputs, b: int, n: int) -> F64:
             uncond = x.uncond_logits[b, n].astype(np.float64)
             row = uncond + x.guidance_scale * (row - uncond)
     row[np.isnan(row)] = -np.inf
-    return row
+    return np.asarray(row, dtype=np.float64)
 
 
 def draw(
@@ -93,7 +94,8 @@ def draw(
         return int(np.argmax(row))
     if noise is not None:
         perturbed = np.where(np.isfinite(row), row + temperature * noise, -np.inf)
-        return int(np.argmax(np.where(np.isnan(perturbed), -np.inf, perturbed)))
+        perturbed = np.where(np.isnan(perturbed), -np.inf, perturbed)
+        return int(np.argmax(row if np.isneginf(perturbed).all() else perturbed))
     leaves = -(-row.size // LEAF)
     scaled = np.full(leaves * LEAF, -np.inf)
     scaled[: row.size] = (row - row.max()) / temperature
@@ -157,6 +159,8 @@ def _nucleus(scaled: F64, name: str, plan: ResolvedStep) -> npt.NDArray[np.bool_
 
     The token that passes the limit is kept; among equals the lowest index comes first.
     """
+    if getattr(plan.rule, name) == 1:
+        return np.asarray(np.isfinite(scaled))
     probs = softmax(scaled)
     if name == "top_p":
         order, limit = np.argsort(-scaled, kind="stable"), plan.rule.top_p or 1.0

@@ -96,7 +96,9 @@ def _draw(row: torch.Tensor, x: StepInputs, plan: ResolvedStep, dtype: str) -> t
         return row.argmax(-1)
     if x.token_gumbel is not None:
         noisy = row + temperature * x.token_gumbel.to(row.dtype)
-        return torch.where(row.isfinite() & ~noisy.isnan(), noisy, -math.inf).argmax(-1)
+        keys = torch.where(row.isfinite() & ~noisy.isnan(), noisy, -math.inf)
+        none = keys.isneginf().all(-1, keepdim=True)
+        return torch.where(none, row, keys).argmax(-1)
     scaled = _scaled(row, temperature)[0]
     leaves = -(-row.shape[-1] // LEAF)
     scaled = F.pad(scaled, (0, leaves * LEAF - row.shape[-1]), value=-math.inf)

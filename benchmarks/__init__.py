@@ -1,0 +1,1 @@
+"""Named workloads, timing and the benchmarks themselves: `maskgit bench`."""

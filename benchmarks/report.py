@@ -1,0 +1,92 @@
+"""Result files to Markdown: the tables in README.md and docs/ come from here and nowhere else.
+
+    python -m maskgit.benchmarks.report           # writes the tables between their markers
+    python -m maskgit.benchmarks.report --check   # exit code 1 where a document is out of date
+
+A table stands between `<!-- table: decode_step DEVICE -->` and `<!-- end -->`, DEVICE being a folder in
+benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "docs/benchmarking.md")
+_MARKED = re.compile(r"(<!-- table: (\w+) ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def decode_step_table(report: dict[str, Any]) -> str:
+    """One row per shape, dtype and mode: ours, the usual and the best eager spelling, the ceiling."""
+    lines = [
+        "| shape | dtype | mode | cpp | usual eager | ratio | best eager | ratio | share of a read |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in report["runs"]:
+        rows = {row["provider"]: row for row in run["results"] if row["passed"]}
+        ours = rows.get("maskgit cpp")
+        eager = [row for row in rows.values() if row["kind"] == "eager"]
+        if ours is None or not eager:
+            continue
+        best = min(eager, key=lambda row: row["median_us"])
+        usual = next((row for row in eager if row["usual"]), best)
+        cells = [f"{run['shape']['batch'] * run['shape']['length']} x {run['shape']['vocab']}"]
+        cells += [run["dtype"], run["mode"], _time(ours), f"{usual['provider']} {_time(usual)}"]
+        cells += [_ratio(usual, ours), f"{best['provider']} {_time(best)}", _ratio(best, ours)]
+        cells += [f"{100 * ours['share_of_read']:.0f} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    env = report["environment"]
+    versions = ", ".join(
+        f"{n} {v}" for n, v in env["packages"].items() if v and n in ("torch", "numpy")
+    )
+    lines += [
+        "",
+        f"{env['cpu']}, {env['torch_threads']} threads, {versions}, {env['cpp']['active']}; "
+        f"median of interleaved rounds, {env['date'][:10]}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _time(row: dict[str, Any]) -> str:
+    return f"{row['median_us'] / 1e3:.2f} ms"
+
+
+def _ratio(other: dict[str, Any], ours: dict[str, Any]) -> str:
+    return f"{other['median_us'] / ours['median_us']:.1f}x"
+
+
+def render(text: str) -> str:
+    """`text` with each marked table made anew from its result file."""
+
+    def table(match: re.Match[str]) -> str:
+        path = RESULTS / match[3] / f"{match[2]}.json"
+        return match[1] + decode_step_table(json.loads(path.read_text())) + match[4]
+
+    return _MARKED.sub(table, text)
+
+
+def main(arguments: list[str]) -> int:
+    """Write or check all documents; the exit code."""
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        before = path.read_text()
+        after = render(before)
+        if before == after:
+            continue
+        stale.append(name)
+        if "--check" not in arguments:
+            path.write_text(after)
+    if stale:
+        verb = "out of date" if "--check" in arguments else "written"
+        print(f"{verb}: {', '.join(stale)}", file=sys.stderr)
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
