@@ -16,7 +16,7 @@ $(STAMP): $(SOURCES)
 	touch $(STAMP)
 
 demo: setup
-	$(BIN)/maskgit generate --classes 0-9 --per-class 8 --steps 8 --seed 0 --out demo.png --strip demo_steps.png
+	$(BIN)/maskgit generate --classes 0-9 --per-class 5 --steps 8 --seed 0 --out demo.png --strip demo_steps.png
 	$(BIN)/maskgit bench decode-step --shape 64x126464 --dtype float32 --mode greedy draw --backend cpp --samples 3 --seconds 1 --no-memory
 
 test: setup lint types
