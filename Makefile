@@ -20,10 +20,10 @@ demo: setup
 	$(BIN)/maskgit bench decode-step --shape 64x126464 --dtype float32 --mode greedy draw --backend cpp --samples 3 --seconds 1 --no-memory
 
 test: setup lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-all: setup lint types
-	$(BIN)/python -m pytest --all
+	$(BIN)/python -m pytest -n 2 --all
 
 lint: setup
 	$(BIN)/ruff check .
