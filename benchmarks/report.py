@@ -3,8 +3,8 @@
     python -m maskgit.benchmarks.report           # writes the tables between their markers
     python -m maskgit.benchmarks.report --check   # exit code 1 where a document is out of date
 
-A table stands between `<!-- table: decode_step DEVICE -->` and `<!-- end -->`, DEVICE being a folder in
-benchmarks/results/.
+A table stands between `<!-- table: KIND FOLDER -->` and `<!-- end -->`; its figures are those of
+benchmarks/results/FOLDER/KIND.json.
 """
 
 from __future__ import annotations
@@ -52,6 +52,29 @@ def decode_step_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def digits_table(report: dict[str, Any]) -> str:
+    """One row per number of steps, as `maskgit evaluate --json` gave it."""
+    lines = [
+        "| images | read as the asked class | CAS | Frechet distance | precision | recall |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        shares = [f"{100 * row[key]:.1f} %" for key in ("accuracy", "cas", "precision", "recall")]
+        cells = [row["name"], *shares[:2], f"{row['frechet']:.2f}", *shares[2:]]
+        lines.append(f"| {' | '.join(cells)} |")
+    count = 10 * report["per_class"]
+    lines += [
+        "",
+        f"{count} images a row, seed {report['seed']}, `{report['command']}`. The classifier reads "
+        f"{100 * report['classifier_test_accuracy']:.1f} % of held-out real digits right. CAS: a classifier "
+        "trained on the images, tested on real digits.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"decode_step": decode_step_table, "digits": digits_table}
+
+
 def _time(row: dict[str, Any]) -> str:
     return f"{row['median_us'] / 1e3:.2f} ms"
 
@@ -65,7 +88,7 @@ def render(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         path = RESULTS / match[3] / f"{match[2]}.json"
-        return match[1] + decode_step_table(json.loads(path.read_text())) + match[4]
+        return match[1] + TABLES[match[2]](json.loads(path.read_text())) + match[4]
 
     return _MARKED.sub(table, text)
 

@@ -6,7 +6,8 @@
 // exponential variate, so it costs a division, two logarithms and half a Philox block.
 //
 // Passes.  The row is walked in chunks of 2048 logits, each small enough for L1: first its maximum,
-// then the sums of exponentials relative to it, so memory is read once.  Plain float32 logits are
+// then the sums of exponentials relative to it, so memory is read once; a plain draw does without the
+// maximum (walk_once).  Plain float32 logits are
 // used where they lie; all else (16 bits, guidance, odd strides, filters) is first converted to a
 // float32 buffer.  What is kept per row is a maximum and a sum per chunk and, when drawing, a sum
 // per leaf: V/128 floats.  The chosen leaf (512 bytes) is read again, and the chunk that holds the
@@ -72,9 +73,11 @@ static double sum_exp_double(const Row& r, int n, float top, double scale, doubl
   return total;
 }
 
-// Leaf sums of chunk c; returns their sum.  Lane g of the accumulators is group g.
-static double sum_leaves(Row& r, int64_t c, int n, float top, float scale) {
-  constexpr int vectors = kGroups / W;
+// Leaf sums of chunk c, relative to `top`; returns their sum.  `at(i)` loads W logits of the chunk.
+// Lane g of the accumulators is group g.
+template <class At>
+static inline double sum_leaves(Row& r, int64_t c, int n, float top, float scale, At at) {
+  constexpr int vectors = kGroups / W, chains = W == kGroups ? 2 : 1;  // of dependent additions
   const vf s = splat(scale * kLog2e), m = splat(top);
   const bool keeps_groups = r.p->vocab <= kChunk;
   float* out = r.leaf_sum + c * kLeaves;
@@ -83,12 +86,13 @@ static double sum_leaves(Row& r, int64_t c, int n, float top, float scale) {
   for (int first = 0; first < kLeaves; first += 8) {
     for (int k = 0; k < 8; ++k) {
       const int leaf = first + k;
-      vf sum[vectors] = {};
+      vf sum[vectors * chains] = {};
       if (leaf < leaves) {
-        const float* x = r.x + leaf * kLeaf;
         prefetch_ahead(r, leaf * kLeaf, kLeaf);
         for (int j = 0; j < kPerGroup; ++j)
-          for (int g = 0; g < vectors; ++g) sum[g] += exp2_clamped((load(x + j * kGroups + g * W) - m) * s);
+          for (int g = 0; g < vectors; ++g)
+            sum[g + j % chains] += exp2_saturating((at(leaf * kLeaf + j * kGroups + g * W) - m) * s);
+        if (chains == 2) sum[0] += sum[1];
         if (keeps_groups)
           for (int g = 0; g < vectors; ++g) store(r.group_sum + leaf * kGroups + g * W, sum[g]);
         for (int width = vectors / 2; width > 0; width /= 2)
@@ -137,10 +141,48 @@ static void race_with_noise(const Row& r, int64_t begin, int n, double scale, St
   }
 }
 
+// A draw needs some reference for its exponentials, not the maximum: the largest of the first leaf
+// does, if the sum stays far from overflow.  So the pass for the maximum and, in 16 bits, the buffer
+// fall away.  Returns false where the row must be walked with maxima.
+template <int kType>
+static bool walk_once(Row& r, float scale, Stats& out) {
+  auto load_at = [&](int64_t i) { return load_elements<kType>(r.logits, i, 1, W); };
+  vf most = splat(kNegInf);
+  for (int i = 0; i < kLeaf; i += W) most = vmax(load_at(i), most);
+  const float top = hmax(most);
+  if (!(top > kNegInf && top <= kFloatMax)) return false;
+  const int64_t chunks = num_chunks(r.p->vocab);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t begin = c * kChunk;
+    const int n = span_at(r, begin, kChunk);
+    r.ahead = r.logits + (begin + n) * (kType == kFloat32 ? 4 : 2);
+    r.chunk_max[c] = top;
+    out.z += sum_leaves(r, c, n, top, scale, [&](int i) { return load_at(begin + i); });
+  }
+  if (!(out.z < 1e17)) return false;  // a race divides sums by variates down to e^-45
+  out.top = top;
+  if (kType == kFloat32) r.x = reinterpret_cast<const float*>(r.logits), r.loaded = 0;
+  return true;
+}
+
+static bool walk_once(Row& r, const Conditions& keep, const Wanted& want, Stats& out) {
+  const StepParams& p = *r.p;
+  const bool plain = keep.n == 0 && p.num_banned == 0 && !r.uncond && p.logits.v == 1 && p.vocab % kLeaf == 0;
+  const bool draw_only = want.leaves && !want.z && !want.second && p.score != kTop1Prob;
+  if (!plain || !draw_only) return false;
+  Stats found;
+  const bool done = p.dtype == kFloat32    ? walk_once<kFloat32>(r, want.leaf_scale, found)
+                    : p.dtype == kBfloat16 ? walk_once<kBfloat16>(r, want.leaf_scale, found)
+                                           : walk_once<kFloat16>(r, want.leaf_scale, found);
+  if (done) out = found;
+  return done;
+}
+
 // One walk over the row.
 static Stats walk(Row& r, const Conditions& keep, const Wanted& want) {
   const int64_t chunks = num_chunks(r.p->vocab);
   Stats out;
+  if (walk_once(r, keep, want, out)) return out;
   alignas(64) float first[W], second[W];
   for (int i = 0; i < W; ++i) first[i] = second[i] = kNegInf;
   for (int64_t c = 0; c < chunks; ++c) {
@@ -156,7 +198,7 @@ static Stats walk(Row& r, const Conditions& keep, const Wanted& want) {
       if (empty)
         for (int i = 0; i < kLeaves; ++i) r.leaf_sum[c * kLeaves + i] = 0.f;
       else
-        r.chunk_z[c] = sum_leaves(r, c, n, top, want.leaf_scale);
+        r.chunk_z[c] = sum_leaves(r, c, n, top, want.leaf_scale, [&](int i) { return load(r.x + i); });
     }
     if (empty) continue;
     const int padded = round_up(n, W);

@@ -109,7 +109,7 @@ static int64_t race_tokens(Row& r, const Conditions& keep, int64_t leaf, float r
   const int group = first_largest(keys);
   alignas(64) float value[kGroups];
   for (int j = 0; j < kGroups; j += W) store(value + j, splat(kNegInf));
-  for (int j = 0; j < kPerGroup; ++j) value[j] = x[j * kGroups + group];
+  load_every_16th(x + group, value);
   for (int j = 0; j < kGroups; j += W) {
     vf z = (vmax(load(value + j), splat(kNegInf)) - splat(top)) * splat(scale);  // NaN is -inf too
     store(keys + j, z - vlog(load(inner + kGroups + j)));

@@ -80,6 +80,15 @@ static inline void hsum8(const vf* x, float* out) {
 #endif
 }
 
+// out[j] = x[16 j], j < 8, without scalar stores that a vector load would have to wait for.
+static inline void load_every_16th(const float* x, float* out) {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  _mm256_storeu_ps(out, _mm256_i32gather_ps(x, _mm256_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112), 4));
+#else
+  for (int j = 0; j < 8; ++j) out[j] = x[16 * j];
+#endif
+}
+
 static inline float hmax(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
@@ -140,6 +149,14 @@ static inline vf exp2_clamped(vf y) {
 #endif
 }
 
+// The same for any y: above 127 the result is at least 2^127, infinity included.
+static inline vf exp2_saturating(vf y) {
+#if !defined(__AVX512F__)  // there scalef saturates by itself
+  y = vmin(vmax(y, splat(-126.f)), splat(128.f));
+#endif
+  return exp2_clamped(y);
+}
+
 // Natural logarithm of normal positive floats, relative error 1e-7 also around 1.
 static inline vf vlog(vf x) {
   vi bits = as_int(x);
@@ -167,40 +184,65 @@ static inline vf to_float(vu x) {
 #endif
 }
 
-static inline void mul_high_low(vu a, uint32_t m, vu& high, vu& low) {
-#if defined(__AVX512F__)
-  const __m512i k = _mm512_set1_epi32(static_cast<int>(m)), x = (__m512i)a;
-  __m512i even = _mm512_mul_epu32(x, k), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), k);
-  high = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  low = (vu)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-#elif defined(__AVX2__)
-  const __m256i k = _mm256_set1_epi32(static_cast<int>(m)), x = (__m256i)a;
-  __m256i even = _mm256_mul_epu32(x, k), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), k);
-  high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-#else
-  for (int i = 0; i < W; ++i) {
-    uint64_t product = static_cast<uint64_t>(a[i]) * m;
-    high[i] = static_cast<uint32_t>(product >> 32);
-    low[i] = static_cast<uint32_t>(product);
-  }
-#endif
-}
-
+// Philox4x32-10 on counters (block, position, step, stream) and keys, one block a lane.
 struct Words { vu x, y, z, w; };
 
-// Philox4x32-10 on counters (block, position, step, stream) and keys, all one a lane.
+#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX512F__)
+typedef __m512i Wide;
+static inline Wide wide_mul(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
+static inline Wide wide_high(Wide a) { return _mm512_srli_epi64(a, 32); }
+static inline Wide wide_xor(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+static inline Wide wide_add(Wide a, Wide b) { return _mm512_add_epi32(a, b); }
+static inline Wide wide_all(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+static inline vu interleaved(Wide even, Wide odd) {
+  return (vu)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+}
+#else
+typedef __m256i Wide;
+static inline Wide wide_mul(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
+static inline Wide wide_high(Wide a) { return _mm256_srli_epi64(a, 32); }
+static inline Wide wide_xor(Wide a, Wide b, Wide c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+static inline Wide wide_add(Wide a, Wide b) { return _mm256_add_epi32(a, b); }
+static inline Wide wide_all(uint32_t x) { return _mm256_set1_epi32(int(x)); }
+static inline vu interleaved(Wide even, Wide odd) {
+  return (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+#endif
+// Even and odd lanes apart, each word in the low half of 64 bits: a product is then one instruction,
+// its low word needs none, and what stands in the high halves is never looked at.
+static inline Words philox(vu c0, vu c1, vu c2, vu c3, vu k0, vu k1) {
+  struct Pair { Wide even, odd; };
+  auto split = [](vu x) { return Pair{(Wide)x, wide_high((Wide)x)}; };
+  Pair a = split(c0), b = split(c1), c = split(c2), d = split(c3), p = split(k0), q = split(k1);
+  const Wide m0 = wide_all(0xD2511F53u), m1 = wide_all(0xCD9E8D57u);
+  const Wide weyl0 = wide_all(0x9E3779B9u), weyl1 = wide_all(0xBB67AE85u);
+  for (int round = 0; round < 10; ++round) {
+    const Pair x{wide_mul(a.even, m0), wide_mul(a.odd, m0)}, y{wide_mul(c.even, m1), wide_mul(c.odd, m1)};
+    a = {wide_xor(wide_high(y.even), b.even, p.even), wide_xor(wide_high(y.odd), b.odd, p.odd)};
+    c = {wide_xor(wide_high(x.even), d.even, q.even), wide_xor(wide_high(x.odd), d.odd, q.odd)};
+    b = y, d = x;
+    p = {wide_add(p.even, weyl0), wide_add(p.odd, weyl0)};
+    q = {wide_add(q.even, weyl1), wide_add(q.odd, weyl1)};
+  }
+  return {interleaved(a.even, a.odd), interleaved(b.even, b.odd), interleaved(c.even, c.odd),
+          interleaved(d.even, d.odd)};
+}
+#else
 static inline Words philox(vu c0, vu c1, vu c2, vu c3, vu k0, vu k1) {
   for (int round = 0; round < 10; ++round) {
     vu high0, low0, high1, low1;
-    mul_high_low(c0, 0xD2511F53u, high0, low0);
-    mul_high_low(c2, 0xCD9E8D57u, high1, low1);
-    vu next0 = high1 ^ c1 ^ k0, next2 = high0 ^ c3 ^ k1;
-    c0 = next0, c1 = low1, c2 = next2, c3 = low0;
+    for (int i = 0; i < W; ++i) {
+      const uint64_t x = uint64_t(c0[i]) * 0xD2511F53u, y = uint64_t(c2[i]) * 0xCD9E8D57u;
+      high0[i] = uint32_t(x >> 32), low0[i] = uint32_t(x);
+      high1[i] = uint32_t(y >> 32), low1[i] = uint32_t(y);
+    }
+    c0 = high1 ^ c1 ^ k0, c2 = high0 ^ c3 ^ k1, c1 = low1, c3 = low0;
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
   return {c0, c1, c2, c3};
 }
+#endif
 
 // Exponential variates of 64 random bits each: -log1p(-w) below 1/2, -log(1 - w) above, with the
 // distance to the nearer end formed from the (inverted) bits so that neither tail saturates.

@@ -102,6 +102,27 @@ def test_every_instruction_set_agrees_with_the_reference(isa, vocab, dtype):
     assert torch.equal(got.next_tokens, want.next_tokens)
 
 
+@pytest.mark.parametrize("isa", cpp.supported_implementations())
+@pytest.mark.parametrize("rise", [30.0, 60.0, 88.5, 120.0, 500.0, 1e5, -60.0])
+@pytest.mark.parametrize("vocab", [1024, 4096])
+def test_rows_whose_first_leaf_is_far_from_the_maximum(isa, rise, vocab):
+    """A plain draw takes its reference from the first leaf; the rest may be anywhere above it."""
+    rng = np.random.default_rng(7)
+    logits = rng.normal(0, 2, (1, 40, vocab)).astype(np.float32)
+    logits[:, :, 128:] += np.float32(rise)
+    logits[:, 5, 700], logits[:, 6, 700], logits[:, 7, :128] = np.nan, np.inf, -np.inf
+    options = {"rule": "maskgit", "seeds": np.array([9])}
+    try:
+        cpp.set_implementation(isa)
+        got = maskgit.sample_tokens(logits, backend="cpp", **options)
+    finally:
+        cpp.set_implementation("")
+    want = maskgit.sample_tokens(logits, backend="reference", **options)
+    assert (got.candidate_tokens == want.candidate_tokens).all()
+    np.testing.assert_allclose(got.confidence, want.confidence, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(got.log_z, want.log_z, rtol=1e-5, atol=1e-5)
+
+
 def test_instruction_set_by_environment(monkeypatch):
     import subprocess
     import sys
