@@ -384,12 +384,6 @@ static void choice_noise(const StepParams& p, const int64_t* rows, int64_t begin
   }
 }
 
-// A kilobyte of a row of the next stage or batch, to keep memory busy while variates are made.
-constexpr int kPrefetch = 1024;
-static inline void prefetch_bytes(const char* from) {
-  for (int b = 0; b < kPrefetch; b += 64) __builtin_prefetch(from + b);
-}
-
 // Rows of one chunk go through each stage a batch at a time, so that their latencies overlap.
 static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, int64_t end) {
   const int64_t chunks = num_chunks(p.vocab), size = p.dtype == kFloat32 ? 4 : 2;
@@ -402,9 +396,15 @@ static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, 
   Scored scored[kBatch];
   for (auto& w : waits)
     for (float& x : w) x = 1.f;  // lanes past the variates are read, and must not be NaN
+  const int lines = int(p.vocab * size / 64), leaves = int(round_up(int(p.vocab < kChunk ? p.vocab : kChunk), kLeaf) / kLeaf);
+  Cursor cursor{&p, rows + begin, rows + end, 0, 0, nullptr, 0, 0, 0};
+  cursor.per_stage = mode.racing ? lines * 3 / 16 : 0;
+  cursor.per_leaf = (lines - 2 * cursor.per_stage + leaves - 1) / leaves;
+  cursor.start_row();
   for (int i = 0; i < batch; ++i) {
     Row& r = row[i];
     r.p = &p;
+    r.cursor = batch > 1 ? &cursor : nullptr;
     r.buffer = buffer;
     r.chunk_z = reinterpret_cast<double*>(memory + i * bytes);
     r.chunk_tz = r.chunk_z + chunks;
@@ -430,17 +430,20 @@ static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, 
       r.loaded = -1;
       if (!mode.racing) continue;
       r.source = {p.seeds[2 * b], p.seeds[2 * b + 1], p.positions[rows[first + i]]};
-      if (batch > 1) prefetch_bytes(r.logits);
+      if (batch > 1) cursor.fetch(cursor.per_stage);
       draw_waits(p, r.source, waits[i]);
     }
-    for (int i = 0; i < count; ++i) begin_row(row[i], mode, scored[i]);
+    for (int i = 0; i < count; ++i) {
+      if (batch > 1) cursor.not_before(rows + first + i + 1);
+      begin_row(row[i], mode, scored[i]);
+    }
     if (mode.racing) {
       for (int i = 0; i < count; ++i)
         if (scored[i].alive) scored[i].leaf = race_leaves(row[i], scored[i].drawn.top, mode.scale);
       for (int i = 0; i < count; ++i)
         if (scored[i].alive) {
           Scored& s = scored[i];
-          if (batch > 1) prefetch_bytes(row[i].logits + batch * p.logits.n * size + kPrefetch);
+          if (batch > 1) cursor.fetch(cursor.per_stage);
           s.token = race_tokens(row[i], s.keep, s.leaf, s.drawn.top, mode.scale, &s.logit);
         }
     }

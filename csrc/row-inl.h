@@ -22,8 +22,40 @@ struct Source {  // key words and position of a row's variates
   uint32_t k0, k1, position;
 };
 
+// Where the prefetching of short rows has come to: rows are fetched in order, a few lines at a time
+// and at every stage, so that memory is busy while variates and races keep the core busy.
+struct Cursor {
+  const StepParams* p;
+  const int64_t *rows, *end;  // the row being fetched, and the end of the list
+  int64_t b, base;            // its sequence, and b * N
+  const char* from;
+  int64_t left;               // bytes of the row that are still to be fetched
+  int per_leaf, per_stage;    // lines to fetch for 128 logits walked, and in each other stage of a row
+
+  void start_row() {
+    while (*rows >= base + p->length) ++b, base += p->length;
+    const int64_t size = p->dtype == kFloat32 ? 4 : 2;
+    from = static_cast<const char*>(p->logits.data) + (b * p->logits.b + (*rows - base) * p->logits.n) * size;
+    left = p->logits.v == 1 ? p->vocab * size : 0;
+  }
+  void not_before(const int64_t* row) {
+    if (rows < row && row < end) rows = row, start_row();
+  }
+  void fetch(int lines) {
+    for (; lines > 0; --lines) {
+      if (left <= 0) {
+        if (rows + 1 >= end) return;
+        ++rows, start_row();
+      }
+      __builtin_prefetch(from);
+      from += 64, left -= 64;
+    }
+  }
+};
+
 struct Row {
   const StepParams* p;
+  Cursor* cursor;  // null for rows of several chunks
   const char *logits, *uncond;
   const void* noise;
   Source source;
@@ -146,9 +178,10 @@ static float load_chunk(Row& r, int64_t begin, int n, const Conditions& keep) {
   return top;
 }
 
-// Fetches the part of the next chunk that corresponds to `count` logits from the i-th on, while the
-// exponentials of this one keep the core busy; without it memory idles for as long.
+// Fetches as much of what will be read next as `count` logits from the i-th on take, while the
+// exponentials of these keep the core busy; without it memory idles for as long.
 static inline void prefetch_ahead(const Row& r, int i, int count) {
+  if (r.cursor) return r.cursor->fetch(r.cursor->per_leaf * count / kLeaf);
   const int size = r.p->dtype == kFloat32 ? 4 : 2;
   for (int b = 0; b < count * size; b += 64) __builtin_prefetch(r.ahead + i * size + b);
 }

@@ -20,7 +20,11 @@ QUICKER = {
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    """Fenced blocks whose opening fence names `language`."""
+    pieces = re.split(
+        r"^```(\w*)\n", README, flags=re.MULTILINE
+    )  # text, tag, block, tag, text, ...
+    return [pieces[i + 1] for i in range(1, len(pieces), 4) if pieces[i] == language]
 
 
 def commands():
