@@ -100,7 +100,8 @@ static inline vf load_elements(const char* source, int64_t i, int64_t stride, in
 }
 
 // Converts [begin, begin + n) into the buffer, padded with -inf to whole leaves; returns the maximum.
-template <int kType, bool kGuided, bool kStrided>
+// Without kClean, NaN and +inf stay as they are.
+template <int kType, bool kGuided, bool kStrided, bool kClean = true>
 static inline float convert_span(const Row& r, int64_t begin, int n) {
   const StepParams& p = *r.p;
   const vf floor = splat(kNegInf), ceiling = splat(kFloatMax), guidance = splat(float(p.guidance_scale));
@@ -114,7 +115,7 @@ static inline float convert_span(const Row& r, int64_t begin, int n) {
       vf u = load_elements<kType>(uncond, begin + i, uncond_stride, valid);
       x = fma(guidance, x - u, u);
     }
-    return vmin(vmax(x, floor), ceiling);
+    return kClean ? vmin(vmax(x, floor), ceiling) : x;
   };
   int i = 0;
   for (; i + W <= n; i += W) {
@@ -136,7 +137,9 @@ template <int kType>
 static float convert(const Row& r, int64_t begin, int n) {
   const bool strided = r.p->logits.v != 1 || (r.uncond && r.p->uncond.v != 1);
   if (r.uncond) return strided ? convert_span<kType, true, true>(r, begin, n) : convert_span<kType, true, false>(r, begin, n);
-  return strided ? convert_span<kType, false, true>(r, begin, n) : convert_span<kType, false, false>(r, begin, n);
+  if (strided) return convert_span<kType, false, true>(r, begin, n);
+  const float top = convert_span<kType, false, false, false>(r, begin, n);
+  return top <= kFloatMax ? top : convert_span<kType, false, false>(r, begin, n);
 }
 
 static inline float max_in_place(const float* x, int n) {
