@@ -260,24 +260,34 @@ static double round_to(double x, int rounding) {
 static int64_t argmax_of_probs(Row& r, const Conditions& keep, const Stats& stats, double z) {
   const int rounding = r.p->score_rounding;
   const double best = round_to(1.0 / z, rounding);
-  const float bound = stats.top - 0.02f;
+  // Nothing below best - unit rounds to best; unit is the spacing of the score dtype there, at most.
+  const double spacing = rounding == kToBfloat16 ? 0x1p-7 : rounding == kToFloat16 ? 0x1p-10 : 0x1p-22;
+  const double unit = rounding == kToFloat16 && best * spacing < 0x1p-24 ? 0x1p-24 : best * spacing;
+  const double share = 1.0 - unit * z;
+  const float bound = share > 0 ? float(stats.top + __builtin_log(share) - 1e-5) : -kFloatMax;
   for (int64_t begin = 0; begin <= stats.top_chunk * kChunk; begin += kChunk) {
     const int n = span_at(r, begin, kChunk);
     load_chunk(r, begin, n, keep);
-    for (int64_t i = 0; (i = first_at_least(r.x, i, n, bound)) < n; ++i)
-      if (round_to(__builtin_exp(double(r.x[i]) - stats.top) / z, rounding) >= best) return begin + i;
+    for (int64_t i = 0; i < n; i = (i / W + 1) * W) {  // only whole vectors are padded
+      i = first_at_least(r.x, i, n, bound);
+      for (int64_t j = i; j < n && j < (i / W + 1) * W; ++j)
+        if (r.x[j] >= bound && round_to(__builtin_exp(double(r.x[j]) - stats.top) / z, rounding) >= best)
+          return begin + j;
+    }
   }
   return argmax(r, keep, stats);
 }
 
 static bool any_finite(Row& r) {
   bool found = false;
+  r.as_it_is = true;
   for (int64_t begin = 0; begin < r.p->vocab; begin += kChunk) {
     const int n = span_at(r, begin, kChunk);
     load_chunk(r, begin, n, Conditions{});
     for (int i = 0; i < n; ++i)
-      found = found || (r.x[i] > kNegInf && r.x[i] < kFloatMax);
+      found = found || (r.x[i] > kNegInf && r.x[i] <= kFloatMax);
   }
+  r.as_it_is = false;
   r.loaded = -1;
   return found;
 }
@@ -389,8 +399,9 @@ static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, 
   const int64_t chunks = num_chunks(p.vocab), size = p.dtype == kFloat32 ? 4 : 2;
   const int batch = chunks == 1 ? kBatch : 1;
   const Mode mode = mode_of(p);
-  const int64_t bytes = chunks * (2 * 8 + 4 + kLeaves * 4);
+  const int64_t bytes = (chunks * (2 * 8 + 4 + kLeaves * 4) + 63) / 64 * 64;
   char* memory = static_cast<char*>(malloc(batch * bytes));
+  if (!memory) __builtin_trap();
   alignas(64) float buffer[kChunk], group_sum[kBatch][kLeaves * kGroups], waits[kBatch][kMaxWaits];
   Row row[kBatch] = {};
   Scored scored[kBatch];

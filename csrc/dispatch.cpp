@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <stdexcept>
@@ -43,7 +44,7 @@ const std::vector<Implementation>& ranked() {
   return all;
 }
 
-const Implementation* chosen = nullptr;
+std::atomic<const Implementation*> chosen{nullptr};
 
 const Implementation& find(const std::string& name) {
   for (const auto& implementation : ranked())
@@ -58,7 +59,7 @@ const Implementation& active() {
     const char* name = std::getenv("MASKGIT_CPU_ISA");
     chosen = &find(name ? name : "");
   }
-  return *chosen;
+  return *chosen.load();
 }
 
 constexpr int64_t kLogitsPerThread = 1 << 15;  // below this, waking another thread costs more

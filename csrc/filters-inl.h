@@ -89,6 +89,7 @@ static void find_conditions(Row& r, Conditions& keep) {
       continue;
     }
     const double scale = divided ? 1.0 / temperature : 1.0, value = p.filter_values[i];
+    if (value == 1.0 && (p.filters[i] == kTopP || p.filters[i] == kTypicalP)) continue;  // keeps all
     double z = 0, xz = 0;
     float top = kNegInf;
     for_each_token(r, keep, [&](int64_t, float x) { top = x > top ? x : top; });

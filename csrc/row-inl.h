@@ -60,6 +60,7 @@ struct Row {
   const void* noise;
   Source source;
   float* buffer;     // (kChunk)
+  bool as_it_is;     // keep +inf, to tell it from the largest float
   const float* x;    // the loaded chunk, padded with -inf to whole leaves: the logits or the buffer
   int64_t loaded;    // its first index; -1 where it was loaded under other conditions
   const char* ahead; // what will be read next: the chunk after this one, or the row after this one
@@ -133,13 +134,19 @@ static inline float convert_span(const Row& r, int64_t begin, int n) {
   return hmax(top);
 }
 
+template <int kType, bool kClean>
+static float convert_as(const Row& r, int64_t begin, int n) {
+  const bool strided = r.p->logits.v != 1 || (r.uncond && r.p->uncond.v != 1);
+  if (r.uncond) return strided ? convert_span<kType, true, true, kClean>(r, begin, n) : convert_span<kType, true, false, kClean>(r, begin, n);
+  return strided ? convert_span<kType, false, true, kClean>(r, begin, n) : convert_span<kType, false, false, kClean>(r, begin, n);
+}
+
 template <int kType>
 static float convert(const Row& r, int64_t begin, int n) {
-  const bool strided = r.p->logits.v != 1 || (r.uncond && r.p->uncond.v != 1);
-  if (r.uncond) return strided ? convert_span<kType, true, true>(r, begin, n) : convert_span<kType, true, false>(r, begin, n);
-  if (strided) return convert_span<kType, false, true>(r, begin, n);
-  const float top = convert_span<kType, false, false, false>(r, begin, n);
-  return top <= kFloatMax ? top : convert_span<kType, false, false>(r, begin, n);
+  if (r.as_it_is) return convert_as<kType, false>(r, begin, n);
+  if (r.uncond || r.p->logits.v != 1) return convert_as<kType, true>(r, begin, n);
+  const float top = convert_as<kType, false>(r, begin, n);
+  return top <= kFloatMax ? top : convert_as<kType, true>(r, begin, n);
 }
 
 static inline float max_in_place(const float* x, int n) {

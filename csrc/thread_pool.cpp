@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -37,13 +38,16 @@ struct Job {
 
 class Pool {
  public:
-  explicit Pool(int workers) : owner_(getpid()) {
-    for (int i = 0; i < workers; ++i) std::thread([this, i] { loop(i); }).detach();
-    size_ = workers;
+  explicit Pool(int workers) : owner_(getpid()), wished_(workers) {
+    try {
+      for (; size_ < workers; ++size_) std::thread([this, i = size_] { loop(i); }).detach();
+    } catch (const std::system_error&) {  // no more threads to be had: work with those there are
+    }
   }
-  bool usable(int workers) const { return owner_ == getpid() && size_ >= workers; }
+  bool usable(int workers) const { return owner_ == getpid() && wished_ >= workers; }
 
   void run(Job& job, int workers) {
+    workers = std::min(workers, size_);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = &job, wanted_ = workers, running_ = workers, ++generation_;
@@ -74,7 +78,7 @@ class Pool {
   }
 
   pid_t owner_;
-  int size_ = 0, wanted_ = 0, running_ = 0;
+  int wished_, size_ = 0, wanted_ = 0, running_ = 0;
   uint64_t generation_ = 0;
   Job* job_ = nullptr;
   std::mutex mutex_;
@@ -82,8 +86,8 @@ class Pool {
 };
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-GompParallel gomp_parallel = nullptr;
-pid_t gomp_owner = 0;  // its threads do not survive a fork
+std::atomic<GompParallel> gomp_parallel{nullptr};
+std::atomic<pid_t> gomp_owner{0};  // its threads do not survive a fork
 
 std::mutex pool_mutex;
 Pool* pool = nullptr;  // never freed: its workers sleep until the process ends
@@ -98,11 +102,12 @@ void use_openmp(uintptr_t address) {
 void parallel_for(int64_t count, int64_t grain, int threads,
                   const std::function<void(int64_t, int64_t)>& body) {
   if (count <= 0) return;
-  if (threads <= 1 || count <= grain) return body(0, count);
+  threads = static_cast<int>(std::min<int64_t>(threads, (count + grain - 1) / grain));
+  if (threads <= 1) return body(0, count);
   Job job;
   job.body = &body, job.count = count, job.grain = grain;
   if (gomp_parallel && gomp_owner == getpid()) {
-    gomp_parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, threads, 0);
+    gomp_parallel.load()([](void* data) { static_cast<Job*>(data)->work(); }, &job, threads, 0);
     if (job.failure) std::rethrow_exception(job.failure);
     return;
   }

@@ -49,9 +49,9 @@ class Weights:
     info: dict[str, Any]
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and bytes of the tensors, in order of name."""
-    digest = hashlib.sha256()
+def digest_of(tensors: Mapping[str, Tensor], *texts: str) -> str:
+    """SHA-256 (hex) over texts, then names, dtypes, shapes and bytes of the tensors by name."""
+    digest = hashlib.sha256("\0".join(texts).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -69,13 +69,14 @@ def save_checkpoint(
 ) -> Path:
     """Write tensors with metadata to a safetensors file, atomically. `info` must be JSON-able."""
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    texts = (json.dumps(dict(config)), json.dumps(dict(info)))
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        "config": json.dumps(dict(config)),
-        "info": json.dumps(dict(info)),
-        "sha256": tensors_digest(flat),
+        "config": texts[0],
+        "info": texts[1],
+        "sha256": digest_of(flat, *texts),
     }
     return atomic_write(path, save(flat, metadata), "checkpoint")
 
@@ -97,8 +98,9 @@ def load_checkpoint(path: str | Path, *, kind: str) -> Checkpoint:
         )
     if metadata.get("kind") != kind:
         raise CheckpointError(f"{path}: expected a {kind!r} file, got {metadata.get('kind')!r}")
-    if metadata.get("sha256") != tensors_digest(tensors):
-        raise CheckpointError(f"{path}: the tensors do not match the file's own SHA-256")
+    texts = (metadata.get("config", ""), metadata.get("info", ""))
+    if metadata.get("sha256") != digest_of(tensors, *texts):
+        raise CheckpointError(f"{path}: tensors or metadata do not match the file's own SHA-256")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: tensor {name!r} has values that are not finite")

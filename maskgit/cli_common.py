@@ -81,7 +81,15 @@ def user_errors(function: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            OSError,
+            ImportError,
+            ArithmeticError,
+            MemoryError,
+            RuntimeError,
+        ) as error:
             if os.environ.get("MASKGIT_TRACEBACK") == "1" or _is_clicks(error):
                 raise
             message = " ".join(str(error).split()) or type(error).__name__

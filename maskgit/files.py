@@ -13,8 +13,14 @@ def check_writable(path: str | Path, what: str = "output path") -> Path:
     Called before long work, so that a mistyped folder is not found out at the end.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()  # write the file it points to, not over the link
     if path.is_dir():
         raise IsADirectoryError(f"{what}: expected a file name, got the directory {path}")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{what}: expected a regular file, got the device or pipe {path}")
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise PermissionError(f"{what}: the file {path} is read-only")
     folder = path.parent
     if not folder.exists():
         raise FileNotFoundError(f"{what}: the folder {folder} does not exist")
@@ -32,7 +38,7 @@ def atomic_write(path: str | Path, data: bytes, what: str = "output path") -> Pa
     """
     path = check_writable(path, what)
     descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        dir=path.parent, prefix=f".{path.name[:32]}.", suffix=".tmp"
     )
     try:
         with os.fdopen(descriptor, "wb") as file:

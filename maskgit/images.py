@@ -73,7 +73,7 @@ def _read_light(path: Path) -> FloatArray:
         if not data:
             raise ImageError(f"{path}: the file is empty")
         with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if max(image.width, image.height) ** 2 > MAX_PIXELS:  # it is padded to a square
                 raise ImageError(f"{path}: {image.width} x {image.height} pixels is too large")
             image.load()
             return _lightness(image)

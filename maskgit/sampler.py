@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .kernels.common.arrays import is_on_host, kind_of, to_kind, to_numpy
+from .kernels.common.selection import check_name
 from .kernels.decode_step import StepNoise, StepRule, as_rule, decode_step
 from .kernels.decode_step.plan import check_num_steps
+from .kernels.decode_step.run import check_integer
 
 
 class Trajectory(NamedTuple):
@@ -75,11 +77,18 @@ def generate(
     Raises:
         TypeError, ValueError: as `decode_step`; also for lengths and steps that do not divide.
 
-    Semantics: a sequence's tokens depend on its own seed and logits only, not on the batch.  On
+    Semantics: a sequence's tokens depend on its own seed and logits only, not on the batch, except
+    under the rules whose counts are taken over the batch (titok: the first row's; dream-*: the mean).  On
     the host, steps are skipped once nothing of a block is masked, which changes no token; on an
     accelerator every step runs, so that the loop never waits for the device.
     """
     step_rule = as_rule(rule)
+    check_name(backend)
+    check_integer("mask_token_id", mask_token_id)
+    if not callable(forward):
+        raise TypeError(f"forward: expected a callable, got {type(forward).__name__}")
+    if noise is not None and not callable(noise):
+        raise TypeError(f"noise: expected a callable or None, got {type(noise).__name__}")
     blocks = _blocks(tokens, num_steps, block_length, prompt_length)
     steps_per_block = num_steps // len(blocks)
     trajectory = Trajectory([], [], [])

@@ -12,11 +12,11 @@ import torch
 from maskgit import files
 from maskgit.checkpoint import (
     CheckpointError,
+    digest_of,
     load_checkpoint,
     load_weights,
     save_checkpoint,
     save_weights,
-    tensors_digest,
 )
 from maskgit.config import PresetConfig, TokenizerConfig, TrainConfig, TransformerConfig, to_dict
 from maskgit.model import MaskGitTransformer
@@ -191,7 +191,7 @@ def test_kind_and_version_are_checked(weights: Path, tmp_path: Path) -> None:
     save_file(tensors, str(path), metadata)
     with pytest.raises(CheckpointError, match="format version '99'"):
         load_weights(path)
-    metadata |= {"format_version": "1", "sha256": tensors_digest(tensors), "config": "{"}
+    metadata |= {"format_version": "1", "sha256": digest_of(tensors, "{", ""), "config": "{"}
     save_file(tensors, str(path), metadata)
     with pytest.raises(CheckpointError, match="metadata 'config' is missing or not JSON"):
         load_weights(path)
@@ -205,9 +205,9 @@ def test_digest_depends_on_name_shape_dtype_and_value() -> None:
         {"a": torch.zeros(2, 3, dtype=torch.float64)},
         {"a": torch.ones(2, 3)},
     ]
-    digests = {tensors_digest(t) for t in [base, *others]}
+    digests = {digest_of(t) for t in [base, *others]}
     assert len(digests) == 5
-    assert tensors_digest({"a": torch.zeros(3, 2).t()}) == tensors_digest(base)
+    assert digest_of({"a": torch.zeros(3, 2).t()}) == digest_of(base)
 
 
 def test_failed_write_leaves_the_old_file(

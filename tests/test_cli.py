@@ -257,10 +257,10 @@ def test_train_resume_and_use(tmp_path: Path) -> None:
         *("--steps", 2, "--seed", 4, "--out", split, "--quiet"),
     )
     assert result.exit_code == 0, result.output
-    from maskgit.checkpoint import load_checkpoint, tensors_digest
+    from maskgit.checkpoint import digest_of, load_checkpoint
 
     tensors = [load_checkpoint(path, kind="weights").tensors for path in (out, split)]
-    assert tensors_digest(tensors[0]) == tensors_digest(tensors[1])
+    assert digest_of(tensors[0]) == digest_of(tensors[1])
     picture = tmp_path / "x.png"
     result = run("generate", "--weights", out, "--per-class", 1, "--out", picture)
     assert result.exit_code == 0

@@ -123,6 +123,71 @@ def test_rows_whose_first_leaf_is_far_from_the_maximum(isa, rise, vocab):
     np.testing.assert_allclose(got.log_z, want.log_z, rtol=1e-5, atol=1e-5)
 
 
+GUARDED = """
+import ctypes, mmap, sys
+import numpy as np
+import maskgit
+from maskgit import StepNoise, _C
+page = mmap.PAGESIZE
+size = 8 * page
+memory = mmap.mmap(-1, size + page)
+base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.mprotect(ctypes.c_void_p(base + size), ctypes.c_size_t(page), 0) == 0
+rng = np.random.default_rng(0)
+for isa in _C.supported_implementations():
+    _C.set_implementation(isa)
+    for dtype in (np.float32, np.float16):
+        for vocab in (1, 5, 127, 128, 129, 1024, 2047, 2048, 2049, 4096):
+            rows = 3
+            if rows * vocab * np.dtype(dtype).itemsize > size:
+                rows = 1
+            raw = np.frombuffer(memory, np.uint8, size)
+            logits = raw[size - rows * vocab * np.dtype(dtype).itemsize:].view(dtype)
+            logits = logits.reshape(1, rows, vocab)
+            logits[:] = rng.normal(size=logits.shape).astype(dtype) * 3
+            logits[0, :, vocab // 2] = logits[0, :, -1] = 9.0
+            for rule in ("maskgit", "llada", "dream-maskgit-plus", "dream-margin", "dream-entropy"):
+                got = maskgit.sample_tokens(logits, rule=rule, seeds=[3], backend="cpp")
+                want = maskgit.sample_tokens(logits, rule=rule, seeds=[3], backend="reference")
+                assert (got.candidate_tokens == want.candidate_tokens).all(), (isa, vocab, rule)
+print("ok")
+"""
+
+
+def test_nothing_is_read_past_the_logits():
+    """The logits end where an unreadable page begins."""
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "ok\n", (done.returncode, done.stderr)
+
+
+def test_a_child_forked_after_torch_used_its_threads():
+    """The child's first call must not wait for OpenMP threads that only the parent has."""
+    import subprocess
+    import sys
+
+    code = """
+import os, torch, numpy as np
+torch.set_num_threads(2)
+torch.randn(1000, 1000).sum()
+from maskgit.kernels.decode_step import cpu
+import maskgit
+logits = np.zeros((1, 64, 5000), np.float32)
+child = os.fork()
+if not child:
+    maskgit.sample_tokens(logits, rule="llada", backend="cpp")
+    os._exit(0)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == 0
+
+
 def test_instruction_set_by_environment(monkeypatch):
     import subprocess
     import sys

@@ -43,7 +43,7 @@ CASES = [
     ({"step": 2}, r"step: expected an integer in \[0, 2\), got 2"),
     ({"step": -1}, r"step: expected an integer in \[0, 2\), got -1"),
     ({"num_steps": 0}, "num_steps: expected an integer >= 1, got 0"),
-    ({"num_steps": 1.5}, "num_steps: expected an integer >= 1, got 1.5"),
+    ({"num_steps": 1.5}, "num_steps: expected an integer, got 1.5"),
     ({"seeds": None}, r"seeds: expected \(2,\) integers because rule 'maskgit' draws"),
     ({"seeds": np.array([1, 2, 3])}, r"seeds: expected shape \(2,\) or \(2, 2\), got \(3,\)"),
     ({"seeds": np.array([1.0, 2.0])}, "seeds: expected integers, got dtype float64"),
@@ -54,6 +54,11 @@ CASES = [
     ),
     ({"num_masked_at_start": np.array([-1, 0])}, "num_masked_at_start: .* got -1"),
     ({"num_masked_at_start": np.array([1])}, r"num_masked_at_start: expected shape \(2,\)"),
+    ({"num_masked_at_start": 3.5}, "num_masked_at_start: expected integers, got 3.5"),
+    ({"num_masked_at_start": [1, 2, 3]}, r"num_masked_at_start: expected shape \(2,\)"),
+    ({"step": 1.0}, "step: expected an integer, got 1.0"),
+    ({"mask_token_id": 2**70}, "mask_token_id: expected a 64-bit integer"),
+    ({"backend": ["cpp"]}, "backend: expected auto"),
     ({"noise": np.zeros(3)}, "noise: expected a StepNoise"),
     ({"noise": StepNoise(np.zeros((2, 3, 4)))}, r"noise.token_gumbel: expected shape \(2, 3, 5\)"),
     ({"noise": StepNoise(None, np.zeros((2, 3), int))}, "noise.choice_gumbel: expected floating"),
@@ -96,7 +101,10 @@ def test_the_good_arguments_are_good():
             "sample_temperature: expected a finite number >= 0, got -1.0",
         ),
         ({"choice_temperature": float("nan")}, "choice_temperature: expected a finite"),
-        ({"score_temperature": 0.0}, "score_temperature: expected None or a finite number > 0"),
+        ({"score_temperature": 0.0}, "score_temperature: expected None or a finite number >= 1e-6"),
+        ({"banned_ids": 5}, "banned_ids: expected a tuple, got 5"),
+        ({"filters": None}, "filters: expected a tuple, got None"),
+        ({"keep_one_masked": "no"}, "keep_one_masked: expected True or False, got 'no'"),
         ({"cut": "sharp"}, "cut: expected one of strict, inclusive, exact, got 'sharp'"),
         ({"count": "all"}, "count: expected one of masked"),
         ({"score": "p"}, "score: expected one of prob"),
@@ -124,6 +132,30 @@ def test_rules_survive_their_encoding():
         rule = StepRule.preset(name)
         assert StepRule.decode(rule.encoded) == rule
         assert rule.source.split("@")[1].split()[0].isalnum()
+
+
+def test_generate_checks_before_it_has_anything_to_do():
+    known = np.zeros((1, 3), np.int64)
+    good = {"rule": "llada", "mask_token_id": 9, "num_steps": 2}
+    for change, message in (
+        ({"mask_token_id": "x"}, "mask_token_id: expected an integer, got 'x'"),
+        ({"backend": "nope"}, "backend: expected auto"),
+        ({"rule": "nope"}, "rule: expected a StepRule or one of"),
+        ({"num_steps": 0}, "num_steps: expected an integer >= 1, got 0"),
+        ({"block_length": 2}, "block_length: expected a divisor of the 3 positions"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            maskgit.generate(lambda t: None, known, **{**good, **change})
+    with pytest.raises(TypeError, match="forward: expected a callable"):
+        maskgit.generate(None, known, **good)
+
+
+def test_seeds_of_64_bits_in_a_list():
+    top = maskgit.decode_step(**{**GOOD, "seeds": [2**64 - 1, 0]})
+    same = maskgit.decode_step(**{**GOOD, "seeds": np.array([-1, 0])})
+    assert (top.candidate_tokens == same.candidate_tokens).all()
+    with pytest.raises(ValueError, match="positions: expected values in"):
+        maskgit.sample_tokens(GOOD["logits"], rule="llada", positions=np.full((2, 3), -1))
 
 
 def test_environment_backend_speaks_to_auto_alone(monkeypatch):

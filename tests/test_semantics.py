@@ -200,6 +200,23 @@ def test_guidance_slices_bans_and_strides(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_floats_filters_of_one_and_half_precision_ties(backend):
+    top = float(np.finfo(np.float32).max)
+    logits = np.array([[[top, -np.inf], [np.inf, top], [-np.inf, top]]], np.float32)
+    out = maskgit.sample_tokens(logits, rule="llada", backend=backend)
+    assert np.asarray(out.candidate_tokens).tolist() == [[0, 0, 1]]
+    rule = StepRule(filters=("top_p", "temperature"), top_p=1.0, sample_temperature=1e4)
+    spread = np.full((1, 64, 20), -800.0, np.float32)
+    spread[..., 0] = 0
+    tokens = maskgit.sample_tokens(spread, rule=rule, seeds=[1], backend=backend).candidate_tokens
+    assert len(set(np.asarray(tokens).ravel().tolist())) > 5
+    flat = np.zeros((1, 1, 2**20), np.float16)  # every probability rounds to the same subnormal
+    flat[0, 0, 777_777] = 0.025
+    out = maskgit.sample_tokens(flat, rule="dream-maskgit-plus", backend=backend)
+    assert int(np.asarray(out.candidate_tokens)[0, 0]) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_noise_without_a_usable_value_falls_back_to_argmax(backend):
     logits = np.array([[[0.0, 3.0, 1.0]] * 3], np.float32)
     gumbel = np.array([[[np.nan] * 3, [-np.inf] * 3, [-np.inf, np.nan, 0.0]]], np.float32)

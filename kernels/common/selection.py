@@ -67,7 +67,7 @@ def available_backends() -> dict[str, str | None]:
 
 def check_name(backend: str) -> str:
     """`backend` if it is a legal name, else ValueError."""
-    if backend == "auto" or backend in BACKENDS:
+    if isinstance(backend, str) and (backend == "auto" or backend in BACKENDS):
         return backend
     raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {backend!r}")
 

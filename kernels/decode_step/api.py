@@ -49,7 +49,7 @@ def decode_step(
         uncond_logits, guidance_scale: given together: logits become u + scale * (c - u).
         eligible: (B, N) bool, which masked positions take part (a block, real tokens of a padded
             batch); all by default.
-        backend: "auto", or triton, pallas, cpp, torch, jax, reference by name.
+        backend: "auto", or by name: cpp, torch, jax, reference (triton and pallas are to come).
         check: raise on a row without a finite logit (also with MASKGIT_CHECK=1); reads the result
             on the host.
 
@@ -63,7 +63,8 @@ def decode_step(
 
     Semantics: known tokens never change.  Equal logits draw the lowest id.  NaN counts as -inf,
     +inf as the largest float32.  A row without a finite logit stays masked with confidence -inf.
-    A token depends on its own sequence's seed, position, step and logits only.  See
+    A candidate depends on its own sequence's seed, position, step and logits only; what is committed
+    too, except under rules whose count is taken over the batch (titok, dream-*).  See
     docs/semantics.md; the loop is that of MaskGIT (arXiv 2202.04200, section 3.2).
     """
     step_rule, token_gumbel, choice_gumbel = _common(rule, noise, backend)
@@ -127,6 +128,9 @@ def sample_tokens(
     seeds = _seeds_like(seeds, logits)
     rows_only = kind_of(logits) is not None and len(logits.shape) == 2
     if rows_only:
+        for name, array in (("positions", positions), ("noise.token_gumbel", token_gumbel)):
+            if array is not None:
+                run.check_same_kind(name, array, logits)
         logits = logits[:, None]
         token_gumbel = None if token_gumbel is None else token_gumbel[:, None]
         positions = None if positions is None else positions[:, None]
@@ -165,10 +169,7 @@ def _seeds_like(seeds: Any, logits: Any) -> Any:
     if seeds is None or kind is None or kind_of(seeds) == kind:
         return seeds
     if kind_of(seeds) is None:
-        array = np.asarray(seeds)
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"seeds: expected (B,) integers, got {seeds!r}")
-        seeds = array
+        seeds = _seeds_array(seeds)
     if kind_of(seeds) != "numpy":
         return seeds  # another framework's array: run.py names it in its error
     if kind == "jax" and seeds.ndim == 1:  # 64-bit seeds as words, since jax may have no int64
@@ -179,6 +180,17 @@ def _seeds_like(seeds: Any, logits: Any) -> Any:
         seeds = seeds.view(np.int64) if seeds.dtype == np.uint64 else seeds.astype(np.int64)
         return to_kind(seeds, "torch", logits.device)
     return to_kind(seeds, kind)
+
+
+def _seeds_array(seeds: Any) -> Any:
+    """A sequence of 64-bit integers, signed or not, as an array."""
+    try:
+        values = [int(seed) for seed in seeds if not isinstance(seed, (float, str, bool))]
+        if len(values) == len(seeds):
+            return np.array([value % 2**64 for value in values], np.uint64).reshape(len(values))
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"seeds: expected (B,) integers, got {seeds!r}")
 
 
 def _counts_tensor(counts: Any, logits: Any) -> Any:

@@ -63,7 +63,9 @@ def num_threads() -> int:
         _share_threads_with_torch()
         return int(torch.get_num_threads())
     setting = os.environ.get("MASKGIT_NUM_THREADS", "")
-    if setting.isdigit() and int(setting) > 0:
+    if setting:
+        if not setting.isdigit() or not 1 <= int(setting) <= 1024:
+            raise ValueError(f"MASKGIT_NUM_THREADS: expected 1 to 1024, got {setting!r}")
         return int(setting)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -73,15 +75,31 @@ def _share_threads_with_torch() -> None:
     """Let the core run on the threads of the OpenMP runtime that torch brought, where it is found."""
     from maskgit import _C
 
+    if _is_forked:
+        return
     try:
         maps = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return
     names = ("libgomp", "libiomp5", "libomp")
-    paths = [line.split()[-1] for line in maps if any(name in line for name in names)]
-    for path in sorted(set(paths), key=lambda p: "torch" not in p)[:1]:
-        function = ctypes.CDLL(path).GOMP_parallel
+    paths = {line.split(maxsplit=5)[-1] for line in maps if any(name in line for name in names)}
+    for path in sorted(paths, key=lambda p: "torch" not in p)[:1]:
+        try:
+            function = ctypes.CDLL(path).GOMP_parallel
+        except (OSError, AttributeError):
+            return
         _C.use_openmp(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+
+def _forget_threads_of_the_parent() -> None:
+    """In a forked child the OpenMP threads are gone, and a call would wait for them for ever."""
+    global _is_forked
+    _is_forked = True
+
+
+_is_forked = False  # since this module was imported
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads_of_the_parent)
 
 
 def _uses_choice_noise(plan: ResolvedStep) -> bool:

@@ -55,6 +55,12 @@ def decode_step(
 ) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence) of one step; see `maskgit.decode_step`."""
     batch, length, _ = _check_logits(logits, 3)
+    for name, number in (
+        ("mask_token_id", mask_token_id),
+        ("step", step),
+        ("num_steps", num_steps),
+    ):
+        check_integer(name, number)
     plan = resolve(rule, step, num_steps, length)
     _check_step_arrays(logits, tokens, eligible, mask_token_id)
     _check_noise(logits, rule, plan, seeds, token_gumbel, choice_gumbel, both=True)
@@ -101,6 +107,7 @@ def sample_tokens(
         check_same_kind("positions", positions, logits)
         _check_shape("positions", positions, (batch, length))
         _check_integers("positions", positions)
+        _check_positions(positions)
     x = StepInputs(
         logits=_columns(logits, rule),
         tokens=np.zeros((batch, length), np.int64),
@@ -228,12 +235,26 @@ def _key_words(seeds: Any, batch: int) -> Any:
     return np.stack(seed_words(seeds), axis=1).astype(np.uint32)
 
 
+def _check_positions(positions: Any) -> None:
+    if is_on_host(positions):
+        values = to_numpy(positions)
+        if values.size and (int(values.min()) < 0 or int(values.max()) >= 2**32):
+            raise ValueError(
+                f"positions: expected values in [0, 2^32), got {int(values.min())} to {int(values.max())}"
+            )
+
+
 def _counts(given: Any, eligible: Any, batch: int, length: int) -> Any:
     """num_masked_at_start as (B,) integers, counted where it is not given."""
     if given is None:
         return eligible.sum(1)
-    if isinstance(given, (int, np.integer)):
-        given = np.full(batch, given, np.int64)
+    if kind_of(given) is None:
+        array = np.asarray(given)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"num_masked_at_start: expected integers, got {given!r}")
+        given = np.full(batch, array, np.int64) if array.ndim == 0 else array
+    else:
+        check_same_kind("num_masked_at_start", given, eligible)
     _check_shape("num_masked_at_start", given, (batch,))
     _check_integers("num_masked_at_start", given)
     if is_on_host(given):
@@ -258,11 +279,7 @@ def _check_logits(logits: Any, ndim: int) -> tuple[int, ...]:
         raise TypeError(
             f"logits: expected dtype {', '.join(LOGIT_DTYPES)}, got {dtype_name(logits)}"
         )
-    if kind == "torch" and logits.requires_grad:
-        raise ValueError(
-            "logits: decoding has no gradient; expected logits.detach() or torch.no_grad(), "
-            "got a tensor that requires grad"
-        )
+    _check_no_grad("logits", logits)
     return tuple(logits.shape)
 
 
@@ -283,6 +300,14 @@ def check_integer(name: str, value: Any) -> None:
     raise TypeError(f"{name}: expected an integer, got {value!r}")
 
 
+def _check_no_grad(name: str, x: Any) -> None:
+    if kind_of(x) == "torch" and x.requires_grad:
+        raise ValueError(
+            f"{name}: decoding has no gradient; expected {name}.detach() or torch.no_grad(), "
+            "got a tensor that requires grad"
+        )
+
+
 def _check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
@@ -298,7 +323,8 @@ def _check_step_arrays(logits: Any, tokens: Any, eligible: Any, mask_token_id: i
     check_same_kind("tokens", tokens, logits)
     _check_shape("tokens", tokens, (batch, length))
     _check_integers("tokens", tokens)
-    check_integer("mask_token_id", mask_token_id)
+    if not -(2**63) <= int(mask_token_id) < 2**63:
+        raise ValueError(f"mask_token_id: expected a 64-bit integer, got {mask_token_id}")
     most = int(np.iinfo(np.dtype(dtype_name(tokens))).max)
     if vocab - 1 > most or mask_token_id > most:
         raise TypeError(
@@ -344,6 +370,7 @@ def _check_noise(
         if noise is None:
             continue
         check_same_kind(name, noise, logits)
+        _check_no_grad(name, noise)
         _check_shape(name, noise, shape)
         if not dtype_name(noise).startswith(("float", "bfloat")):
             raise TypeError(f"{name}: expected floating noise, got dtype {dtype_name(noise)}")
@@ -374,6 +401,7 @@ def _check_guidance(logits: Any, uncond_logits: Any, guidance_scale: float | Non
     if uncond_logits is None:
         return
     check_same_kind("uncond_logits", uncond_logits, logits)
+    _check_no_grad("uncond_logits", uncond_logits)
     _check_shape("uncond_logits", uncond_logits, tuple(logits.shape))
     if dtype_name(uncond_logits) != dtype_name(logits):
         raise TypeError(

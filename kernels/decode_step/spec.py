@@ -116,6 +116,13 @@ class StepRule:
             value = getattr(self, field)
             if isinstance(value, list):  # from JSON
                 object.__setattr__(self, field, tuple(value))
+            elif not isinstance(value, tuple) and not (field == "vocab_slice" and value is None):
+                raise ValueError(f"StepRule.{field}: expected a tuple, got {value!r}")
+        for field in ("keep_one_masked", "ban_mask_token", "score_filtered"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(
+                    f"StepRule.{field}: expected True or False, got {getattr(self, field)!r}"
+                )
         for field, legal in _CHOICES.items():
             if getattr(self, field) not in legal:
                 raise ValueError(
@@ -191,9 +198,9 @@ def _check_numbers(rule: StepRule) -> None:
         if not _is_number(value) or value < 0:
             raise ValueError(f"StepRule.{field}: expected a finite number >= 0, got {value!r}")
     temperature = rule.score_temperature
-    if temperature is not None and (not _is_number(temperature) or temperature <= 0):
+    if temperature is not None and (not _is_number(temperature) or temperature < 1e-6):
         raise ValueError(
-            f"StepRule.score_temperature: expected None or a finite number > 0, got {temperature!r}"
+            f"StepRule.score_temperature: expected None or a finite number >= 1e-6, got {temperature!r}"
         )
     if rule.greedy_on == "probs" and temperature not in (None, 1.0):
         raise ValueError(
@@ -216,7 +223,9 @@ def _check_numbers(rule: StepRule) -> None:
 
 
 def _check_filters(rule: StepRule) -> None:
-    if len(set(rule.filters)) != len(rule.filters) or any(f not in _FILTERS for f in rule.filters):
+    if len(rule.filters) != len({str(f) for f in rule.filters}) or any(
+        f not in _FILTERS for f in rule.filters
+    ):
         raise ValueError(
             f"StepRule.filters: expected each of {', '.join(_FILTERS)} at most once, got {rule.filters!r}"
         )
