@@ -101,7 +101,7 @@ void sample_tokens(StepParams& p) {
   const int64_t count = static_cast<int64_t>(rows.size());
   const int64_t useful = count * p.vocab / kLogitsPerThread;
   const int threads = static_cast<int>(std::min<int64_t>(p.num_threads, std::max<int64_t>(useful, 1)));
-  const int64_t grain = std::max<int64_t>(1, std::min<int64_t>(64, count / (4 * threads)));
+  const int64_t grain = std::max<int64_t>(1, std::min<int64_t>(64, count / (16 * threads)));
   parallel_for(count, grain, threads, [&](int64_t begin, int64_t end) { score(p, rows.data(), begin, end); });
 }
 

@@ -42,13 +42,15 @@ struct Cursor {
     if (rows < row && row < end) rows = row, start_row();
   }
   void fetch(int lines) {
-    for (; lines > 0; --lines) {
+    while (lines > 0) {
       if (left <= 0) {
         if (rows + 1 >= end) return;
         ++rows, start_row();
       }
-      __builtin_prefetch(from);
-      from += 64, left -= 64;
+      const int count = left < lines * 64 ? int((left + 63) / 64) : lines;
+      for (int i = 0; i < count; ++i) __builtin_prefetch(from + 64 * i);
+      from += 64 * count, left -= 64 * count, lines -= count;
+      if (left <= 0 && rows + 1 >= end) return;
     }
   }
 };
