@@ -1,0 +1,206 @@
+// One walk over a row: its maximum, sums of exponentials (whole, or by leaf for a draw), what else the
+// score needs.  decode_step-inl.h says which passes this makes.
+
+namespace maskgit {
+namespace MASKGIT_ISA {
+
+// Sum of exp((x - top) * scale) over the buffer, and of t exp(t) where asked.
+static double sum_exp(const Row& r, int n, float top, float scale, double* tz) {
+  const vf s = splat(scale * kLog2e), m = splat(top);
+  vf z0 = {}, z1 = {}, z2 = {}, z3 = {}, sum_tz = {};
+  int i = 0;
+  if (!tz) {
+    for (; i + 4 * W <= n; i += 4 * W) {
+      prefetch_ahead(r, i, 4 * W);
+      z0 += exp2_clamped((load(r.x + i) - m) * s);
+      z1 += exp2_clamped((load(r.x + i + W) - m) * s);
+      z2 += exp2_clamped((load(r.x + i + 2 * W) - m) * s);
+      z3 += exp2_clamped((load(r.x + i + 3 * W) - m) * s);
+    }
+    for (; i < n; i += W) z0 += exp2_clamped((load(r.x + i) - m) * s);
+    return hsum((z0 + z1) + (z2 + z3));
+  }
+  for (; i < n; i += W) {
+    vf t = vmax((load(r.x + i) - m) * splat(scale), splat(-87.f));
+    vf e = exp2_clamped(t * splat(kLog2e));
+    z0 += e;
+    sum_tz = fma(t, e, sum_tz);
+  }
+  *tz = hsum(sum_tz);
+  return hsum(z0);
+}
+
+// The same in float64.
+static double sum_exp_double(const Row& r, int n, float top, double scale, double* tz) {
+  vd z = {}, sum_tz = {};
+  for (int i = 0; i < n; i += W) {
+    vd x = __builtin_convertvector(load(r.x + i), vd), low = -700.0 + vd{};
+    vd t = (x - double(top)) * scale;
+    t = t > low ? t : low;
+    vd e = exp_double(t);
+    z += e;
+    sum_tz += t * e;
+  }
+  double total = 0, total_tz = 0;
+  for (int j = 0; j < W; ++j) total += z[j], total_tz += sum_tz[j];
+  if (tz) *tz = total_tz;
+  return total;
+}
+
+// Leaf sums of chunk c, relative to `top`; returns their sum.  `at(i)` loads W logits of the chunk.
+// Lane g of the accumulators is group g.
+template <class At>
+static inline double sum_leaves(Row& r, int64_t c, int n, float top, float scale, At at) {
+  constexpr int vectors = kGroups / W, chains = W == kGroups ? 2 : 1;  // of dependent additions
+  const vf s = splat(scale * kLog2e), m = splat(top);
+  const bool keeps_groups = r.p->vocab <= kChunk;
+  float* out = r.leaf_sum + c * kLeaves;
+  const int leaves = round_up(n, kLeaf) / kLeaf;
+  vf total = {}, sums[8];
+  for (int first = 0; first < kLeaves; first += 8) {
+    for (int k = 0; k < 8; ++k) {
+      const int leaf = first + k;
+      vf sum[vectors * chains] = {};
+      if (leaf < leaves) {
+        prefetch_ahead(r, leaf * kLeaf, kLeaf);
+        for (int j = 0; j < kPerGroup; ++j)
+          for (int g = 0; g < vectors; ++g)
+            sum[g + j % chains] += exp2_saturating((at(leaf * kLeaf + j * kGroups + g * W) - m) * s);
+        if (chains == 2) sum[0] += sum[1];
+        if (keeps_groups)
+          for (int g = 0; g < vectors; ++g) store(r.group_sum + leaf * kGroups + g * W, sum[g]);
+        for (int width = vectors / 2; width > 0; width /= 2)
+          for (int g = 0; g < width; ++g) sum[g] += sum[g + width];
+      }
+      sums[k] = sum[0];
+    }
+    hsum8(sums, out + first);
+    if (first + 8 >= leaves) {
+      for (int k = first + 8; k < kLeaves; ++k) out[k] = 0.f;
+      break;
+    }
+  }
+  for (int leaf = 0; leaf < kLeaves; leaf += W) total += load(out + leaf);
+  return hsum(total);
+}
+
+struct Wanted {
+  bool leaves, z, z_double, tz, second, noise;
+  float leaf_scale;
+  double z_scale, noise_scale;
+};
+struct Stats {
+  float top = kNegInf, second = kNegInf;
+  int64_t top_chunk = 0;
+  double z = 0, tz = 0;  // relative to top
+  double noisy = kNegInf;
+  int64_t noisy_at = -1;  // where no noise is finite or +inf
+};
+
+static inline void top_two(const Row& r, int n, float* first, float* second) {
+  for (int i = 0; i < n; i += W) {
+    vf x = vmax(load(r.x + i), splat(kNegInf)), hi = load(first), lo = load(second);
+    store(second, vmax(lo, vmin(hi, x)));
+    store(first, vmax(hi, x));
+  }
+}
+
+// argmax of x + scale * noise in float64, for noise that the caller injects.
+template <class Noise>
+static void race_with_noise(const Row& r, int64_t begin, int n, double scale, Stats& out) {
+  const Noise* g = static_cast<const Noise*>(r.noise) + begin * r.p->token_gumbel.v;
+  for (int i = 0; i < n; ++i) {
+    const double y = double(r.x[i]) + scale * double(g[i * r.p->token_gumbel.v]);
+    if (r.x[i] > kNegInf && y > out.noisy) out.noisy = y, out.noisy_at = begin + i;
+  }
+}
+
+// A draw needs some reference for its exponentials, not the maximum: the largest of the first leaf
+// does, if the sum stays far from overflow.  So the pass for the maximum and, in 16 bits, the buffer
+// fall away.  Returns false where the row must be walked with maxima.
+template <int kType>
+static bool walk_once(Row& r, float scale, Stats& out) {
+  auto load_at = [&](int64_t i) { return load_elements<kType>(r.logits, i, 1, W); };
+  vf most = splat(kNegInf);
+  for (int i = 0; i < kLeaf; i += W) most = vmax(load_at(i), most);
+  const float top = hmax(most);
+  if (!(top > kNegInf && top <= kFloatMax)) return false;
+  const int64_t chunks = num_chunks(r.p->vocab);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t begin = c * kChunk;
+    const int n = span_at(r, begin, kChunk);
+    r.ahead = r.logits + (begin + n) * (kType == kFloat32 ? 4 : 2);
+    r.chunk_max[c] = top;
+    out.z += sum_leaves(r, c, n, top, scale, [&](int i) { return load_at(begin + i); });
+  }
+  if (!(out.z < 1e17)) return false;  // a race divides sums by variates down to e^-45
+  out.top = top;
+  if (kType == kFloat32) r.x = reinterpret_cast<const float*>(r.logits), r.loaded = 0;
+  return true;
+}
+
+static bool walk_once(Row& r, const Conditions& keep, const Wanted& want, Stats& out) {
+  const StepParams& p = *r.p;
+  const bool plain = keep.n == 0 && p.num_banned == 0 && !r.uncond && p.logits.v == 1 && p.vocab % kLeaf == 0;
+  const bool draw_only = want.leaves && !want.z && !want.second && p.score != kTop1Prob;
+  if (!plain || !draw_only) return false;
+  Stats found;
+  const bool done = p.dtype == kFloat32    ? walk_once<kFloat32>(r, want.leaf_scale, found)
+                    : p.dtype == kBfloat16 ? walk_once<kBfloat16>(r, want.leaf_scale, found)
+                                           : walk_once<kFloat16>(r, want.leaf_scale, found);
+  if (done) out = found;
+  return done;
+}
+
+// One walk over the row.
+static Stats walk(Row& r, const Conditions& keep, const Wanted& want) {
+  const int64_t chunks = num_chunks(r.p->vocab);
+  Stats out;
+  if (walk_once(r, keep, want, out)) return out;
+  alignas(64) float first[W], second[W];
+  for (int i = 0; i < W; ++i) first[i] = second[i] = kNegInf;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int n = span_at(r, c * kChunk, kChunk);
+    const float top = load_chunk(r, c * kChunk, n, keep);
+    r.chunk_max[c] = top;
+    r.chunk_z[c] = r.chunk_tz[c] = 0;
+    if (top > out.top) out.top = top, out.top_chunk = c;
+    if (want.noise && r.p->noise_is_double) race_with_noise<double>(r, c * kChunk, n, want.noise_scale, out);
+    else if (want.noise) race_with_noise<float>(r, c * kChunk, n, want.noise_scale, out);
+    const bool empty = top == kNegInf;
+    if (want.leaves) {
+      if (empty)
+        for (int i = 0; i < kLeaves; ++i) r.leaf_sum[c * kLeaves + i] = 0.f;
+      else
+        r.chunk_z[c] = sum_leaves(r, c, n, top, want.leaf_scale, [&](int i) { return load(r.x + i); });
+    }
+    if (empty) continue;
+    const int padded = round_up(n, W);
+    if (want.second) top_two(r, padded, first, second);
+    if (want.z_double)
+      r.chunk_z[c] = sum_exp_double(r, padded, top, want.z_scale, want.tz ? r.chunk_tz + c : nullptr);
+    else if (want.z)
+      r.chunk_z[c] = sum_exp(r, padded, top, float(want.z_scale), want.tz ? r.chunk_tz + c : nullptr);
+  }
+  const double scale = want.z || want.z_double ? want.z_scale : double(want.leaf_scale);
+  for (int64_t c = 0; c < chunks; ++c) {
+    if (r.chunk_max[c] == kNegInf) continue;
+    double shift = (double(r.chunk_max[c]) - out.top) * scale;
+    double weight = shift == 0 ? 1.0 : __builtin_exp(shift);
+    out.z += weight * r.chunk_z[c];
+    if (weight > 0) out.tz += weight * (r.chunk_tz[c] + shift * r.chunk_z[c]);
+  }
+  if (want.second) {  // the largest of all seconds and of all firsts but one
+    bool skipped = false;
+    for (int i = 0; i < W; ++i) {
+      const bool skip = !skipped && first[i] == out.top;
+      skipped = skipped || skip;
+      const float lane = skip ? second[i] : first[i];
+      out.second = lane > out.second ? lane : out.second;
+    }
+  }
+  return out;
+}
+
+}  // namespace MASKGIT_ISA
+}  // namespace maskgit
