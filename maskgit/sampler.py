@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from .kernels.common.arrays import is_on_host, kind_of, to_kind, to_numpy
 from .kernels.common.selection import check_name
 from .kernels.decode_step import StepNoise, StepRule, as_rule, decode_step
+from .kernels.decode_step.checks import check_integer
 from .kernels.decode_step.plan import check_num_steps
-from .kernels.decode_step.run import check_integer
 
 
 class Trajectory(NamedTuple):

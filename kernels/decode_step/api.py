@@ -13,6 +13,7 @@ import numpy as np
 from ..common.arrays import kind_of, to_kind
 from ..common.selection import check_name
 from . import run
+from .checks import check_integer, check_same_kind
 from .spec import StepNoise, StepResult, StepRule, TokenStats, as_rule
 
 
@@ -130,7 +131,7 @@ def sample_tokens(
     if rows_only:
         for name, array in (("positions", positions), ("noise.token_gumbel", token_gumbel)):
             if array is not None:
-                run.check_same_kind(name, array, logits)
+                check_same_kind(name, array, logits)
         logits = logits[:, None]
         token_gumbel = None if token_gumbel is None else token_gumbel[:, None]
         positions = None if positions is None else positions[:, None]
@@ -209,8 +210,8 @@ def _check_op_arguments(
     """What the op's schema would refuse with a message about schemas."""
     for name, array in arrays.items():
         if array is not None:
-            run.check_same_kind(name, array, logits)
+            check_same_kind(name, array, logits)
     for name, number in numbers.items():
-        run.check_integer(name, number)
+        check_integer(name, number)
     if guidance_scale is not None and not isinstance(guidance_scale, (int, float, np.floating)):
         raise TypeError(f"guidance_scale: expected a number, got {type(guidance_scale).__name__}")

@@ -1,4 +1,4 @@
-"""From the public arguments to a backend and back: checks that hold for every backend, then the call.
+"""From the public arguments to a backend and back.
 
 `decode_step` and `sample_tokens` here take arrays of one kind and a `StepRule`; api.py gives them
 their public signatures, ops.py their torch.library form.
@@ -18,6 +18,19 @@ import numpy as np
 from ..common.arrays import dtype_name, is_on_host, kind_of, like, to_kind, to_numpy, widen
 from ..common.philox import seed_words
 from ..common.selection import BACKENDS, choose
+from .checks import (
+    check_guidance,
+    check_integer,
+    check_integers,
+    check_logits,
+    check_noise,
+    check_positions,
+    check_same_kind,
+    check_shape,
+    check_step_arrays,
+    columns,
+    raise_on_dead_rows,
+)
 from .plan import ResolvedStep, resolve
 from .spec import StepInputs, StepRule
 
@@ -28,7 +41,6 @@ _MODULES = {
     "reference": ".reference",
 }
 _SCALARS = ("guidance_scale", "mask_token_id")
-LOGIT_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def backend_module(name: str) -> ModuleType:
@@ -54,7 +66,7 @@ def decode_step(
     check: bool = False,
 ) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence) of one step; see `maskgit.decode_step`."""
-    batch, length, _ = _check_logits(logits, 3)
+    batch, length, _ = check_logits(logits, 3)
     for name, number in (
         ("mask_token_id", mask_token_id),
         ("step", step),
@@ -62,13 +74,13 @@ def decode_step(
     ):
         check_integer(name, number)
     plan = resolve(rule, step, num_steps, length)
-    _check_step_arrays(logits, tokens, eligible, mask_token_id)
-    _check_noise(logits, rule, plan, seeds, token_gumbel, choice_gumbel, both=True)
-    _check_guidance(logits, uncond_logits, guidance_scale)
+    check_step_arrays(logits, tokens, eligible, mask_token_id)
+    check_noise(logits, rule, plan, seeds, token_gumbel, choice_gumbel, both=True)
+    check_guidance(logits, uncond_logits, guidance_scale)
     is_masked = tokens == mask_token_id
     eligible = is_masked if eligible is None else is_masked & eligible
     x = StepInputs(
-        logits=_columns(logits, rule),
+        logits=columns(logits, rule),
         tokens=tokens,
         eligible=eligible,
         num_masked_at_start=_counts(num_masked_at_start, eligible, batch, length),
@@ -76,14 +88,14 @@ def decode_step(
         positions=None,
         token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
         choice_gumbel=choice_gumbel,
-        uncond_logits=_columns(uncond_logits, rule),
+        uncond_logits=columns(uncond_logits, rule),
         guidance_scale=float(guidance_scale or 0.0),
         mask_token_id=mask_token_id,
     )
     out = _call("decode_step", x, plan, logits, backend)
     next_tokens, candidates, confidence = (like(array, logits) for array in out)
     if check or os.environ.get("MASKGIT_CHECK", "") == "1":
-        _raise_on_dead_rows(to_numpy(eligible) & np.isneginf(to_numpy(confidence)))
+        raise_on_dead_rows(to_numpy(eligible) & np.isneginf(to_numpy(confidence)))
     return _cast_like(next_tokens, tokens), _cast_like(candidates, tokens), confidence
 
 
@@ -98,18 +110,18 @@ def sample_tokens(
     check: bool = False,
 ) -> tuple[Any, Any, Any]:
     """(candidate_tokens, confidence, log_z) of (B, N, V) logits; see `maskgit.sample_tokens`."""
-    batch, length, _ = _check_logits(logits, 3)
+    batch, length, _ = check_logits(logits, 3)
     plan = _constant_plan(rule, step)
     if rule.score == "random":
         raise ValueError("rule: expected a score computed from the logits, got score='random'")
-    _check_noise(logits, rule, plan, seeds, token_gumbel, None, both=False)
+    check_noise(logits, rule, plan, seeds, token_gumbel, None, both=False)
     if positions is not None:
         check_same_kind("positions", positions, logits)
-        _check_shape("positions", positions, (batch, length))
-        _check_integers("positions", positions)
-        _check_positions(positions)
+        check_shape("positions", positions, (batch, length))
+        check_integers("positions", positions)
+        check_positions(positions)
     x = StepInputs(
-        logits=_columns(logits, rule),
+        logits=columns(logits, rule),
         tokens=np.zeros((batch, length), np.int64),
         eligible=np.ones((batch, length), bool),
         num_masked_at_start=np.zeros(batch, np.int64),
@@ -125,7 +137,7 @@ def sample_tokens(
         like(a, logits) for a in _call("sample_tokens", x, plan, logits, backend)
     )
     if check or os.environ.get("MASKGIT_CHECK", "") == "1":
-        _raise_on_dead_rows(to_numpy(drawn) < 0)
+        raise_on_dead_rows(to_numpy(drawn) < 0)
     kind = "float64" if rule.score_dtype == "float64" else "float32"
     return drawn, _cast(score, kind), _cast(log_z, kind)
 
@@ -199,12 +211,6 @@ def _to_framework(x: StepInputs, native: str, logits: Any) -> StepInputs:
     return x._replace(**{k: to_kind(v, native, target) for k, v in fields.items()})
 
 
-def _columns(logits: Any, rule: StepRule) -> Any:
-    if logits is None or rule.vocab_slice is None:
-        return logits
-    return logits[..., rule.vocab_slice[0] : rule.vocab_slice[1]]
-
-
 def _key_words(seeds: Any, batch: int) -> Any:
     """(B, 2) words of the 64-bit seeds, uint32 (in torch int64), in the library of `seeds`."""
     if seeds is None:
@@ -235,15 +241,6 @@ def _key_words(seeds: Any, batch: int) -> Any:
     return np.stack(seed_words(seeds), axis=1).astype(np.uint32)
 
 
-def _check_positions(positions: Any) -> None:
-    if is_on_host(positions):
-        values = to_numpy(positions)
-        if values.size and (int(values.min()) < 0 or int(values.max()) >= 2**32):
-            raise ValueError(
-                f"positions: expected values in [0, 2^32), got {int(values.min())} to {int(values.max())}"
-            )
-
-
 def _counts(given: Any, eligible: Any, batch: int, length: int) -> Any:
     """num_masked_at_start as (B,) integers, counted where it is not given."""
     if given is None:
@@ -255,8 +252,8 @@ def _counts(given: Any, eligible: Any, batch: int, length: int) -> Any:
         given = np.full(batch, array, np.int64) if array.ndim == 0 else array
     else:
         check_same_kind("num_masked_at_start", given, eligible)
-    _check_shape("num_masked_at_start", given, (batch,))
-    _check_integers("num_masked_at_start", given)
+    check_shape("num_masked_at_start", given, (batch,))
+    check_integers("num_masked_at_start", given)
     if is_on_host(given):
         values = to_numpy(given)
         if values.size and (values.min() < 0 or values.max() > length):
@@ -265,159 +262,6 @@ def _counts(given: Any, eligible: Any, batch: int, length: int) -> Any:
                 f"num_masked_at_start: expected counts between 0 and the {length} positions, got {bad}"
             )
     return given
-
-
-def _check_logits(logits: Any, ndim: int) -> tuple[int, ...]:
-    kind = kind_of(logits)
-    if kind is None:
-        raise TypeError(
-            f"logits: expected a torch, jax or NumPy array, got {type(logits).__name__}"
-        )
-    if len(logits.shape) != ndim or logits.shape[-1] < 1:
-        raise ValueError(f"logits: expected shape (B, N, V) with V >= 1, got {tuple(logits.shape)}")
-    if dtype_name(logits) not in LOGIT_DTYPES:
-        raise TypeError(
-            f"logits: expected dtype {', '.join(LOGIT_DTYPES)}, got {dtype_name(logits)}"
-        )
-    _check_no_grad("logits", logits)
-    return tuple(logits.shape)
-
-
-def check_same_kind(name: str, x: Any, logits: Any) -> None:
-    """TypeError or ValueError unless `x` is an array of the kind and on the device of `logits`."""
-    kind, expected = kind_of(x), kind_of(logits)
-    if kind != expected:
-        raise TypeError(f"{name}: expected a {expected} array like logits, got {type(x).__name__}")
-    if kind == "torch" and x.device != logits.device:
-        raise ValueError(f"{name}: expected on device {logits.device} like logits, got {x.device}")
-
-
-def check_integer(name: str, value: Any) -> None:
-    """TypeError unless `value` is an integer, symbolic ones of a traced program included."""
-    is_symbol = type(value).__name__ == "SymInt"
-    if is_symbol or (isinstance(value, (int, np.integer)) and not isinstance(value, bool)):
-        return
-    raise TypeError(f"{name}: expected an integer, got {value!r}")
-
-
-def _check_no_grad(name: str, x: Any) -> None:
-    if kind_of(x) == "torch" and x.requires_grad:
-        raise ValueError(
-            f"{name}: decoding has no gradient; expected {name}.detach() or torch.no_grad(), "
-            "got a tensor that requires grad"
-        )
-
-
-def _check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
-
-
-def _check_integers(name: str, x: Any) -> None:
-    if not dtype_name(x).startswith(("int", "uint")):
-        raise TypeError(f"{name}: expected integers, got dtype {dtype_name(x)}")
-
-
-def _check_step_arrays(logits: Any, tokens: Any, eligible: Any, mask_token_id: int) -> None:
-    batch, length, vocab = logits.shape
-    check_same_kind("tokens", tokens, logits)
-    _check_shape("tokens", tokens, (batch, length))
-    _check_integers("tokens", tokens)
-    if not -(2**63) <= int(mask_token_id) < 2**63:
-        raise ValueError(f"mask_token_id: expected a 64-bit integer, got {mask_token_id}")
-    most = int(np.iinfo(np.dtype(dtype_name(tokens))).max)
-    if vocab - 1 > most or mask_token_id > most:
-        raise TypeError(
-            f"tokens: expected a dtype that holds ids up to {max(vocab - 1, mask_token_id)}, "
-            f"got {dtype_name(tokens)}"
-        )
-    if eligible is not None:
-        check_same_kind("eligible", eligible, logits)
-        _check_shape("eligible", eligible, (batch, length))
-        if dtype_name(eligible) != "bool":
-            raise TypeError(f"eligible: expected dtype bool, got {dtype_name(eligible)}")
-    if is_on_host(tokens):
-        check_token_ids(tokens, vocab, mask_token_id)
-
-
-def check_token_ids(tokens: Any, vocab: int, mask_token_id: int) -> None:
-    """ValueError for an id outside the vocabulary, which is V columns or up to the mask id."""
-    ids = to_numpy(tokens)
-    if not ids.size:
-        return
-    ids = ids[ids != mask_token_id]
-    top = max(vocab, mask_token_id + 1) if mask_token_id >= 0 else np.iinfo(np.int64).max
-    bad = ids[(ids < 0) | (ids >= top)]
-    if bad.size:
-        raise ValueError(
-            f"tokens: expected ids in [0, {top}) or the mask token {mask_token_id}, got {int(bad[0])}"
-        )
-
-
-def _check_noise(
-    logits: Any, rule: StepRule, plan: ResolvedStep, seeds: Any, token: Any, choice: Any, both: bool
-) -> None:
-    batch, length, _ = logits.shape
-    width = _columns(logits, rule).shape[-1]
-    if rule.vocab_slice is not None and rule.vocab_slice[1] > logits.shape[-1]:
-        raise ValueError(
-            f"rule: vocab_slice {rule.vocab_slice} expected within V = {logits.shape[-1]} columns"
-        )
-    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {}
-    shapes["noise.token_gumbel"] = (token, (batch, length, width))
-    shapes["noise.choice_gumbel"] = (choice, (batch, length))
-    for name, (noise, shape) in shapes.items():
-        if noise is None:
-            continue
-        check_same_kind(name, noise, logits)
-        _check_no_grad(name, noise)
-        _check_shape(name, noise, shape)
-        if not dtype_name(noise).startswith(("float", "bfloat")):
-            raise TypeError(f"{name}: expected floating noise, got dtype {dtype_name(noise)}")
-    if seeds is not None:
-        if kind_of(seeds) != kind_of(logits):
-            check_same_kind("seeds", seeds, logits)
-        if "key" not in dtype_name(seeds):
-            _check_integers("seeds", seeds)
-        if tuple(seeds.shape) not in ((batch,), (batch, 2)):
-            raise ValueError(
-                f"seeds: expected shape ({batch},) or ({batch}, 2), got {tuple(seeds.shape)}"
-            )
-    draws = plan.sample_temperature > 0 and token is None
-    ranks = both and (
-        plan.choice_temperature > 0 or rule.score == "random" or plan.count == "bernoulli"
-    )
-    if seeds is None and (draws or (ranks and choice is None)):
-        what = "draws its candidates" if draws else "adds noise to its confidences"
-        raise ValueError(
-            f"seeds: expected ({batch},) integers because rule {rule.name!r} {what} at this step, got None"
-        )
-
-
-def _check_guidance(logits: Any, uncond_logits: Any, guidance_scale: float | None) -> None:
-    if (uncond_logits is None) != (guidance_scale is None):
-        missing = "guidance_scale" if guidance_scale is None else "uncond_logits"
-        raise ValueError(f"{missing}: expected together with its counterpart, got None")
-    if uncond_logits is None:
-        return
-    check_same_kind("uncond_logits", uncond_logits, logits)
-    _check_no_grad("uncond_logits", uncond_logits)
-    _check_shape("uncond_logits", uncond_logits, tuple(logits.shape))
-    if dtype_name(uncond_logits) != dtype_name(logits):
-        raise TypeError(
-            f"uncond_logits: expected dtype {dtype_name(logits)} like logits, "
-            f"got {dtype_name(uncond_logits)}"
-        )
-    if not isinstance(guidance_scale, (int, float, np.floating)) or not np.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
-
-
-def _raise_on_dead_rows(dead: Any) -> None:
-    if dead.any():
-        b, n = np.argwhere(dead)[0]
-        raise ValueError(
-            f"logits: expected a finite value in every row, got none in row (sequence {b}, position {n})"
-        )
 
 
 def _cast(x: Any, dtype: str) -> Any:

@@ -1,0 +1,191 @@
+"""Checks of the arguments of a decode step: one message each, naming what was expected and got."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..common.arrays import dtype_name, is_on_host, kind_of, to_numpy
+from .plan import ResolvedStep
+from .spec import StepRule
+
+LOGIT_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def columns(logits: Any, rule: StepRule) -> Any:
+    """The columns of `logits` that the rule may draw from, as a view."""
+    if logits is None or rule.vocab_slice is None:
+        return logits
+    return logits[..., rule.vocab_slice[0] : rule.vocab_slice[1]]
+
+
+def check_positions(positions: Any) -> None:
+    """ValueError for a position outside the 32 bits of a Philox counter word."""
+    if is_on_host(positions):
+        values = to_numpy(positions)
+        if values.size and (int(values.min()) < 0 or int(values.max()) >= 2**32):
+            raise ValueError(
+                f"positions: expected values in [0, 2^32), got {int(values.min())} to {int(values.max())}"
+            )
+
+
+def check_logits(logits: Any, ndim: int) -> tuple[int, ...]:
+    """The shape of `logits`, once they are an array of a legal rank, width and dtype."""
+    kind = kind_of(logits)
+    if kind is None:
+        raise TypeError(
+            f"logits: expected a torch, jax or NumPy array, got {type(logits).__name__}"
+        )
+    if len(logits.shape) != ndim or logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected shape (B, N, V) with V >= 1, got {tuple(logits.shape)}")
+    if dtype_name(logits) not in LOGIT_DTYPES:
+        raise TypeError(
+            f"logits: expected dtype {', '.join(LOGIT_DTYPES)}, got {dtype_name(logits)}"
+        )
+    check_no_grad("logits", logits)
+    return tuple(logits.shape)
+
+
+def check_same_kind(name: str, x: Any, logits: Any) -> None:
+    """TypeError or ValueError unless `x` is an array of the kind and on the device of `logits`."""
+    kind, expected = kind_of(x), kind_of(logits)
+    if kind != expected:
+        raise TypeError(f"{name}: expected a {expected} array like logits, got {type(x).__name__}")
+    if kind == "torch" and x.device != logits.device:
+        raise ValueError(f"{name}: expected on device {logits.device} like logits, got {x.device}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """TypeError unless `value` is an integer, symbolic ones of a traced program included."""
+    is_symbol = type(value).__name__ == "SymInt"
+    if is_symbol or (isinstance(value, (int, np.integer)) and not isinstance(value, bool)):
+        return
+    raise TypeError(f"{name}: expected an integer, got {value!r}")
+
+
+def check_no_grad(name: str, x: Any) -> None:
+    """ValueError for a torch tensor that requires grad: decoding has none."""
+    if kind_of(x) == "torch" and x.requires_grad:
+        raise ValueError(
+            f"{name}: decoding has no gradient; expected {name}.detach() or torch.no_grad(), "
+            "got a tensor that requires grad"
+        )
+
+
+def check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:
+    """ValueError unless `x` has this shape."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+
+
+def check_integers(name: str, x: Any) -> None:
+    """TypeError unless `x` has an integer dtype."""
+    if not dtype_name(x).startswith(("int", "uint")):
+        raise TypeError(f"{name}: expected integers, got dtype {dtype_name(x)}")
+
+
+def check_step_arrays(logits: Any, tokens: Any, eligible: Any, mask_token_id: int) -> None:
+    """Tokens, mask id and eligibility against the logits."""
+    batch, length, vocab = logits.shape
+    check_same_kind("tokens", tokens, logits)
+    check_shape("tokens", tokens, (batch, length))
+    check_integers("tokens", tokens)
+    if not -(2**63) <= int(mask_token_id) < 2**63:
+        raise ValueError(f"mask_token_id: expected a 64-bit integer, got {mask_token_id}")
+    most = int(np.iinfo(np.dtype(dtype_name(tokens))).max)
+    if vocab - 1 > most or mask_token_id > most:
+        raise TypeError(
+            f"tokens: expected a dtype that holds ids up to {max(vocab - 1, mask_token_id)}, "
+            f"got {dtype_name(tokens)}"
+        )
+    if eligible is not None:
+        check_same_kind("eligible", eligible, logits)
+        check_shape("eligible", eligible, (batch, length))
+        if dtype_name(eligible) != "bool":
+            raise TypeError(f"eligible: expected dtype bool, got {dtype_name(eligible)}")
+    if is_on_host(tokens):
+        check_token_ids(tokens, vocab, mask_token_id)
+
+
+def check_token_ids(tokens: Any, vocab: int, mask_token_id: int) -> None:
+    """ValueError for an id outside the vocabulary, which is V columns or up to the mask id."""
+    ids = to_numpy(tokens)
+    if not ids.size:
+        return
+    ids = ids[ids != mask_token_id]
+    top = max(vocab, mask_token_id + 1) if mask_token_id >= 0 else np.iinfo(np.int64).max
+    bad = ids[(ids < 0) | (ids >= top)]
+    if bad.size:
+        raise ValueError(
+            f"tokens: expected ids in [0, {top}) or the mask token {mask_token_id}, got {int(bad[0])}"
+        )
+
+
+def check_noise(
+    logits: Any, rule: StepRule, plan: ResolvedStep, seeds: Any, token: Any, choice: Any, both: bool
+) -> None:
+    """Injected noise, the vocabulary slice, and seeds where this step needs them."""
+    batch, length, _ = logits.shape
+    width = columns(logits, rule).shape[-1]
+    if rule.vocab_slice is not None and rule.vocab_slice[1] > logits.shape[-1]:
+        raise ValueError(
+            f"rule: vocab_slice {rule.vocab_slice} expected within V = {logits.shape[-1]} columns"
+        )
+    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    shapes["noise.token_gumbel"] = (token, (batch, length, width))
+    shapes["noise.choice_gumbel"] = (choice, (batch, length))
+    for name, (noise, shape) in shapes.items():
+        if noise is None:
+            continue
+        check_same_kind(name, noise, logits)
+        check_no_grad(name, noise)
+        check_shape(name, noise, shape)
+        if not dtype_name(noise).startswith(("float", "bfloat")):
+            raise TypeError(f"{name}: expected floating noise, got dtype {dtype_name(noise)}")
+    if seeds is not None:
+        if kind_of(seeds) != kind_of(logits):
+            check_same_kind("seeds", seeds, logits)
+        if "key" not in dtype_name(seeds):
+            check_integers("seeds", seeds)
+        if tuple(seeds.shape) not in ((batch,), (batch, 2)):
+            raise ValueError(
+                f"seeds: expected shape ({batch},) or ({batch}, 2), got {tuple(seeds.shape)}"
+            )
+    draws = plan.sample_temperature > 0 and token is None
+    ranks = both and (
+        plan.choice_temperature > 0 or rule.score == "random" or plan.count == "bernoulli"
+    )
+    if seeds is None and (draws or (ranks and choice is None)):
+        what = "draws its candidates" if draws else "adds noise to its confidences"
+        raise ValueError(
+            f"seeds: expected ({batch},) integers because rule {rule.name!r} {what} at this step, got None"
+        )
+
+
+def check_guidance(logits: Any, uncond_logits: Any, guidance_scale: float | None) -> None:
+    """Unconditional logits and their scale: both or neither, and alike."""
+    if (uncond_logits is None) != (guidance_scale is None):
+        missing = "guidance_scale" if guidance_scale is None else "uncond_logits"
+        raise ValueError(f"{missing}: expected together with its counterpart, got None")
+    if uncond_logits is None:
+        return
+    check_same_kind("uncond_logits", uncond_logits, logits)
+    check_no_grad("uncond_logits", uncond_logits)
+    check_shape("uncond_logits", uncond_logits, tuple(logits.shape))
+    if dtype_name(uncond_logits) != dtype_name(logits):
+        raise TypeError(
+            f"uncond_logits: expected dtype {dtype_name(logits)} like logits, "
+            f"got {dtype_name(uncond_logits)}"
+        )
+    if not isinstance(guidance_scale, (int, float, np.floating)) or not np.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
+
+
+def raise_on_dead_rows(dead: Any) -> None:
+    """ValueError naming the first row without a finite logit."""
+    if dead.any():
+        b, n = np.argwhere(dead)[0]
+        raise ValueError(
+            f"logits: expected a finite value in every row, got none in row (sequence {b}, position {n})"
+        )
