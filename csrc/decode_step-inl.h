@@ -7,14 +7,18 @@
 //
 // Passes.  The row is walked in chunks of 2048 logits, each small enough for L1: first its maximum,
 // then the sums of exponentials relative to it, so memory is read once; a plain draw does without the
-// maximum (walk_once).  Plain float32 logits are
-// used where they lie; all else (16 bits, guidance, odd strides, filters) is first converted to a
-// float32 buffer.  What is kept per row is a maximum and a sum per chunk and, when drawing, a sum
-// per leaf: V/128 floats.  The chosen leaf (512 bytes) is read again, and the chunk that holds the
-// argmax where it is not the last one.  Filters (filters-inl.h) read the row a few times more.
+// maximum (walk_once).  Plain float32 logits are used where they lie, plain bfloat16 ones too, whose
+// maximum is found on their bits (walk_bits); all else (float16, guidance, odd strides, filters) is
+// first converted to a float32 buffer.  What is kept per row is a maximum and a sum per chunk and,
+// when drawing, a sum per leaf: V/128 floats.  The chosen leaf (512 bytes) is read again, and the
+// chunk that holds the argmax where it is not the last one.  Filters (filters-inl.h) read the row a
+// few times more.
 //
 // NaN counts as -inf, yet stays in the chunk: every maximum takes its other operand beside a NaN,
-// exp2_clamped(NaN) is 2^-126, and comparisons with NaN are false.  +inf becomes the largest float.
+// add_exp2 counts it 2^-126, and comparisons with NaN are false.  +inf becomes the largest float.
+//
+// What it costs.  Greedy float32, AVX-512: 1 vector operation for the maximum and 11 for the
+// exponential and its sum per 16 logits; bfloat16 1 more to widen.  Two such operations start a cycle.
 //
 // Limits: V < 2^31; tokens less likely than e^-87 of their row do not enter sums (nor could they win:
 // a variate is at most 45.05).  Accumulation: float32 in W lanes within a chunk, float64 across.
@@ -35,6 +39,8 @@ namespace MASKGIT_ISA {
 static int64_t argmax(Row& r, const Conditions& keep, const Stats& stats) {
   const int64_t begin = stats.top_chunk * kChunk;
   const int n = span_at(r, begin, kChunk);
+  if (stats.top_bits)
+    return begin + first_equal(reinterpret_cast<const uint16_t*>(r.logits) + begin, n, stats.top_bits);
   if (r.loaded != begin) load_chunk(r, begin, n, keep);
   return begin + first_at_least(r.x, 0, n, stats.top);
 }
@@ -191,7 +197,7 @@ static void choice_noise(const StepParams& p, const int64_t* rows, int64_t begin
       const int64_t b = rows[i + j] / p.length;
       k0[j] = p.seeds[2 * b], k1[j] = p.seeds[2 * b + 1], position[j] = p.positions[rows[i + j]];
     }
-    Words w = philox(zero, position, zero + p.step, zero + kStreamChoice, k0, k1);
+    Words w = philox(zero, position, zero + p.step, zero + kStreamChoice, LaneKeys{k0, k1});
     vf g = -vlog(exponential(w.x, w.y));
     for (int j = 0; j < W && i + j < end; ++j) p.choice_noise[rows[i + j]] = g[j];
   }
@@ -206,6 +212,9 @@ static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, 
   char* memory = static_cast<char*>(malloc(batch * bytes));
   if (!memory) __builtin_trap();
   alignas(64) float buffer[kChunk], group_sum[kBatch][kLeaves * kGroups], waits[kBatch][kMaxWaits];
+  RowKeys keys[kBatch];
+  int64_t keyed[kBatch];  // whose keys they are
+  for (int64_t& b : keyed) b = -1;
   Row row[kBatch] = {};
   Scored scored[kBatch];
   for (auto& w : waits)
@@ -241,9 +250,10 @@ static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, 
       r.logits = at(p.logits, b, n, size);
       r.uncond = at(p.uncond, b, n, size);
       r.noise = at(p.token_gumbel, b, n, p.noise_is_double ? 8 : 4);
-      r.loaded = -1;
+      r.loaded = -1, r.as_bits = false;
       if (!mode.racing) continue;
-      r.source = {p.seeds[2 * b], p.seeds[2 * b + 1], p.positions[rows[first + i]]};
+      r.source = {&keys[i], p.positions[rows[first + i]]};
+      if (b != keyed[i]) keys[i].set(p.seeds[2 * b], p.seeds[2 * b + 1]), keyed[i] = b;
       if (batch > 1) cursor.fetch(cursor.per_stage);
       draw_waits(p, r.source, waits[i]);
     }

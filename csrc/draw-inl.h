@@ -12,16 +12,17 @@ constexpr int kBatch = 8;  // rows whose variates are drawn together: their late
 constexpr int kMaxWaits = 2 * (kLeaves / 2 + kInnerBlocks + W) + 16;
 
 static inline vu iota(uint32_t from) {
-  vu x;
-  for (int i = 0; i < W; ++i) x[i] = from + i;
-  return x;
+  static const uint32_t count[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return *reinterpret_cast<const vu*>(count) + from;
 }
 
 // Two exponential variates of each of W counters, interleaved: out[2 W].
 static inline void store_variates(const StepParams& p, const Source& at, vu block, vu stream, float* out) {
   const vu zero = {};
-  Words w = philox(block, zero + at.position, zero + p.step, stream, zero + at.k0, zero + at.k1);
-  store_interleaved(exponential(w.x, w.y), exponential(w.z, w.w), out);
+  Words w = philox(block, zero + at.position, zero + p.step, stream, *at.keys);
+  vf first = exponential(w.x, w.y), second = exponential(w.z, w.w);
+  interleave(first, second);
+  store(out, first), store(out + W, second);
 }
 
 // Counters for the leaves that are drawn ahead: those of a row of one chunk, in few vectors.
@@ -88,8 +89,9 @@ static int64_t race_tokens(Row& r, const Conditions& keep, int64_t leaf, float r
   const float *inner = r.waits + 2 * leaf_blocks_ahead(*r.p), *x, *sums;
   alignas(64) float keys[kGroups], own_sums[kGroups];
   const bool one_chunk = r.p->vocab <= kChunk, in_place = one_chunk && r.loaded == 0 && r.x != r.buffer;
+  const bool as_bits = one_chunk && r.as_bits;
   float top = row_top, leaf_top = row_top;
-  if (!in_place) {
+  if (!in_place && !as_bits) {
     leaf_top = load_chunk(r, begin, span_at(r, begin, kLeaf), keep);
     r.loaded = -1;
   }
@@ -98,10 +100,10 @@ static int64_t race_tokens(Row& r, const Conditions& keep, int64_t leaf, float r
   if (!one_chunk) {  // the leaf's groups, relative to its own maximum
     top = leaf_top;
     sums = own_sums;
-    const vf s = splat(scale * kLog2e), m = splat(top);
+    const Exponent s(scale * kLog2e);
     for (int g = 0; g < kGroups; g += W) {
       vf sum = {};
-      for (int j = 0; j < kPerGroup; ++j) sum += exp2_clamped((load(x + j * kGroups + g) - m) * s);
+      for (int j = 0; j < kPerGroup; ++j) sum = add_exp2(sum, load(x + j * kGroups + g) - splat(top), s);
       store(own_sums + g, sum);
     }
   }
@@ -109,7 +111,10 @@ static int64_t race_tokens(Row& r, const Conditions& keep, int64_t leaf, float r
   const int group = first_largest(keys);
   alignas(64) float value[kGroups];
   for (int j = 0; j < kGroups; j += W) store(value + j, splat(kNegInf));
-  load_every_16th(x + group, value);
+  if (as_bits)
+    load_every_16th(reinterpret_cast<const uint16_t*>(r.logits) + begin + group, begin + group == 0, value);
+  else
+    load_every_16th(x + group, value);
   for (int j = 0; j < kGroups; j += W) {
     vf z = (vmax(load(value + j), splat(kNegInf)) - splat(top)) * splat(scale);  // NaN is -inf too
     store(keys + j, z - vlog(load(inner + kGroups + j)));

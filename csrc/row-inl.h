@@ -18,8 +18,9 @@ struct Conditions {
   Condition at[5];
 };
 
-struct Source {  // key words and position of a row's variates
-  uint32_t k0, k1, position;
+struct Source {  // keys and position of a row's variates
+  const RowKeys* keys;
+  uint32_t position;
 };
 
 // Where the prefetching of short rows has come to: rows are fetched in order, a few lines at a time
@@ -65,6 +66,7 @@ struct Row {
   bool as_it_is;     // keep +inf, to tell it from the largest float
   const float* x;    // the loaded chunk, padded with -inf to whole leaves: the logits or the buffer
   int64_t loaded;    // its first index; -1 where it was loaded under other conditions
+  bool as_bits;      // the whole row is plain bfloat16 and was walked where it lies
   const char* ahead; // what will be read next: the chunk after this one, or the row after this one
   // per chunk: maximum, sum of exp, sum of t exp(t); per leaf: sum of exp; per group, where one
   // chunk is the whole row: sum of exp

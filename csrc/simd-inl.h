@@ -89,6 +89,22 @@ static inline void load_every_16th(const float* x, float* out) {
 #endif
 }
 
+// The same from bfloat16: each is the upper half of a 32-bit word, or the lower half of the first.
+static inline void load_every_16th(const uint16_t* x, bool is_first, float* out) {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  const __m256i places = _mm256_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56);
+  const __m256i words = _mm256_i32gather_epi32(reinterpret_cast<const int*>(x - !is_first), places, 4);
+  const __m256i bits = is_first ? _mm256_slli_epi32(words, 16) : _mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000u)));
+  _mm256_storeu_ps(out, _mm256_castsi256_ps(bits));
+#else
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t bits = uint32_t(x[16 * j]) << 16;
+    __builtin_memcpy(out + j, &bits, 4);
+  }
+  (void)is_first;
+#endif
+}
+
 static inline float hmax(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
@@ -101,59 +117,79 @@ static inline float hmax(vf x) {
 #endif
 }
 
-// out[2 i] = even[i], out[2 i + 1] = odd[i].
-static inline void store_interleaved(vf even, vf odd, float* out) {
+// (even, odd) become (even[0], odd[0], even[1], ...) and what follows it.
+static inline void interleave(vf& even, vf& odd) {
 #if defined(__AVX512F__)
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  store(out, (vf)_mm512_permutex2var_ps((__m512)even, low, (__m512)odd));
-  store(out + W, (vf)_mm512_permutex2var_ps((__m512)even, high, (__m512)odd));
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const __m512 a = (__m512)even, b = (__m512)odd;
+  even = (vf)_mm512_permutex2var_ps(a, first, b), odd = (vf)_mm512_permutex2var_ps(a, second, b);
 #elif defined(__AVX2__)
-  __m256 low = _mm256_unpacklo_ps((__m256)even, (__m256)odd), high = _mm256_unpackhi_ps((__m256)even, (__m256)odd);
-  store(out, (vf)_mm256_permute2f128_ps(low, high, 0x20));
-  store(out + W, (vf)_mm256_permute2f128_ps(low, high, 0x31));
+  const __m256 low = _mm256_unpacklo_ps((__m256)even, (__m256)odd), high = _mm256_unpackhi_ps((__m256)even, (__m256)odd);
+  even = (vf)_mm256_permute2f128_ps(low, high, 0x20), odd = (vf)_mm256_permute2f128_ps(low, high, 0x31);
 #else
-  for (int i = 0; i < W; ++i) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
+  const vf a = even, b = odd;
+  for (int i = 0; i < W / 2; ++i) {
+    even[2 * i] = a[i], even[2 * i + 1] = b[i];
+    odd[2 * i] = a[W / 2 + i], odd[2 * i + 1] = b[W / 2 + i];
+  }
 #endif
 }
 
-// Round to the nearest integer, |x| < 2^22.
-static inline vf round_near(vf x) {
+// 2^y as power * rest for y in [-126, 128], relative error 2e-7: y = n + i / kParts + f, the power of
+// two and the i-th root from a table in registers, 2^f by a minimax polynomial.  y + magic keeps n and
+// i in its low bits; the table's entries are reduced by i, which the shift puts under the exponent.
+struct Exp2 { vf power, rest; };
 #if defined(__AVX512F__)
-  return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__AVX2__)
-  return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const float magic = 12582912.f;  // 1.5 * 2^23
-  return (x + magic) - magic;
-#endif
+constexpr float kMagic = 393216.f;  // 1.5 * 2^23 / kParts
+alignas(64) static const int32_t kRoots[32] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+static inline Exp2 exp2_parts(vf d, vf scale) {  // of d * scale
+  const vf t = fma(d, scale, splat(kMagic)), f = fma(d, scale, splat(kMagic) - t);
+  const __m512i low = _mm512_load_si512(kRoots), high = _mm512_load_si512(kRoots + 16);
+  const vi root = (vi)_mm512_permutex2var_epi32(low, (__m512i)t, high);
+  const vf p = fma(f, splat(0.24022676050662994f), splat(0.6931573152542114f));
+  return {as_float(root + (as_int(t) << 18)), fma(f, p, splat(1.f))};
 }
-
-// 2^y for y <= 0, relative error 1.5e-7; everything below -126 gives 2^-126, which callers may count
-// as nothing beside a term of 1.  Minimax polynomial on [-1/2, 1/2].
-static inline vf exp2_clamped(vf y) {
-  y = vmax(y, splat(-126.f));
-  vf n = round_near(y), f = y - n;
+#elif defined(__AVX2__)
+constexpr float kMagic = 1572864.f;
+alignas(32) static const int32_t kRoots[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                              0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+static inline Exp2 exp2_parts(vf d, vf scale) {
+  const vf t = fma(d, scale, splat(kMagic)), f = fma(d, scale, splat(kMagic) - t);
+  const vi root = (vi)_mm256_permutevar8x32_epi32(*reinterpret_cast<const __m256i*>(kRoots), (__m256i)t);
+  vf p = fma(f, splat(0.0554962232708931f), splat(0.2402576357126236f));
+  p = fma(f, p, splat(0.6931472420692444f));
+  return {as_float(root + (as_int(t) << 20)), fma(f, p, splat(1.f))};
+}
+#else
+constexpr float kMagic = 12582912.f;  // kParts = 1
+static inline Exp2 exp2_parts(vf d, vf scale) {
+  const vf t = d * scale + splat(kMagic), f = d * scale - (t - splat(kMagic));
   vf p = splat(1.326472731307149e-3f);
   p = fma(p, f, splat(9.671512991189957e-3f));
   p = fma(p, f, splat(5.550733581185341e-2f));
   p = fma(p, f, splat(0.24022242426872253f));
   p = fma(p, f, splat(0.6931470036506653f));
-  p = fma(p, f, splat(1.f));
-#if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  vi exponent = __builtin_convertvector(n, vi);
-  return as_float(as_int(p) + (exponent << 23));
-#endif
+  return {as_float((as_int(t) << 23) + splat_i(0x3f800000)), fma(p, f, splat(1.f))};
 }
-
-// The same for any y: above 127 the result is at least 2^127, infinity included.
-static inline vf exp2_saturating(vf y) {
-#if !defined(__AVX512F__)  // there scalef saturates by itself
-  y = vmin(vmax(y, splat(-126.f)), splat(128.f));
 #endif
-  return exp2_clamped(y);
+
+// sum += 2^(d * scale) without a product of its own.  Everything below -126 counts 2^-126, NaN too,
+// which is nothing beside a term of 1; above 128 (kSaturating) it is infinity.
+struct Exponent {
+  vf scale, low, high;
+  explicit Exponent(float s) : scale(splat(s)), low(splat(-126.f / s)), high(splat(128.f / s)) {}
+};
+template <bool kSaturating = false>
+static inline vf add_exp2(vf sum, vf d, const Exponent& e) {
+  d = vmax(d, e.low);
+  if (kSaturating) d = vmin(d, e.high);
+  const Exp2 x = exp2_parts(d, e.scale);
+  return fma(x.power, x.rest, sum);
 }
 
 // Natural logarithm of normal positive floats, relative error 1e-7 also around 1.
@@ -183,8 +219,23 @@ static inline vf to_float(vu x) {
 #endif
 }
 
-// Philox4x32-10 on counters (block, position, step, stream) and keys, one block a lane.
+// Philox4x32-10 on counters (block, position, step, stream), one block a lane.  The keys of the ten
+// rounds are one sequence's for all lanes (RowKeys, read as broadcasts) or one per lane (LaneKeys).
 struct Words { vu x, y, z, w; };
+constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+struct RowKeys {
+  static constexpr bool same = true;
+  uint32_t at[20];
+  void set(uint32_t k0, uint32_t k1) {
+    for (int round = 0; round < 10; ++round) at[2 * round] = k0, at[2 * round + 1] = k1, k0 += kWeyl0, k1 += kWeyl1;
+  }
+  vu operator()(int i) const { return vu{} + at[i]; }
+};
+struct LaneKeys {
+  static constexpr bool same = false;
+  vu k0, k1;
+  vu operator()(int i) const { return i % 2 ? k1 + uint32_t(i / 2) * kWeyl1 : k0 + uint32_t(i / 2) * kWeyl0; }
+};
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #if defined(__AVX512F__)
@@ -192,17 +243,15 @@ typedef __m512i Wide;
 static inline Wide wide_mul(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
 static inline Wide wide_high(Wide a) { return _mm512_srli_epi64(a, 32); }
 static inline Wide wide_xor(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
-static inline Wide wide_add(Wide a, Wide b) { return _mm512_add_epi32(a, b); }
 static inline Wide wide_all(uint32_t x) { return _mm512_set1_epi32(int(x)); }
 static inline vu interleaved(Wide even, Wide odd) {
-  return (vu)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  return (vu)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
 }
 #else
 typedef __m256i Wide;
 static inline Wide wide_mul(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
 static inline Wide wide_high(Wide a) { return _mm256_srli_epi64(a, 32); }
 static inline Wide wide_xor(Wide a, Wide b, Wide c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
-static inline Wide wide_add(Wide a, Wide b) { return _mm256_add_epi32(a, b); }
 static inline Wide wide_all(uint32_t x) { return _mm256_set1_epi32(int(x)); }
 static inline vu interleaved(Wide even, Wide odd) {
   return (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
@@ -210,25 +259,26 @@ static inline vu interleaved(Wide even, Wide odd) {
 #endif
 // Even and odd lanes apart, each word in the low half of 64 bits: a product is then one instruction,
 // its low word needs none, and what stands in the high halves is never looked at.
-static inline Words philox(vu c0, vu c1, vu c2, vu c3, vu k0, vu k1) {
-  struct Pair { Wide even, odd; };
-  auto split = [](vu x) { return Pair{(Wide)x, wide_high((Wide)x)}; };
-  Pair a = split(c0), b = split(c1), c = split(c2), d = split(c3), p = split(k0), q = split(k1);
+template <class Keys>
+static inline Words philox(vu c0, vu c1, vu c2, vu c3, const Keys& keys) {
+  struct Both { Wide even, odd; };
+  auto split = [](vu x) { return Both{(Wide)x, wide_high((Wide)x)}; };
+  Both a = split(c0), b = split(c1), c = split(c2), d = split(c3);
   const Wide m0 = wide_all(0xD2511F53u), m1 = wide_all(0xCD9E8D57u);
-  const Wide weyl0 = wide_all(0x9E3779B9u), weyl1 = wide_all(0xBB67AE85u);
   for (int round = 0; round < 10; ++round) {
-    const Pair x{wide_mul(a.even, m0), wide_mul(a.odd, m0)}, y{wide_mul(c.even, m1), wide_mul(c.odd, m1)};
-    a = {wide_xor(wide_high(y.even), b.even, p.even), wide_xor(wide_high(y.odd), b.odd, p.odd)};
-    c = {wide_xor(wide_high(x.even), d.even, q.even), wide_xor(wide_high(x.odd), d.odd, q.odd)};
+    const Wide p = (Wide)keys(2 * round), q = (Wide)keys(2 * round + 1);
+    const Wide p_odd = Keys::same ? p : wide_high(p), q_odd = Keys::same ? q : wide_high(q);
+    const Both x{wide_mul(a.even, m0), wide_mul(a.odd, m0)}, y{wide_mul(c.even, m1), wide_mul(c.odd, m1)};
+    a = {wide_xor(wide_high(y.even), b.even, p), wide_xor(wide_high(y.odd), b.odd, p_odd)};
+    c = {wide_xor(wide_high(x.even), d.even, q), wide_xor(wide_high(x.odd), d.odd, q_odd)};
     b = y, d = x;
-    p = {wide_add(p.even, weyl0), wide_add(p.odd, weyl0)};
-    q = {wide_add(q.even, weyl1), wide_add(q.odd, weyl1)};
   }
   return {interleaved(a.even, a.odd), interleaved(b.even, b.odd), interleaved(c.even, c.odd),
           interleaved(d.even, d.odd)};
 }
 #else
-static inline Words philox(vu c0, vu c1, vu c2, vu c3, vu k0, vu k1) {
+template <class Keys>
+static inline Words philox(vu c0, vu c1, vu c2, vu c3, const Keys& keys) {
   for (int round = 0; round < 10; ++round) {
     vu high0, low0, high1, low1;
     for (int i = 0; i < W; ++i) {
@@ -236,8 +286,7 @@ static inline Words philox(vu c0, vu c1, vu c2, vu c3, vu k0, vu k1) {
       high0[i] = uint32_t(x >> 32), low0[i] = uint32_t(x);
       high1[i] = uint32_t(y >> 32), low1[i] = uint32_t(y);
     }
-    c0 = high1 ^ c1 ^ k0, c2 = high0 ^ c3 ^ k1, c1 = low1, c3 = low0;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    c0 = high1 ^ c1 ^ keys(2 * round), c2 = high0 ^ c3 ^ keys(2 * round + 1), c1 = low1, c3 = low0;
   }
   return {c0, c1, c2, c3};
 }
@@ -275,6 +324,70 @@ static inline int64_t first_at_least(const float* x, int64_t begin, int64_t n, f
   return n;
 }
 
+// 2 W bfloat16 side by side: as float32 those at even places, those at odd places.
+static inline vf even_bfloat16(vu x) { return (vf)(x << 16); }
+static inline vf odd_bfloat16(vu x) { return (vf)(x & 0xffff0000u); }
+
+typedef uint16_t vu16 __attribute__((vector_size(W * 4), aligned(2), may_alias));
+static inline uint16_t smallest(vu16 x) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256((__m512i)x), _mm512_extracti64x4_epi64((__m512i)x, 1));
+  const __m128i quarter = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return uint16_t(_mm_extract_epi16(_mm_minpos_epu16(quarter), 0));
+#elif defined(__AVX2__)
+  const __m128i half = _mm_min_epu16(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  return uint16_t(_mm_extract_epi16(_mm_minpos_epu16(half), 0));
+#else
+  uint16_t least = x[0];
+  for (int j = 1; j < 2 * W; ++j) least = x[j] < least ? x[j] : least;
+  return least;
+#endif
+}
+static inline vu16 lower(vu16 a, vu16 b) {
+#if defined(__AVX512F__)
+  return (vu16)_mm512_min_epu16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vu16)_mm256_min_epu16((__m256i)a, (__m256i)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// The bits of the largest of n bfloat16, n a multiple of 4 W, none of them widened.  As signed
+// integers the positive ones are in order and above the negative ones, which are in reverse order as
+// unsigned integers.  Above 0x7f80 and 0xff80 a NaN was in the way.
+static inline uint16_t largest_bits(const uint16_t* x, int n) {
+  const vu16 flip = vu16{} + 0x7fff;  // flip - x: the signed order, reversed, as unsigned integers
+  vu16 positive[2], negative[2];
+  for (int k = 0; k < 2; ++k) positive[k] = negative[k] = vu16{} + 0xffff;
+  for (int i = 0; i < n; i += 4 * W)
+    for (int k = 0; k < 2; ++k) {
+      const vu16 v = *reinterpret_cast<const vu16*>(x + i + 2 * W * k);
+      positive[k] = lower(positive[k], flip - v);
+      negative[k] = lower(negative[k], v);
+    }
+  const uint16_t top = uint16_t(0x7fff - smallest(lower(positive[0], positive[1])));
+  return top < 0x8000 ? top : smallest(lower(negative[0], negative[1]));
+}
+
+// Index of the first x[i] == bits, which is there; n is a multiple of 2 W.
+static inline int64_t first_equal(const uint16_t* x, int64_t n, uint16_t bits) {
+  for (int64_t i = 0; i < n; i += 2 * W) {
+#if defined(__AVX512F__)
+    const __mmask32 same = _mm512_cmpeq_epi16_mask(_mm512_loadu_si512(x + i), _mm512_set1_epi16(int16_t(bits)));
+    if (same) return i + __builtin_ctz(same);
+#elif defined(__AVX2__)
+    const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    const unsigned same = unsigned(_mm256_movemask_epi8(_mm256_cmpeq_epi16(row, _mm256_set1_epi16(int16_t(bits)))));
+    if (same) return i + __builtin_ctz(same) / 2;
+#else
+    for (int64_t j = i; j < i + 2 * W; ++j)
+      if (x[j] == bits) return j;
+#endif
+  }
+  return 0;
+}
+
 // exp(t) for t <= 0 in float64, relative error 1e-15, for the rules that score in float64.
 typedef double vd __attribute__((vector_size(W * 8), aligned(8), may_alias));
 typedef int64_t vl __attribute__((vector_size(W * 8), aligned(8), may_alias));
@@ -300,11 +413,17 @@ static inline double scalar_exp(double t) { return exp_double(t + vd{})[0]; }  /
 static inline vf widen(vh x, bool is_bfloat16) {
   vu bits = __builtin_convertvector(x, vu);
   if (is_bfloat16) return (vf)(bits << 16);
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
   vu sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
   vf magnitude = (vf)rest * splat(0x1p112f);
   vi special = (vi)rest >= splat_i(0x0f800000);  // exponent all ones: infinity or NaN
   vu out = (vu)(special ? as_float((vi)(rest | 0x7f800000u)) : magnitude);
   return (vf)(out | sign);
+#endif
 }
 
 }  // namespace MASKGIT_ISA

@@ -6,23 +6,24 @@ namespace MASKGIT_ISA {
 
 // Sum of exp((x - top) * scale) over the buffer, and of t exp(t) where asked.
 static double sum_exp(const Row& r, int n, float top, float scale, double* tz) {
-  const vf s = splat(scale * kLog2e), m = splat(top);
+  const Exponent s(scale * kLog2e), one(kLog2e);
+  const vf m = splat(top);
   vf z0 = {}, z1 = {}, z2 = {}, z3 = {}, sum_tz = {};
   int i = 0;
   if (!tz) {
     for (; i + 4 * W <= n; i += 4 * W) {
       prefetch_ahead(r, i, 4 * W);
-      z0 += exp2_clamped((load(r.x + i) - m) * s);
-      z1 += exp2_clamped((load(r.x + i + W) - m) * s);
-      z2 += exp2_clamped((load(r.x + i + 2 * W) - m) * s);
-      z3 += exp2_clamped((load(r.x + i + 3 * W) - m) * s);
+      z0 = add_exp2(z0, load(r.x + i) - m, s);
+      z1 = add_exp2(z1, load(r.x + i + W) - m, s);
+      z2 = add_exp2(z2, load(r.x + i + 2 * W) - m, s);
+      z3 = add_exp2(z3, load(r.x + i + 3 * W) - m, s);
     }
-    for (; i < n; i += W) z0 += exp2_clamped((load(r.x + i) - m) * s);
+    for (; i < n; i += W) z0 = add_exp2(z0, load(r.x + i) - m, s);
     return hsum((z0 + z1) + (z2 + z3));
   }
   for (; i < n; i += W) {
     vf t = vmax((load(r.x + i) - m) * splat(scale), splat(-87.f));
-    vf e = exp2_clamped(t * splat(kLog2e));
+    vf e = add_exp2(vf{}, t, one);
     z0 += e;
     sum_tz = fma(t, e, sum_tz);
   }
@@ -47,12 +48,26 @@ static double sum_exp_double(const Row& r, int n, float top, double scale, doubl
   return total;
 }
 
-// Leaf sums of chunk c, relative to `top`; returns their sum.  `at(i)` loads W logits of the chunk.
-// Lane g of the accumulators is group g.
-template <class At>
+// Two vectors of a row: 2 W logits from one place on, in order or (kSplit) the even before the odd.
+struct Pair { vf a, b; };
+
+// The sums of a leaf's 16 groups from those of its pairs.
+template <bool kSplit>
+static inline void store_groups(const Pair* sum, float* out) {
+  for (int j = 0; j * 2 * W < kGroups; ++j) {
+    Pair z = sum[j];
+    if (kSplit) interleave(z.a, z.b);
+    if (W == kGroups) return store(out, z.a + z.b);
+    store(out + 2 * W * j, z.a), store(out + 2 * W * j + W, z.b);
+  }
+}
+
+// Leaf sums of chunk c, relative to `top`; returns their sum.  `at(i)` loads a Pair of the chunk.
+template <bool kSplit, class At>
 static inline double sum_leaves(Row& r, int64_t c, int n, float top, float scale, At at) {
-  constexpr int vectors = kGroups / W, chains = W == kGroups ? 2 : 1;  // of dependent additions
-  const vf s = splat(scale * kLog2e), m = splat(top);
+  constexpr int pairs = kGroups / (2 * W) > 1 ? kGroups / (2 * W) : 1;  // until the groups repeat
+  const Exponent s(scale * kLog2e);
+  const vf m = splat(top);
   const bool keeps_groups = r.p->vocab <= kChunk;
   float* out = r.leaf_sum + c * kLeaves;
   const int leaves = round_up(n, kLeaf) / kLeaf;
@@ -60,19 +75,18 @@ static inline double sum_leaves(Row& r, int64_t c, int n, float top, float scale
   for (int first = 0; first < kLeaves; first += 8) {
     for (int k = 0; k < 8; ++k) {
       const int leaf = first + k;
-      vf sum[vectors * chains] = {};
+      Pair sum[pairs] = {};
       if (leaf < leaves) {
         prefetch_ahead(r, leaf * kLeaf, kLeaf);
-        for (int j = 0; j < kPerGroup; ++j)
-          for (int g = 0; g < vectors; ++g)
-            sum[g + j % chains] += exp2_saturating((at(leaf * kLeaf + j * kGroups + g * W) - m) * s);
-        if (chains == 2) sum[0] += sum[1];
-        if (keeps_groups)
-          for (int g = 0; g < vectors; ++g) store(r.group_sum + leaf * kGroups + g * W, sum[g]);
-        for (int width = vectors / 2; width > 0; width /= 2)
-          for (int g = 0; g < width; ++g) sum[g] += sum[g + width];
+        for (int j = 0; j < kLeaf / (2 * W); ++j) {
+          const Pair x = at(leaf * kLeaf + 2 * W * j);
+          Pair& z = sum[j % pairs];
+          z = {add_exp2<true>(z.a, x.a - m, s), add_exp2<true>(z.b, x.b - m, s)};
+        }
+        if (keeps_groups) store_groups<kSplit>(sum, r.group_sum + leaf * kGroups);
+        for (int j = 1; j < pairs; ++j) sum[0].a += sum[j].a, sum[0].b += sum[j].b;
       }
-      sums[k] = sum[0];
+      sums[k] = sum[0].a + sum[0].b;
     }
     hsum8(sums, out + first);
     if (first + 8 >= leaves) {
@@ -92,6 +106,7 @@ struct Wanted {
 struct Stats {
   float top = kNegInf, second = kNegInf;
   int64_t top_chunk = 0;
+  uint16_t top_bits = 0;  // of a row that was walked by its bits
   double z = 0, tz = 0;  // relative to top
   double noisy = kNegInf;
   int64_t noisy_at = -1;  // where no noise is finite or +inf
@@ -121,8 +136,16 @@ static void race_with_noise(const Row& r, int64_t begin, int n, double scale, St
 template <int kType>
 static bool walk_once(Row& r, float scale, Stats& out) {
   auto load_at = [&](int64_t i) { return load_elements<kType>(r.logits, i, 1, W); };
+  auto pair_at = [&](int64_t i) {
+    if (kType != kBfloat16) return Pair{load_at(i), load_at(i + W)};
+    const vu bits = *reinterpret_cast<const vu*>(r.logits + 2 * i);
+    return Pair{even_bfloat16(bits), odd_bfloat16(bits)};
+  };
   vf most = splat(kNegInf);
-  for (int i = 0; i < kLeaf; i += W) most = vmax(load_at(i), most);
+  for (int i = 0; i < kLeaf; i += 2 * W) {
+    const Pair x = pair_at(i);
+    most = vmax(x.b, vmax(x.a, most));
+  }
   const float top = hmax(most);
   if (!(top > kNegInf && top <= kFloatMax)) return false;
   const int64_t chunks = num_chunks(r.p->vocab);
@@ -131,10 +154,11 @@ static bool walk_once(Row& r, float scale, Stats& out) {
     const int n = span_at(r, begin, kChunk);
     r.ahead = r.logits + (begin + n) * (kType == kFloat32 ? 4 : 2);
     r.chunk_max[c] = top;
-    out.z += sum_leaves(r, c, n, top, scale, [&](int i) { return load_at(begin + i); });
+    out.z += sum_leaves<kType == kBfloat16>(r, c, n, top, scale, [&](int i) { return pair_at(begin + i); });
   }
   if (!(out.z < 1e17)) return false;  // a race divides sums by variates down to e^-45
   out.top = top;
+  r.as_bits = kType == kBfloat16;
   if (kType == kFloat32) r.x = reinterpret_cast<const float*>(r.logits), r.loaded = 0;
   return true;
 }
@@ -152,11 +176,55 @@ static bool walk_once(Row& r, const Conditions& keep, const Wanted& want, Stats&
   return done;
 }
 
+// Sum of exp((x - top) * scale) over n bfloat16, n a multiple of 2 W.
+static double sum_exp_bits(const Row& r, const uint16_t* x, int n, float top, float scale) {
+  const Exponent s(scale * kLog2e);
+  const vf m = splat(top);
+  vf z[4] = {};
+  for (int i = 0; i < n; i += 2 * W) {
+    const vu bits = *reinterpret_cast<const vu*>(x + i);
+    const int k = i / W % 4;
+    if (k == 0) prefetch_ahead(r, i, 4 * W);
+    z[k] = add_exp2(z[k], even_bfloat16(bits) - m, s);
+    z[k + 1] = add_exp2(z[k + 1], odd_bfloat16(bits) - m, s);
+  }
+  return hsum((z[0] + z[1]) + (z[2] + z[3]));
+}
+
+// Greedy rows of plain bfloat16 need no buffer and no widening for the maximum.  Returns false where
+// a NaN, an infinity or a zero on top wants more care.
+static bool walk_bits(Row& r, const Conditions& keep, const Wanted& want, Stats& out) {
+  const StepParams& p = *r.p;
+  const bool plain = keep.n == 0 && p.num_banned == 0 && !r.uncond && p.logits.v == 1 && p.vocab % (4 * W) == 0;
+  const bool more = want.leaves || want.noise || want.second || want.z_double || want.tz || p.greedy_on_probs;
+  if (p.dtype != kBfloat16 || !plain || more) return false;
+  const uint16_t* logits = reinterpret_cast<const uint16_t*>(r.logits);
+  const int64_t chunks = num_chunks(p.vocab);
+  Stats found;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int n = span_at(r, c * kChunk, kChunk);
+    const uint16_t bits = largest_bits(logits + c * kChunk, n);
+    if (bits == 0 || (bits >= 0x7f7f && bits <= 0x8000) || bits >= 0xff7f) return false;
+    const vu wide = vu{} + (uint32_t(bits) << 16);
+    const float top = ((vf)wide)[0];
+    r.chunk_max[c] = top;
+    r.ahead = r.logits + (c * kChunk + n) * 2;
+    r.chunk_z[c] = want.z ? sum_exp_bits(r, logits + c * kChunk, n, top, float(want.z_scale)) : 0;
+    if (top > found.top) found.top = top, found.top_chunk = c, found.top_bits = bits;
+  }
+  for (int64_t c = 0; c < chunks; ++c) {
+    const double shift = (double(r.chunk_max[c]) - found.top) * want.z_scale;
+    found.z += (shift == 0 ? 1.0 : __builtin_exp(shift)) * r.chunk_z[c];
+  }
+  out = found;
+  return true;
+}
+
 // One walk over the row.
 static Stats walk(Row& r, const Conditions& keep, const Wanted& want) {
   const int64_t chunks = num_chunks(r.p->vocab);
   Stats out;
-  if (walk_once(r, keep, want, out)) return out;
+  if (walk_once(r, keep, want, out) || walk_bits(r, keep, want, out)) return out;
   alignas(64) float first[W], second[W];
   for (int i = 0; i < W; ++i) first[i] = second[i] = kNegInf;
   for (int64_t c = 0; c < chunks; ++c) {
@@ -172,7 +240,9 @@ static Stats walk(Row& r, const Conditions& keep, const Wanted& want) {
       if (empty)
         for (int i = 0; i < kLeaves; ++i) r.leaf_sum[c * kLeaves + i] = 0.f;
       else
-        r.chunk_z[c] = sum_leaves(r, c, n, top, want.leaf_scale, [&](int i) { return load(r.x + i); });
+        r.chunk_z[c] = sum_leaves<false>(r, c, n, top, want.leaf_scale, [&](int i) {
+          return Pair{load(r.x + i), load(r.x + i + W)};
+        });
     }
     if (empty) continue;
     const int padded = round_up(n, W);

@@ -274,3 +274,52 @@ def test_offsets_beyond_32_bits():
             mask_token_id=vocab, step=0, num_steps=1, backend=backend,
         )  # fmt: skip
         assert np.asarray(out.next_tokens)[0, -2:].tolist() == tail[0].argmax(1).tolist()
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("cpp", "torch")])
+@pytest.mark.parametrize("vocab", [64, 128, 256, 1024, 2176, 4096])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bfloat16_rows_with_odd_values(backend, vocab, temperature):
+    """Signs, zeros of both signs, NaN of both signs, infinities, the largest and the smallest numbers."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(vocab)
+    odd = [
+        0x0000,
+        0x8000,
+        0x7FC0,
+        0xFFC0,
+        0x7F80,
+        0xFF80,
+        0x7F7F,
+        0xFF7F,
+        0x0001,
+        0x8001,
+        0x7F81,
+        0xFF81,
+    ]
+    rows = []
+    for shift in (0.0, -40.0, 40.0, -300.0):
+        base = torch.from_numpy(rng.normal(size=(24, vocab)) * 3 + shift).bfloat16()
+        bits = base.view(torch.int16).numpy().view(np.uint16).copy()
+        for i in range(1, 24):
+            some = rng.choice(odd, rng.integers(1, 4))
+            where = rng.integers(0, vocab, rng.integers(1, 5))
+            bits[i, where] = rng.choice(some, where.size)
+        bits[1, 5::7] = 0x8000
+        bits[2] |= 0x8000
+        bits[3] |= 0x8000
+        bits[3, vocab // 2 :] = rng.choice([0x0000, 0x8000], vocab - vocab // 2)
+        bits[4, :-1] = 0xFFC0
+        bits[5] = rng.choice([0x7FC0, 0xFFC0, 0xFF80], vocab)
+        bits[6, vocab // 2 :] = 0x43FA  # 500: far above what stands in the first leaf
+        rows.append(bits)
+    bits = np.concatenate(rows)[None]
+    logits = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+    rule = StepRule(score="prob", sample_temperature=temperature)
+    got = maskgit.sample_tokens(logits, rule=rule, seeds=torch.tensor([7]), backend=backend)
+    want = maskgit.sample_tokens(
+        logits.float().numpy(), rule=rule, seeds=np.array([7]), backend="reference"
+    )
+    np.testing.assert_array_equal(got.candidate_tokens.numpy(), want.candidate_tokens)
+    np.testing.assert_allclose(got.confidence.numpy(), want.confidence, rtol=3e-6, atol=1e-30)
+    np.testing.assert_allclose(got.log_z.numpy(), want.log_z, rtol=1e-6, atol=2e-6)

@@ -13,12 +13,19 @@ from typing import Any
 import numpy as np
 
 
+_kinds: dict[type, str] = {np.ndarray: "numpy"}  # of types, where the type alone decides
+
+
 def kind_of(x: object) -> str | None:
     """ "torch", "jax" or "numpy" for an array, None for anything else."""
+    known = _kinds.get(type(x))
+    if known is not None:
+        return known
     if isinstance(x, np.ndarray):
         return "numpy"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
+        _kinds[type(x)] = "torch"
         return "torch"
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(x, jax.Array):
@@ -55,6 +62,8 @@ def to_numpy(x: Any) -> Any:
     if x is None:
         return None
     is_bfloat16 = dtype_name(x) == "bfloat16"
+    if type(x) is np.ndarray and not is_bfloat16:
+        return x
     if kind_of(x) == "torch":
         host = x if x.device.type == "cpu" else x.cpu()
         if is_bfloat16:

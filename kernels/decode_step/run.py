@@ -43,6 +43,7 @@ _MODULES = {
 _SCALARS = ("guidance_scale", "mask_token_id")
 
 
+@cache
 def backend_module(name: str) -> ModuleType:
     """The module of a backend that `choose` has found able to run."""
     return importlib.import_module(_MODULES[name], __package__)
