@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-
 _kinds: dict[type, str] = {np.ndarray: "numpy"}  # of types, where the type alone decides
 
 
