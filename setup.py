@@ -8,9 +8,11 @@ from setuptools import setup
 
 PACKAGE_DIR = {
     "maskgit": "maskgit",
+    "maskgit.adapters": "maskgit/adapters",
     "maskgit.kernels": "maskgit/kernels",
     "maskgit.kernels.common": "kernels/common",
     "maskgit.kernels.decode_step": "kernels/decode_step",
+    "maskgit.kernels.head_sample": "kernels/head_sample",
     "maskgit.benchmarks": "benchmarks",
 }
 

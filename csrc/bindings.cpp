@@ -45,6 +45,7 @@ PYBIND11_MODULE(_C, m) {
   pointer(c, "seeds", &StepParams::seeds);
   pointer(c, "positions", &StepParams::positions);
   pointer(c, "choice_noise", &StepParams::choice_noise);
+  pointer(c, "scores", &StepParams::scores);
   pointer(c, "banned", &StepParams::banned);
   pointer(c, "table", &StepParams::table);
   pointer(c, "next_tokens", &StepParams::next_tokens);

@@ -134,7 +134,7 @@ static Mode mode_of(const StepParams& p) {
   m.scale = m.drawing ? float(1.0 / p.sample_temperature) : 1.f;
   m.score_scale = 1.0 / p.score_temperature;
   const bool in_double = p.score_rounding == kToFloat64;
-  const bool needs_z = (p.score != kLogit && p.score != kRandom) || p.log_z || p.greedy_on_probs;
+  const bool needs_z = (p.score != kLogit && p.score != kRandom && p.score != kGiven) || p.log_z || p.greedy_on_probs;
   const bool shared = m.racing && !m.apart && !in_double && p.score != kNegEntropy &&
                       p.sample_temperature == p.score_temperature;  // z is the sum of the leaf sums
   Wanted draw{};
@@ -152,7 +152,7 @@ static Mode mode_of(const StepParams& p) {
 }
 
 struct Scored {
-  bool alive;
+  bool alive, is_own, is_scored;
   Conditions keep;
   Stats stats, drawn;  // of the distribution that is scored, and of the one that is drawn from
   int64_t leaf, token;
@@ -185,8 +185,8 @@ static void begin_row(Row& r, const Mode& m, Scored& s) {
 }
 
 static void finish_row(const StepParams& p, const Mode& m, const Scored& s, int64_t at) {
-  p.candidates[at] = s.alive ? s.token + p.vocab_start : -1;
-  p.confidence[at] = s.alive ? round_to(score_of(p, s.stats, s.logit), p.score_rounding) : kNegInf;
+  p.candidates[at] = s.alive || s.is_own ? s.token + p.vocab_start : -1;
+  p.confidence[at] = s.is_scored ? round_to(score_of(p, s.stats, s.logit), p.score_rounding) : kNegInf;
   if (p.log_z) p.log_z[at] = s.alive ? double(s.stats.top) * m.score_scale + __builtin_log(s.stats.z) : kNegInf;
 }
 
@@ -203,8 +203,23 @@ static void choice_noise(const StepParams& p, const int64_t* rows, int64_t begin
   }
 }
 
+// The token that a revised position holds instead of a candidate, with its logit; false for others.
+static bool keep_own_token(Row& r, Scored& s, int64_t at) {
+  const StepParams& p = *r.p;
+  if (!p.tokens || p.tokens[at] == p.mask_token_id) return false;
+  s.token = p.tokens[at] - p.vocab_start;
+  s.is_scored = s.alive && s.token >= 0 && s.token < p.vocab;
+  if (!s.is_scored) return true;
+  load_chunk(r, s.token, 1, p.score_filtered ? s.keep : Conditions{});
+  r.loaded = -1;
+  s.logit = r.x[0] == r.x[0] ? r.x[0] : kNegInf;
+  return true;
+}
+
 // Rows of one chunk go through each stage a batch at a time, so that their latencies overlap.
 static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, int64_t end) {
+  if (p.draw_choice_noise) choice_noise(p, rows, begin, end);
+  if (!p.logits.data) return;
   const int64_t chunks = num_chunks(p.vocab), size = p.dtype == kFloat32 ? 4 : 2;
   const int batch = chunks == 1 ? kBatch : 1;
   const Mode mode = mode_of(p);
@@ -239,7 +254,6 @@ static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, 
   auto at = [&](const Strided& s, int64_t b, int64_t n, int64_t bytes_each) {
     return s.data ? static_cast<const char*>(s.data) + (b * s.b + n * s.n) * bytes_each : nullptr;
   };
-  if (p.draw_choice_noise) choice_noise(p, rows, begin, end);
   int64_t b = rows[begin] / p.length, base = b * p.length;
   for (int64_t first = begin; first < end; first += batch) {
     const int count = int(end - first < batch ? end - first : batch);
@@ -270,6 +284,10 @@ static void score_rows(const StepParams& p, const int64_t* rows, int64_t begin, 
           if (batch > 1) cursor.fetch(cursor.per_stage);
           s.token = race_tokens(row[i], s.keep, s.leaf, s.drawn.top, mode.scale, &s.logit);
         }
+    }
+    for (int i = 0; i < count; ++i) {
+      scored[i].is_own = keep_own_token(row[i], scored[i], rows[first + i]);
+      if (!scored[i].is_own) scored[i].is_scored = scored[i].alive;
     }
     for (int i = 0; i < count; ++i) finish_row(p, mode, scored[i], rows[first + i]);
   }

@@ -93,6 +93,7 @@ void sample_tokens(StepParams& p) {
       rows.push_back(i);
       continue;
     }
+    if (!p.logits.data) continue;
     p.candidates[i] = -1;
     p.confidence[i] = -std::numeric_limits<double>::infinity();
     if (p.log_z) p.log_z[i] = p.confidence[i];

@@ -5,7 +5,7 @@
 namespace maskgit {
 
 enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-enum Score : int { kProb, kLogProb, kTop1Prob, kMargin, kNegEntropy, kLogit, kRandom };
+enum Score : int { kProb, kLogProb, kTop1Prob, kMargin, kNegEntropy, kLogit, kRandom, kGiven };
 enum Count : int { kMasked, kQuota, kFraction, kBernoulli, kThreshold, kFactor };
 enum Cut : int { kStrict, kInclusive, kExact };
 enum Filter : int { kTemperature, kTopK, kTopP, kMinP, kTypicalP };
@@ -30,6 +30,7 @@ struct StepParams {
   const uint32_t* positions = nullptr;      // (B, N)
   double* choice_noise = nullptr;           // (B, N): the caller's, or drawn here
   int draw_choice_noise = 0;
+  const double* scores = nullptr;           // (B, N) for score given
   const int64_t* banned = nullptr;          // column indices after vocab_slice
   int64_t num_banned = 0;
   int64_t mask_token_id = 0, vocab_start = 0;
@@ -55,6 +56,7 @@ struct StepParams {
   int num_threads = 1;
 };
 
+// Without logits the candidates and their scores are given, and only choice noise is drawn.
 // Scores the rows [begin, end) of `rows` (flat positions b * N + n): candidate or -1, score, log_z.
 using ScoreRows = void (*)(const StepParams&, const int64_t* rows, int64_t begin, int64_t end);
 

@@ -77,15 +77,16 @@ class Selector {
 
  private:
   void score(int64_t i, int64_t n) {
-    const bool alive = p_.candidates[i] >= 0;
-    p_.next_tokens[i] = p_.tokens[i];
+    const bool alive = p_.eligible[i] && p_.candidates[i] >= 0;
+    p_.next_tokens[i] = p_.eligible[i] ? p_.mask_token_id : p_.tokens[i];
     if (!alive) p_.candidates[i] = p_.tokens[i];
     double value = p_.confidence[i];
+    if (alive && p_.score == kGiven) value = p_.scores ? p_.scores[i] : value;
     if (alive && p_.score == kRandom) value = p_.choice_noise[i];
     else if (alive && p_.choice_temperature > 0) value += p_.choice_temperature * p_.choice_noise[i];
     if (p_.score_rounding != kToFloat64) value = float(value);
     if (!alive || std::isnan(value)) value = -kInf;
-    p_.confidence[i] = p_.tokens[i] != p_.mask_token_id ? kInf : value;
+    p_.confidence[i] = p_.tokens[i] != p_.mask_token_id && !p_.eligible[i] ? kInf : value;
     if (p_.eligible[i]) ranked_.push_back({value, n});
   }
 

@@ -12,11 +12,13 @@ from .kernels.decode_step import (
     StepResult,
     StepRule,
     TokenStats,
+    commit_tokens,
     decode_step,
     gamma,
     plan_masked_counts,
     sample_tokens,
 )
+from .kernels.head_sample import decode_step_from_hidden
 from .sampler import GenerateResult, Trajectory, generate
 
 __all__ = [
@@ -28,7 +30,9 @@ __all__ = [
     "Trajectory",
     "__version__",
     "available_backends",
+    "commit_tokens",
     "decode_step",
+    "decode_step_from_hidden",
     "gamma",
     "generate",
     "plan_masked_counts",

@@ -1,6 +1,6 @@
 """One step of masked-token decoding: draw, score, count, select, re-mask."""
 
-from .api import decode_step, sample_tokens
+from .api import commit_tokens, decode_step, sample_tokens
 from .counts import SCHEDULES, gamma, plan_masked_counts
 from .spec import StepNoise, StepResult, StepRule, TokenStats, as_rule
 
@@ -11,6 +11,7 @@ __all__ = [
     "StepRule",
     "TokenStats",
     "as_rule",
+    "commit_tokens",
     "decode_step",
     "gamma",
     "plan_masked_counts",

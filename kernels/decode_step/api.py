@@ -31,6 +31,7 @@ def decode_step(
     uncond_logits: Any = None,
     guidance_scale: float | None = None,
     eligible: Any = None,
+    scores: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> StepResult:
@@ -49,7 +50,8 @@ def decode_step(
         noise: the caller's own Gumbel noise.
         uncond_logits, guidance_scale: given together: logits become u + scale * (c - u).
         eligible: (B, N) bool, which masked positions take part (a block, real tokens of a padded
-            batch); all by default.
+            batch); all by default.  With a rule that revises, which positions take part at all.
+        scores: (B, N), exactly with rules whose score is "given": a critic's, or a fixed order.
         backend: "auto", or by name: cpp, torch, jax, reference (triton and pallas are to come).
         check: raise on a row without a finite logit (also with MASKGIT_CHECK=1); reads the result
             on the host.
@@ -68,26 +70,80 @@ def decode_step(
     too, except under rules whose count is taken over the batch (titok, dream-*).  See
     docs/semantics.md; the loop is that of MaskGIT (arXiv 2202.04200, section 3.2).
     """
-    step_rule, token_gumbel, choice_gumbel = _common(rule, noise, backend)
-    seeds = _seeds_like(seeds, logits)
+    step_rule, token_gumbel, choice_gumbel = rule_and_noise(rule, noise, backend)
+    seeds = seeds_like(seeds, logits)
     if kind_of(logits) == "torch":
         from .ops import decode_step_op
 
-        num_masked_at_start = _counts_tensor(num_masked_at_start, logits)
+        num_masked_at_start = counts_tensor(num_masked_at_start, logits)
         arrays = {"tokens": tokens, "seeds": seeds, "noise.token_gumbel": token_gumbel}
         arrays |= {"noise.choice_gumbel": choice_gumbel, "uncond_logits": uncond_logits}
         arrays |= {"eligible": eligible, "num_masked_at_start": num_masked_at_start}
+        arrays |= {"scores": scores}
         numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
-        _check_op_arguments(logits, arrays, numbers, guidance_scale)
+        check_op_arguments(logits, arrays, numbers, guidance_scale)
         out = decode_step_op(
             logits, tokens, step_rule.encoded, mask_token_id, step, num_steps,
             num_masked_at_start, seeds, token_gumbel, choice_gumbel, uncond_logits,
-            guidance_scale, eligible, backend, check,
+            guidance_scale, eligible, scores, backend, check,
         )  # fmt: skip
         return StepResult(*out)
     out = run.decode_step(
         logits, tokens, step_rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
-        token_gumbel, choice_gumbel, uncond_logits, guidance_scale, eligible, backend, check,
+        token_gumbel, choice_gumbel, uncond_logits, guidance_scale, eligible, scores, backend, check,
+    )  # fmt: skip
+    return StepResult(*out)
+
+
+def commit_tokens(
+    candidate_tokens: Any,
+    scores: Any,
+    tokens: Any,
+    *,
+    rule: StepRule | str,
+    mask_token_id: int,
+    step: int,
+    num_steps: int,
+    num_masked_at_start: Any = None,
+    seeds: Any = None,
+    choice_gumbel: Any = None,
+    eligible: Any = None,
+    backend: str = "auto",
+) -> StepResult:
+    """Count, select and re-mask given candidates: the second half of `decode_step`.
+
+    For candidates that come from elsewhere: drawn by `sample_tokens` and scored by a critic, one of
+    several factors or levels, spans.
+
+    Args:
+        candidate_tokens: (B, N) integers; -1 where there is none, and the mask token stays.
+        scores: (B, N) floating, what ranks them, without the annealed noise.
+        tokens: (B, N), the sequence before the step.
+        choice_gumbel: (B, N) standard Gumbel noise in place of the seeds'.
+        rule, mask_token_id, step, num_steps, num_masked_at_start, seeds, eligible, backend: as in
+            `decode_step`.  Of the rule only the choice noise, the count and the cut matter.
+
+    Returns, raises and semantics: as `decode_step`; a NaN score is -inf.
+    """
+    step_rule, _, _ = rule_and_noise(rule, None, backend)
+    seeds = seeds_like(seeds, scores)
+    if kind_of(scores) != "torch":
+        out = run.commit_tokens(
+            candidate_tokens, scores, tokens, step_rule, mask_token_id, step, num_steps,
+            num_masked_at_start, seeds, choice_gumbel, eligible, backend,
+        )  # fmt: skip
+        return StepResult(*out)
+    from .ops import commit_tokens_op
+
+    num_masked_at_start = counts_tensor(num_masked_at_start, scores)
+    arrays = {"candidate_tokens": candidate_tokens, "tokens": tokens, "seeds": seeds}
+    arrays |= {"choice_gumbel": choice_gumbel, "eligible": eligible}
+    arrays |= {"num_masked_at_start": num_masked_at_start}
+    numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
+    check_op_arguments(scores, arrays, numbers, None)
+    out = commit_tokens_op(
+        candidate_tokens, scores, tokens, step_rule.encoded, mask_token_id, step, num_steps,
+        num_masked_at_start, seeds, choice_gumbel, eligible, backend,
     )  # fmt: skip
     return StepResult(*out)
 
@@ -121,12 +177,12 @@ def sample_tokens(
     Raises and semantics: as `decode_step`.  With the same seed, position and step the candidates
     are those of `decode_step` wherever its temperature is the unannealed one.
     """
-    step_rule, token_gumbel, choice_gumbel = _common(rule, noise, backend)
+    step_rule, token_gumbel, choice_gumbel = rule_and_noise(rule, noise, backend)
     if choice_gumbel is not None:
         raise ValueError(
             "noise.choice_gumbel: expected None in sample_tokens, which adds no noise to scores"
         )
-    seeds = _seeds_like(seeds, logits)
+    seeds = seeds_like(seeds, logits)
     rows_only = kind_of(logits) is not None and len(logits.shape) == 2
     if rows_only:
         for name, array in (("positions", positions), ("noise.token_gumbel", token_gumbel)):
@@ -139,7 +195,7 @@ def sample_tokens(
         from .ops import sample_tokens_op
 
         arrays = {"seeds": seeds, "positions": positions, "noise.token_gumbel": token_gumbel}
-        _check_op_arguments(logits, arrays, {"step": step}, None)
+        check_op_arguments(logits, arrays, {"step": step}, None)
         out = sample_tokens_op(
             logits, step_rule.encoded, seeds, positions, step, token_gumbel, backend, check
         )
@@ -150,9 +206,10 @@ def sample_tokens(
     return TokenStats(*(array[:, 0] for array in out)) if rows_only else TokenStats(*out)
 
 
-def _common(
+def rule_and_noise(
     rule: StepRule | str, noise: StepNoise | None, backend: str
 ) -> tuple[StepRule, Any, Any]:
+    """The rule, and the two parts of the caller's noise, once the backend's name is legal."""
     check_name(backend)
     step_rule = as_rule(rule)
     if noise is None:
@@ -164,7 +221,7 @@ def _common(
     return step_rule, noise.token_gumbel, noise.choice_gumbel
 
 
-def _seeds_like(seeds: Any, logits: Any) -> Any:
+def seeds_like(seeds: Any, logits: Any) -> Any:
     """Seeds given as a sequence, or as a NumPy array beside another library's logits, converted."""
     kind = kind_of(logits)
     if seeds is None or kind is None or kind_of(seeds) == kind:
@@ -194,7 +251,7 @@ def _seeds_array(seeds: Any) -> Any:
     raise TypeError(f"seeds: expected (B,) integers, got {seeds!r}")
 
 
-def _counts_tensor(counts: Any, logits: Any) -> Any:
+def counts_tensor(counts: Any, logits: Any) -> Any:
     """A number of masked positions for all sequences, as the tensor that the op takes."""
     if not isinstance(counts, (int, np.integer, list, tuple)):
         return counts
@@ -204,7 +261,7 @@ def _counts_tensor(counts: Any, logits: Any) -> Any:
     return values.expand(logits.shape[0]) if values.ndim == 0 else values
 
 
-def _check_op_arguments(
+def check_op_arguments(
     logits: Any, arrays: dict[str, Any], numbers: dict[str, Any], guidance_scale: Any
 ) -> None:
     """What the op's schema would refuse with a message about schemas."""

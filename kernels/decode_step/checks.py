@@ -85,11 +85,12 @@ def check_integers(name: str, x: Any) -> None:
         raise TypeError(f"{name}: expected integers, got dtype {dtype_name(x)}")
 
 
-def check_step_arrays(logits: Any, tokens: Any, eligible: Any, mask_token_id: int) -> None:
-    """Tokens, mask id and eligibility against the logits."""
-    batch, length, vocab = logits.shape
-    check_same_kind("tokens", tokens, logits)
-    check_shape("tokens", tokens, (batch, length))
+def check_step_arrays(
+    model: Any, vocab: int, tokens: Any, eligible: Any, mask_token_id: int
+) -> None:
+    """Tokens, mask id and eligibility against logits (or hidden states) and their vocabulary."""
+    check_same_kind("tokens", tokens, model)
+    check_shape("tokens", tokens, tuple(model.shape[:2]))
     check_integers("tokens", tokens)
     if not -(2**63) <= int(mask_token_id) < 2**63:
         raise ValueError(f"mask_token_id: expected a 64-bit integer, got {mask_token_id}")
@@ -99,11 +100,7 @@ def check_step_arrays(logits: Any, tokens: Any, eligible: Any, mask_token_id: in
             f"tokens: expected a dtype that holds ids up to {max(vocab - 1, mask_token_id)}, "
             f"got {dtype_name(tokens)}"
         )
-    if eligible is not None:
-        check_same_kind("eligible", eligible, logits)
-        check_shape("eligible", eligible, (batch, length))
-        if dtype_name(eligible) != "bool":
-            raise TypeError(f"eligible: expected dtype bool, got {dtype_name(eligible)}")
+    check_eligible(eligible, model)
     if is_on_host(tokens):
         check_token_ids(tokens, vocab, mask_token_id)
 
@@ -123,39 +120,30 @@ def check_token_ids(tokens: Any, vocab: int, mask_token_id: int) -> None:
 
 
 def check_noise(
-    logits: Any, rule: StepRule, plan: ResolvedStep, seeds: Any, token: Any, choice: Any, both: bool
-) -> None:
+    model: Any, vocab: int, rule: StepRule, plan: ResolvedStep, seeds: Any, token: Any, choice: Any,
+    both: bool,
+) -> None:  # fmt: skip
     """Injected noise, the vocabulary slice, and seeds where this step needs them."""
-    batch, length, _ = logits.shape
-    width = columns(logits, rule).shape[-1]
-    if rule.vocab_slice is not None and rule.vocab_slice[1] > logits.shape[-1]:
+    batch, length = model.shape[:2]
+    start, stop = rule.vocab_slice or (0, vocab)
+    if stop > vocab:
         raise ValueError(
-            f"rule: vocab_slice {rule.vocab_slice} expected within V = {logits.shape[-1]} columns"
+            f"rule: vocab_slice {rule.vocab_slice} expected within V = {vocab} columns"
         )
+    width = stop - start
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {}
     shapes["noise.token_gumbel"] = (token, (batch, length, width))
     shapes["noise.choice_gumbel"] = (choice, (batch, length))
     for name, (noise, shape) in shapes.items():
         if noise is None:
             continue
-        check_same_kind(name, noise, logits)
+        check_same_kind(name, noise, model)
         check_no_grad(name, noise)
         check_shape(name, noise, shape)
-        if not dtype_name(noise).startswith(("float", "bfloat")):
-            raise TypeError(f"{name}: expected floating noise, got dtype {dtype_name(noise)}")
-    if seeds is not None:
-        if kind_of(seeds) != kind_of(logits):
-            check_same_kind("seeds", seeds, logits)
-        if "key" not in dtype_name(seeds):
-            check_integers("seeds", seeds)
-        if tuple(seeds.shape) not in ((batch,), (batch, 2)):
-            raise ValueError(
-                f"seeds: expected shape ({batch},) or ({batch}, 2), got {tuple(seeds.shape)}"
-            )
+        check_floating(name, noise)
+    check_seeds(seeds, model)
     draws = plan.sample_temperature > 0 and token is None
-    ranks = both and (
-        plan.choice_temperature > 0 or rule.score == "random" or plan.count == "bernoulli"
-    )
+    ranks = both and ranks_by_chance(rule, plan)
     if seeds is None and (draws or (ranks and choice is None)):
         what = "draws its candidates" if draws else "adds noise to its confidences"
         raise ValueError(
@@ -163,19 +151,125 @@ def check_noise(
         )
 
 
-def check_guidance(logits: Any, uncond_logits: Any, guidance_scale: float | None) -> None:
-    """Unconditional logits and their scale: both or neither, and alike."""
+def ranks_by_chance(rule: StepRule, plan: ResolvedStep) -> bool:
+    """Whether the selection at this step uses the choice noise."""
+    return plan.choice_temperature > 0 or rule.score == "random" or plan.count == "bernoulli"
+
+
+def check_seeds(seeds: Any, model: Any) -> None:
+    """(B,) integers, (B, 2) words, or keys, like the rest; or None."""
+    if seeds is None:
+        return
+    batch = model.shape[0]
+    check_same_kind("seeds", seeds, model)
+    if "key" not in dtype_name(seeds):
+        check_integers("seeds", seeds)
+    if tuple(seeds.shape) not in ((batch,), (batch, 2)):
+        raise ValueError(
+            f"seeds: expected shape ({batch},) or ({batch}, 2), got {tuple(seeds.shape)}"
+        )
+
+
+def check_commit_noise(
+    scores: Any, rule: StepRule, plan: ResolvedStep, seeds: Any, choice_gumbel: Any
+) -> None:
+    """Noise for the selection: the caller's, or seeds where this step needs some."""
+    if choice_gumbel is not None:
+        check_same_kind("choice_gumbel", choice_gumbel, scores)
+        check_no_grad("choice_gumbel", choice_gumbel)
+        check_shape("choice_gumbel", choice_gumbel, tuple(scores.shape))
+        check_floating("choice_gumbel", choice_gumbel)
+    check_seeds(seeds, scores)
+    if seeds is None and choice_gumbel is None and ranks_by_chance(rule, plan):
+        raise ValueError(
+            f"seeds: expected ({scores.shape[0]},) integers because rule {rule.name!r} adds noise to "
+            "its confidences at this step, got None"
+        )
+
+
+def check_scores(rule: StepRule, scores: Any, model: Any, name: str) -> None:
+    """Scores from outside: exactly where the rule asks for them."""
+    if (scores is not None) != (rule.score == "given"):
+        got = "None" if scores is None else f"scores with score={rule.score!r}"
+        raise ValueError(f"{name}: expected exactly where the rule has score='given', got {got}")
+    if scores is None:
+        return
+    check_same_kind(name, scores, model)
+    check_no_grad(name, scores)
+    check_shape(name, scores, tuple(model.shape[:2]))
+    check_floating(name, scores)
+
+
+def check_floating(name: str, x: Any) -> None:
+    """TypeError unless `x` has a floating dtype."""
+    if not dtype_name(x).startswith(("float", "bfloat")):
+        raise TypeError(f"{name}: expected floating numbers, got dtype {dtype_name(x)}")
+
+
+def check_candidates(candidates: Any, scores: Any) -> tuple[int, ...]:
+    """The shape (B, N) of candidates, once they and their scores are arrays of one kind."""
+    if kind_of(scores) is None:
+        raise TypeError(
+            f"scores: expected a torch, jax or NumPy array, got {type(scores).__name__}"
+        )
+    if len(scores.shape) != 2:
+        raise ValueError(f"scores: expected shape (B, N), got {tuple(scores.shape)}")
+    check_floating("scores", scores)
+    check_no_grad("scores", scores)
+    check_same_kind("candidate_tokens", candidates, scores)
+    check_shape("candidate_tokens", candidates, tuple(scores.shape))
+    check_integers("candidate_tokens", candidates)
+    return tuple(scores.shape)
+
+
+def check_commit_arrays(
+    scores: Any, candidates: Any, tokens: Any, eligible: Any, mask_token_id: int
+) -> None:
+    """Tokens and eligibility against the scores of their candidates."""
+    check_same_kind("tokens", tokens, scores)
+    check_shape("tokens", tokens, tuple(scores.shape))
+    check_integers("tokens", tokens)
+    most = int(np.iinfo(np.dtype(dtype_name(tokens))).max)
+    if not -(2**63) <= int(mask_token_id) <= most:
+        raise ValueError(
+            f"mask_token_id: expected an id that {dtype_name(tokens)} holds, got {mask_token_id}"
+        )
+    check_eligible(eligible, scores)
+    if is_on_host(candidates):
+        ids = to_numpy(candidates)
+        if ids.size and not -1 <= int(ids.min()) <= int(ids.max()) <= most:
+            raise ValueError(
+                f"candidate_tokens: expected ids in [0, {most}], or -1 for none, "
+                f"got {int(ids.min())} to {int(ids.max())}"
+            )
+
+
+def check_eligible(eligible: Any, model: Any) -> None:
+    """(B, N) bool like the rest, or None."""
+    if eligible is None:
+        return
+    check_same_kind("eligible", eligible, model)
+    check_shape("eligible", eligible, tuple(model.shape[:2]))
+    if dtype_name(eligible) != "bool":
+        raise TypeError(f"eligible: expected dtype bool, got {dtype_name(eligible)}")
+
+
+def check_guidance(
+    logits: Any, uncond_logits: Any, guidance_scale: float | None,
+    name: str = "uncond_logits", like: str = "logits",
+) -> None:  # fmt: skip
+    """Unconditional logits (or hidden states) and their scale: both or neither, and alike."""
     if (uncond_logits is None) != (guidance_scale is None):
-        missing = "guidance_scale" if guidance_scale is None else "uncond_logits"
+        missing = "guidance_scale" if guidance_scale is None else name
         raise ValueError(f"{missing}: expected together with its counterpart, got None")
     if uncond_logits is None:
         return
-    check_same_kind("uncond_logits", uncond_logits, logits)
-    check_no_grad("uncond_logits", uncond_logits)
-    check_shape("uncond_logits", uncond_logits, tuple(logits.shape))
+    check_same_kind(name, uncond_logits, logits)
+    check_no_grad(name, uncond_logits)
+    check_shape(name, uncond_logits, tuple(logits.shape))
     if dtype_name(uncond_logits) != dtype_name(logits):
         raise TypeError(
-            f"uncond_logits: expected dtype {dtype_name(logits)} like logits, "
+            f"{name}: expected dtype {dtype_name(logits)} like {like}, "
             f"got {dtype_name(uncond_logits)}"
         )
     if not isinstance(guidance_scale, (int, float, np.floating)) or not np.isfinite(guidance_scale):

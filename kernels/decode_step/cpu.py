@@ -18,7 +18,7 @@ from .plan import ResolvedStep
 from .spec import StepInputs
 
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-_SCORES = ("prob", "log_prob", "top1_prob", "margin", "neg_entropy", "logit", "random")
+_SCORES = ("prob", "log_prob", "top1_prob", "margin", "neg_entropy", "logit", "random", "given")
 _COUNTS = ("masked", "quota", "fraction", "bernoulli", "threshold", "factor")
 _CUTS = ("strict", "inclusive", "exact")
 _FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -35,6 +35,10 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     params.draw_choice_noise = noise is None and _uses_choice_noise(plan)
     noise = np.empty(x.tokens.shape) if noise is None else noise
     keep += [next_tokens, noise]
+    if x.scores is not None:
+        scores = x.scores.astype(np.float64, order="C")
+        params.scores = _address(scores)
+        keep.append(scores)
     params.next_tokens = _address(next_tokens)
     params.choice_noise = _address(noise)
     _C.decode_step(params)
@@ -130,16 +134,22 @@ def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, lis
     from maskgit import _C
 
     p = _C.StepParams(_numbers(plan, dtype))
-    logits, p.logits = _strided(x.logits)
-    p.batch, p.length, p.vocab = logits.shape
+    p.batch, p.length = x.tokens.shape
+    keep = [plan.table]
+    if x.logits is not None:
+        logits, p.logits = _strided(x.logits)
+        p.vocab = logits.shape[2]
+        keep.append(logits)
     tokens = np.ascontiguousarray(x.tokens, dtype=np.int64)
     eligible = np.ascontiguousarray(x.eligible, dtype=np.uint8)
     start = np.ascontiguousarray(x.num_masked_at_start, dtype=np.int64)
     positions = np.ascontiguousarray(x.positions, dtype=np.uint32)
     candidates, confidence = np.empty(tokens.shape, np.int64), np.empty(tokens.shape)
-    keep = [logits, tokens, eligible, start, positions, plan.table]
-    if plan.rule.banned_ids or plan.rule.ban_mask_token:
-        banned = _banned(plan.rule, x.mask_token_id, logits.shape[2])
+    if x.drawn is not None:  # the core then draws none
+        candidates[...], confidence[...] = x.drawn, x.scores
+    keep += [tokens, eligible, start, positions]
+    if x.logits is not None and (plan.rule.banned_ids or plan.rule.ban_mask_token):
+        banned = _banned(plan.rule, x.mask_token_id, x.logits.shape[2])
         p.banned, p.num_banned = _address(banned), banned.size
         keep.append(banned)
     if x.uncond_logits is not None:

@@ -24,18 +24,27 @@ _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
-    drawn, score, _ = sample_tokens(x, plan, dtype)
+    drawn, score = x.drawn, x.scores
+    if drawn is None:
+        drawn, score, _ = sample_tokens(x, plan, dtype)
+    is_wide = plan.rule.score_dtype == "float64" and jax.config.read("jax_enable_x64")
+    wide = jnp.float64 if is_wide else jnp.float32
     alive = x.eligible & (drawn >= 0)
     candidates = jnp.where(alive, drawn.astype(x.tokens.dtype), x.tokens)
     noise = _choice_noise(x, plan)
+    if plan.rule.score == "given":
+        score = x.scores
+    score = jnp.where(alive, score.astype(wide), -jnp.inf)
     if noise is not None and plan.rule.score == "random":
-        score = jnp.where(alive, noise.astype(score.dtype), -jnp.inf)
+        score = jnp.where(alive, noise.astype(wide), -jnp.inf)
     elif noise is not None and plan.choice_temperature > 0:
         score = score + plan.choice_temperature * noise.astype(score.dtype)
     ranked = jnp.where(alive & ~jnp.isnan(score), score, -jnp.inf)
     commit = select(ranked, x.eligible, x.num_masked_at_start, noise, plan)
-    confidence = jnp.where(x.tokens != x.mask_token_id, jnp.inf, ranked)
-    return jnp.where(commit & alive, candidates, x.tokens), candidates, confidence
+    known = (x.tokens != x.mask_token_id) & ~x.eligible
+    left = jnp.where(x.eligible, jnp.asarray(x.mask_token_id, x.tokens.dtype), x.tokens)
+    next_tokens = jnp.where(commit & alive, candidates, left)
+    return next_tokens, candidates, jnp.where(known, jnp.inf, ranked)
 
 
 def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
@@ -49,11 +58,20 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     row = jnp.minimum(row, _FLOAT_MAX)  # +inf wins like the largest float
     filtered = jnp.where(keep_mask(row, plan), row, -jnp.inf) if plan.rule.filters else row
     token = _draw(filtered, x, plan, dtype)
+    known = x.eligible & (
+        x.tokens != x.mask_token_id
+    )  # a rule that revises scores what stands there
+    scored = alive
+    if plan.rule.revise:
+        own = x.tokens - start
+        token = jnp.where(known, own.clip(0, row.shape[-1] - 1), token)
+        scored = alive & (~known | ((own >= 0) & (own < row.shape[-1])))
     base = filtered if plan.rule.score_filtered else row
     score, log_z = _score(base, token, plan, dtype)
+    drawn = jnp.where(alive, token + start, -1)
     return (
-        jnp.where(alive, token + start, -1),
-        jnp.where(alive, score, -jnp.inf),
+        jnp.where(known, x.tokens, drawn) if plan.rule.revise else drawn,
+        jnp.where(scored, score, -jnp.inf),
         jnp.where(alive, log_z, -jnp.inf),
     )
 
@@ -136,7 +154,7 @@ def _score(
     log_z = top[..., 0] / plan.score_temperature + log_total
     if kind == "logit":
         value = _take(row, token)
-    elif kind == "random":
+    elif kind in ("random", "given"):
         value = jnp.zeros_like(total)
     elif kind == "margin":
         pair = jax.lax.top_k(exps, min(2, row.shape[-1]))[0] / total[..., None]

@@ -19,7 +19,13 @@ _LIB.define(
     "decode_step(Tensor logits, Tensor tokens, str rule, SymInt mask_token_id, SymInt step, "
     "SymInt num_steps, Tensor? num_masked_at_start, Tensor? seeds, Tensor? token_gumbel, "
     "Tensor? choice_gumbel, Tensor? uncond_logits, float? guidance_scale, Tensor? eligible, "
-    "str backend, bool check) -> (Tensor, Tensor, Tensor)"
+    "Tensor? scores, str backend, bool check) -> (Tensor, Tensor, Tensor)"
+)
+_LIB.define(
+    "commit_tokens(Tensor candidate_tokens, Tensor scores, Tensor tokens, str rule, "
+    "SymInt mask_token_id, SymInt step, SymInt num_steps, Tensor? num_masked_at_start, "
+    "Tensor? seeds, Tensor? choice_gumbel, Tensor? eligible, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _LIB.define(
     "sample_tokens(Tensor logits, str rule, Tensor? seeds, Tensor? positions, SymInt step, "
@@ -29,6 +35,12 @@ _LIB.define(
 
 def _decode_step(logits: torch.Tensor, tokens: torch.Tensor, rule: str, *rest: Any) -> Any:
     return run.decode_step(logits, tokens, StepRule.decode(rule), *rest)
+
+
+def _commit_tokens(
+    candidates: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor, rule: str, *rest: Any
+) -> Any:
+    return run.commit_tokens(candidates, scores, tokens, StepRule.decode(rule), *rest)
 
 
 def _sample_tokens(logits: torch.Tensor, rule: str, *rest: Any) -> Any:
@@ -45,6 +57,12 @@ def _fake_decode_step(logits: torch.Tensor, tokens: torch.Tensor, rule: str, *re
     return tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape), confidence
 
 
+def _fake_commit_tokens(
+    candidates: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor, rule: str, *rest: Any
+) -> Any:
+    return _fake_decode_step(scores, tokens, rule)
+
+
 def _fake_sample_tokens(logits: torch.Tensor, rule: str, *rest: Any) -> Any:
     shape, dtype = logits.shape[:-1], _score_dtype(rule)
     score = logits.new_empty(shape, dtype=dtype)
@@ -52,9 +70,12 @@ def _fake_sample_tokens(logits: torch.Tensor, rule: str, *rest: Any) -> Any:
 
 
 _LIB.impl("decode_step", _decode_step, "CompositeExplicitAutograd")
+_LIB.impl("commit_tokens", _commit_tokens, "CompositeExplicitAutograd")
 _LIB.impl("sample_tokens", _sample_tokens, "CompositeExplicitAutograd")
 torch.library.register_fake("maskgit::decode_step", _fake_decode_step, lib=_LIB)
+torch.library.register_fake("maskgit::commit_tokens", _fake_commit_tokens, lib=_LIB)
 torch.library.register_fake("maskgit::sample_tokens", _fake_sample_tokens, lib=_LIB)
 
 decode_step_op = torch.ops.maskgit.decode_step.default
+commit_tokens_op = torch.ops.maskgit.commit_tokens.default
 sample_tokens_op = torch.ops.maskgit.sample_tokens.default

@@ -29,22 +29,27 @@ LEAF, GROUPS, PER_GROUP = 128, 16, 8
 
 def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
-    drawn, score, _ = sample_tokens(x, plan, dtype)
+    drawn, score = x.drawn, x.scores
+    if drawn is None:
+        drawn, score, _ = sample_tokens(x, plan, dtype)
     alive = x.eligible & (drawn >= 0)
     candidates = np.where(alive, drawn, x.tokens)
     noise = _choice_noise(x, plan)
     if plan.rule.score == "random":
         score = np.where(alive, noise, -np.inf)
-    elif plan.choice_temperature > 0:
+    elif plan.rule.score == "given":
+        score = np.where(alive, x.scores, -np.inf).astype(np.float64)
+    if plan.rule.score != "random" and plan.choice_temperature > 0:
         with np.errstate(invalid="ignore"):
             score = score + plan.choice_temperature * noise
     kind = np.float64 if plan.rule.score_dtype == "float64" else np.float32
     score = score.astype(kind)
     ranked = np.where(alive & ~np.isnan(score), score, -np.inf).astype(kind)
     commit = select(ranked, x.eligible, x.num_masked_at_start, noise, plan)
-    known = x.tokens != x.mask_token_id
+    known = (x.tokens != x.mask_token_id) & ~x.eligible
     confidence = np.where(known, np.inf, ranked).astype(kind)
-    return np.where(commit & alive, candidates, x.tokens), candidates, confidence
+    left = np.where(x.eligible, x.mask_token_id, x.tokens)
+    return np.where(commit & alive, candidates, left), candidates, confidence
 
 
 def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
@@ -57,6 +62,8 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
         banned = plan.rule.banned_ids + ((x.mask_token_id,) if plan.rule.ban_mask_token else ())
         start = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
         row[[i - start for i in banned if 0 <= i - start < row.size]] = -np.inf
+        known = x.tokens[b, n] != x.mask_token_id  # a rule that revises: score what stands there
+        drawn[b, n] = x.tokens[b, n] if known else -1
         if not np.isfinite(row).any():
             continue
         row = np.minimum(row, float(np.finfo(np.float32).max))  # +inf wins like the largest float
@@ -65,9 +72,14 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
         kept = keep_mask(row, plan)
         filtered = np.where(kept, row, -np.inf)
         base = filtered if plan.rule.score_filtered else row
-        token = draw(filtered, plan, noise, key, int(x.positions[b, n]), dtype)
-        drawn[b, n] = token + start
         log_z[b, n] = log_sum_exp(base / plan.score_temperature)
+        if known:
+            token = int(x.tokens[b, n]) - start
+            if not 0 <= token < row.size:
+                continue
+        else:
+            token = draw(filtered, plan, noise, key, int(x.positions[b, n]), dtype)
+        drawn[b, n] = token + start
         score[b, n] = row_score(base, token, plan, dtype)
     return drawn, score, log_z
 
@@ -118,11 +130,13 @@ def row_score(row: F64, token: int, plan: ResolvedStep, dtype: str) -> float:
     kind = plan.rule.score
     if kind == "logit":
         value = row[token]
-    elif kind == "random":
+    elif kind in ("random", "given"):
         value = 0.0
     else:
         probs = softmax(row / plan.score_temperature)
-        if kind == "margin":
+        if kind == "log_prob" and np.isneginf(row[token]):
+            value = -np.inf
+        elif kind == "margin":
             pair = np.sort(round_to(probs, plan.rule.score_dtype, dtype))[::-1][:2]
             value = pair[0] - (pair[1] if pair.size > 1 else 0.0)
         elif kind == "neg_entropy":

@@ -19,6 +19,9 @@ from ..common.arrays import dtype_name, is_on_host, kind_of, like, to_kind, to_n
 from ..common.philox import seed_words
 from ..common.selection import BACKENDS, choose
 from .checks import (
+    check_candidates,
+    check_commit_arrays,
+    check_commit_noise,
     check_guidance,
     check_integer,
     check_integers,
@@ -26,6 +29,7 @@ from .checks import (
     check_noise,
     check_positions,
     check_same_kind,
+    check_scores,
     check_shape,
     check_step_arrays,
     columns,
@@ -63,25 +67,52 @@ def decode_step(
     uncond_logits: Any = None,
     guidance_scale: float | None = None,
     eligible: Any = None,
+    scores: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence) of one step; see `maskgit.decode_step`."""
-    batch, length, _ = check_logits(logits, 3)
-    for name, number in (
-        ("mask_token_id", mask_token_id),
-        ("step", step),
-        ("num_steps", num_steps),
-    ):
-        check_integer(name, number)
-    plan = resolve(rule, step, num_steps, length)
-    check_step_arrays(logits, tokens, eligible, mask_token_id)
-    check_noise(logits, rule, plan, seeds, token_gumbel, choice_gumbel, both=True)
+    _, _, vocab = check_logits(logits, 3)
+    x, plan = inputs(
+        logits, vocab, tokens, rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
+        token_gumbel, choice_gumbel, eligible, scores,
+    )  # fmt: skip
     check_guidance(logits, uncond_logits, guidance_scale)
-    is_masked = tokens == mask_token_id
-    eligible = is_masked if eligible is None else is_masked & eligible
-    x = StepInputs(
+    x = x._replace(
         logits=columns(logits, rule),
+        uncond_logits=columns(uncond_logits, rule),
+        guidance_scale=float(guidance_scale or 0.0),
+    )
+    return results(call("decode_step", x, plan, logits, backend), logits, tokens, x.eligible, check)
+
+
+def inputs(
+    model: Any,
+    vocab: int,
+    tokens: Any,
+    rule: StepRule,
+    mask_token_id: int,
+    step: int,
+    num_steps: int,
+    num_masked_at_start: Any,
+    seeds: Any,
+    token_gumbel: Any,
+    choice_gumbel: Any,
+    eligible: Any,
+    scores: Any,
+) -> tuple[StepInputs, ResolvedStep]:
+    """The checked inputs of a step, logits to be filled in, and the rule at this step.
+
+    `model` (B, N, ...) is the array whose kind and device the others must have.
+    """
+    batch, length = model.shape[:2]
+    plan = _plan(rule, mask_token_id, step, num_steps, length)
+    check_step_arrays(model, vocab, tokens, eligible, mask_token_id)
+    check_scores(rule, scores, model, "scores")
+    check_noise(model, vocab, rule, plan, seeds, token_gumbel, choice_gumbel, both=True)
+    eligible = _taking_part(rule, tokens, mask_token_id, eligible)
+    x = StepInputs(
+        logits=None,
         tokens=tokens,
         eligible=eligible,
         num_masked_at_start=_counts(num_masked_at_start, eligible, batch, length),
@@ -89,12 +120,73 @@ def decode_step(
         positions=None,
         token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
         choice_gumbel=choice_gumbel,
-        uncond_logits=columns(uncond_logits, rule),
-        guidance_scale=float(guidance_scale or 0.0),
+        uncond_logits=None,
+        guidance_scale=0.0,
         mask_token_id=mask_token_id,
+        scores=scores,
     )
-    out = _call("decode_step", x, plan, logits, backend)
-    next_tokens, candidates, confidence = (like(array, logits) for array in out)
+    return x, plan
+
+
+def commit_tokens(
+    candidate_tokens: Any,
+    scores: Any,
+    tokens: Any,
+    rule: StepRule,
+    mask_token_id: int,
+    step: int,
+    num_steps: int,
+    num_masked_at_start: Any = None,
+    seeds: Any = None,
+    choice_gumbel: Any = None,
+    eligible: Any = None,
+    backend: str = "auto",
+) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence); see `maskgit.commit_tokens`."""
+    batch, length = check_candidates(candidate_tokens, scores)
+    plan = _plan(rule, mask_token_id, step, num_steps, length)
+    check_commit_arrays(scores, candidate_tokens, tokens, eligible, mask_token_id)
+    check_commit_noise(scores, rule, plan, seeds, choice_gumbel)
+    eligible = _taking_part(rule, tokens, mask_token_id, eligible)
+    x = StepInputs(
+        logits=None,
+        tokens=tokens,
+        eligible=eligible,
+        num_masked_at_start=_counts(num_masked_at_start, eligible, batch, length),
+        seeds=_key_words(seeds, batch),
+        positions=None,
+        token_gumbel=None,
+        choice_gumbel=choice_gumbel,
+        uncond_logits=None,
+        guidance_scale=0.0,
+        mask_token_id=mask_token_id,
+        scores=scores,
+        drawn=candidate_tokens,
+    )
+    return results(call("decode_step", x, plan, scores, backend), scores, tokens, eligible, False)
+
+
+def _plan(
+    rule: StepRule, mask_token_id: int, step: int, num_steps: int, length: int
+) -> ResolvedStep:
+    """The rule at this step, once the numbers are integers."""
+    numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
+    for name, number in numbers.items():
+        check_integer(name, number)
+    return resolve(rule, step, num_steps, length)
+
+
+def _taking_part(rule: StepRule, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
+    """(B, N) bool: the masked positions that `eligible` admits; known ones too where they are revised."""
+    is_masked = tokens == mask_token_id
+    if rule.revise:
+        return is_masked | True if eligible is None else eligible
+    return is_masked if eligible is None else is_masked & eligible
+
+
+def results(out: Any, model: Any, tokens: Any, eligible: Any, check: bool) -> tuple[Any, Any, Any]:
+    """A backend's arrays in the library of `model` and the dtype of `tokens`."""
+    next_tokens, candidates, confidence = (like(array, model) for array in out)
     if check or os.environ.get("MASKGIT_CHECK", "") == "1":
         raise_on_dead_rows(to_numpy(eligible) & np.isneginf(to_numpy(confidence)))
     return _cast_like(next_tokens, tokens), _cast_like(candidates, tokens), confidence
@@ -111,11 +203,13 @@ def sample_tokens(
     check: bool = False,
 ) -> tuple[Any, Any, Any]:
     """(candidate_tokens, confidence, log_z) of (B, N, V) logits; see `maskgit.sample_tokens`."""
-    batch, length, _ = check_logits(logits, 3)
+    batch, length, vocab = check_logits(logits, 3)
     plan = _constant_plan(rule, step)
-    if rule.score == "random":
-        raise ValueError("rule: expected a score computed from the logits, got score='random'")
-    check_noise(logits, rule, plan, seeds, token_gumbel, None, both=False)
+    if rule.score in ("random", "given"):
+        raise ValueError(
+            f"rule: expected a score computed from the logits, got score={rule.score!r}"
+        )
+    check_noise(logits, vocab, rule, plan, seeds, token_gumbel, None, both=False)
     if positions is not None:
         check_same_kind("positions", positions, logits)
         check_shape("positions", positions, (batch, length))
@@ -123,7 +217,7 @@ def sample_tokens(
         check_positions(positions)
     x = StepInputs(
         logits=columns(logits, rule),
-        tokens=np.zeros((batch, length), np.int64),
+        tokens=np.full((batch, length), -1),
         eligible=np.ones((batch, length), bool),
         num_masked_at_start=np.zeros(batch, np.int64),
         seeds=_key_words(seeds, batch),
@@ -134,9 +228,7 @@ def sample_tokens(
         guidance_scale=0.0,
         mask_token_id=-1,
     )
-    drawn, score, log_z = (
-        like(a, logits) for a in _call("sample_tokens", x, plan, logits, backend)
-    )
+    drawn, score, log_z = (like(a, logits) for a in call("sample_tokens", x, plan, logits, backend))
     if check or os.environ.get("MASKGIT_CHECK", "") == "1":
         raise_on_dead_rows(to_numpy(drawn) < 0)
     kind = "float64" if rule.score_dtype == "float64" else "float32"
@@ -152,15 +244,16 @@ def _constant_plan(rule: StepRule, step: int) -> ResolvedStep:
     return dataclasses.replace(resolve(flat, 0, 1, 0), step=step, rule=rule)
 
 
-def _call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str) -> Any:
-    """Run the chosen backend on arrays of its own kind."""
+def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str) -> Any:
+    """Run the chosen backend on arrays of its own kind; `logits` says which kind and dtype."""
     kind = kind_of(logits) or "numpy"
     on_host = is_on_host(logits)
     device = "cpu" if on_host else str(getattr(logits, "device", "a traced array"))
     chosen = choose(backend, kind, device)
-    native, dtype = BACKENDS[chosen][1], dtype_name(logits)
+    native = BACKENDS[chosen][1]
+    dtype = "float32" if x.logits is None else dtype_name(logits)
     if x.positions is None:
-        x = x._replace(positions=_rows_of_positions(logits.shape[0], logits.shape[1]))
+        x = x._replace(positions=_rows_of_positions(*logits.shape[:2]))
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
     if chosen == "jax":
         return _jitted(name)(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
@@ -191,7 +284,7 @@ def _rows_of_positions(batch: int, length: int) -> Any:
 def _to_host(x: StepInputs, chosen: str, dtype: str) -> StepInputs:
     """The inputs as NumPy arrays; bfloat16 logits as bits, for the reference as float32."""
     fields = {k: to_numpy(v) for k, v in x._asdict().items() if k not in _SCALARS}
-    for name in ("token_gumbel", "choice_gumbel"):
+    for name in ("token_gumbel", "choice_gumbel", "scores"):
         given = getattr(x, name)
         if given is not None:
             fields[name] = widen(fields[name], dtype_name(given))

@@ -16,7 +16,9 @@ from typing import Any, Literal, NamedTuple
 from .counts import check_schedule
 
 Anneal = Literal["constant", "linear", "linspace", "compound"]
-Score = Literal["prob", "log_prob", "top1_prob", "margin", "neg_entropy", "logit", "random"]
+Score = Literal[
+    "prob", "log_prob", "top1_prob", "margin", "neg_entropy", "logit", "random", "given"
+]
 Count = Literal["masked", "quota", "fraction", "bernoulli", "threshold", "factor"]
 Filter = Literal["temperature", "top_k", "top_p", "min_p", "typical_p"]
 
@@ -32,7 +34,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "sample_anneal": ("constant", "linear", "linspace", "compound"),
     "choice_anneal": ("constant", "linear", "linspace", "compound"),
     "greedy_on": ("logits", "probs"),
-    "score": ("prob", "log_prob", "top1_prob", "margin", "neg_entropy", "logit", "random"),
+    "score": (
+        "prob",
+        "log_prob",
+        "top1_prob",
+        "margin",
+        "neg_entropy",
+        "logit",
+        "random",
+        "given",
+    ),
     "score_dtype": ("logits", "float32", "float64"),
 }
 _FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -61,6 +72,8 @@ class StepRule:
             (exactly k stay masked, ties commit the lowest position).
         block_scope: in semi-autoregressive decoding, "block" considers only the block's masked
             positions, "prefix" all masked positions up to the block's end.
+        revise: every eligible position competes, known ones with the score of the token they hold,
+            and may be masked again.  Only for rules that revise committed tokens (critics, P2).
     Draw:
         sample_temperature, sample_anneal: 0 is argmax; "linear" multiplies by 1 - (step + 1)/T,
             "linspace" by 1 - step/(T - 1), "compound" by the product of the linear factors so far.
@@ -71,7 +84,8 @@ class StepRule:
         banned_ids, ban_mask_token: ids that are never drawn (removed before the softmax).
     Score:
         score: what ranks the candidates, of the drawn token (prob, log_prob, logit), of its row
-            (top1_prob, margin, neg_entropy) or of nothing (random).
+            (top1_prob, margin, neg_entropy), of nothing (random), or what the caller says (given:
+            a critic, a fixed order).
         score_temperature: temperature of the softmax in the score; None is the drawing one.
         score_filtered: whether the filters apply to the score's distribution.
         score_dtype: precision of the score; "logits" rounds it to the dtype of the logits.
@@ -93,6 +107,7 @@ class StepRule:
     time_eps: float = 1e-3
     cut: Literal["strict", "inclusive", "exact"] = "exact"
     block_scope: Literal["block", "prefix"] = "block"
+    revise: bool = False
     sample_temperature: float = 1.0
     sample_anneal: Anneal = "constant"
     greedy_on: Literal["logits", "probs"] = "logits"
@@ -118,7 +133,7 @@ class StepRule:
                 object.__setattr__(self, field, tuple(value))
             elif not isinstance(value, tuple) and not (field == "vocab_slice" and value is None):
                 raise ValueError(f"StepRule.{field}: expected a tuple, got {value!r}")
-        for field in ("keep_one_masked", "ban_mask_token", "score_filtered"):
+        for field in ("keep_one_masked", "ban_mask_token", "score_filtered", "revise"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(
                     f"StepRule.{field}: expected True or False, got {getattr(self, field)!r}"
@@ -262,7 +277,9 @@ class StepInputs(NamedTuple):
 
     logits (B, N, V) after vocab_slice, tokens (B, N) int64, eligible (B, N) bool (the masked
     positions that take part), num_masked_at_start (B,), seeds (B, 2) uint32 key words or None,
-    positions (B, N) Philox position words, noise or None, uncond_logits or None.
+    positions (B, N) Philox position words, noise or None, uncond_logits or None.  scores (B, N)
+    where the rule's score is "given".  With `drawn` (B, N), candidates or -1, there are no logits
+    and `scores` are those of the candidates.
     """
 
     logits: Any
@@ -276,6 +293,8 @@ class StepInputs(NamedTuple):
     uncond_logits: Any
     guidance_scale: float
     mask_token_id: int
+    scores: Any = None
+    drawn: Any = None
 
 
 class StepResult(NamedTuple):

@@ -25,18 +25,26 @@ _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
-    drawn, score, _ = sample_tokens(x, plan, dtype)
+    drawn, score = x.drawn, x.scores
+    if drawn is None:
+        drawn, score, _ = sample_tokens(x, plan, dtype)
+    wide = torch.float64 if plan.rule.score_dtype == "float64" else torch.float32
     alive = x.eligible & (drawn >= 0)
     candidates = torch.where(alive, drawn, x.tokens)
     noise = _choice_noise(x, plan)
+    if plan.rule.score == "given":
+        score = x.scores
+    score = torch.where(alive, score.to(wide), -math.inf)
     if noise is not None and plan.rule.score == "random":
-        score = torch.where(alive, noise.to(score.dtype), -math.inf)
+        score = torch.where(alive, noise.to(wide), -math.inf)
     elif noise is not None and plan.choice_temperature > 0:
         score = score + plan.choice_temperature * noise.to(score.dtype)
     ranked = torch.where(alive & ~score.isnan(), score, -math.inf)
     commit = select(ranked, x.eligible, x.num_masked_at_start, noise, plan)
-    confidence = torch.where(x.tokens != x.mask_token_id, math.inf, ranked)
-    return torch.where(commit & alive, candidates, x.tokens), candidates, confidence
+    known = (x.tokens != x.mask_token_id) & ~x.eligible
+    left = torch.where(x.eligible, x.mask_token_id, x.tokens)
+    next_tokens = torch.where(commit & alive, candidates, left)
+    return next_tokens, candidates, torch.where(known, math.inf, ranked)
 
 
 def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
@@ -50,11 +58,21 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     row = row.clamp(max=_FLOAT_MAX)  # +inf wins like the largest float
     filtered = torch.where(keep_mask(row, plan), row, -math.inf) if plan.rule.filters else row
     token = _draw(filtered, x, plan, dtype)
+    known = x.eligible & (
+        x.tokens != x.mask_token_id
+    )  # a rule that revises scores what stands there
+    if plan.rule.revise:
+        own = x.tokens - start
+        token = torch.where(known, own.clamp(0, row.shape[-1] - 1), token)
+        scored = alive & (~known | ((own >= 0) & (own < row.shape[-1])))
+    else:
+        scored = alive
     base = filtered if plan.rule.score_filtered else row
     score, log_z = _score(base, token, plan, dtype)
+    drawn = torch.where(alive, token + start, -1)
     return (
-        torch.where(alive, token + start, -1),
-        torch.where(alive, score, -math.inf),
+        torch.where(known, x.tokens, drawn) if plan.rule.revise else drawn,
+        torch.where(scored, score, -math.inf),
         torch.where(alive, log_z, -math.inf),
     )
 
@@ -132,7 +150,7 @@ def _score(
 
     if kind == "logit":
         value = of_token(row)
-    elif kind == "random":
+    elif kind in ("random", "given"):
         value = torch.zeros_like(total)
     elif kind == "margin":
         pair = exps.topk(min(2, row.shape[-1]), dim=-1).values / total[..., None]

@@ -1,0 +1,146 @@
+"""`decode_step_from_hidden`: signature, documentation, checks, and the way into the op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..common.arrays import dtype_name, kind_of
+from ..common.selection import check_name
+from ..decode_step import run
+from ..decode_step.api import check_op_arguments, counts_tensor, rule_and_noise, seeds_like
+from ..decode_step.checks import (
+    LOGIT_DTYPES,
+    check_guidance,
+    check_no_grad,
+    check_same_kind,
+    check_shape,
+)
+from ..decode_step.spec import StepNoise, StepResult, StepRule
+
+
+def decode_step_from_hidden(
+    hidden: Any,
+    head_weight: Any,
+    tokens: Any,
+    *,
+    rule: StepRule | str,
+    mask_token_id: int,
+    step: int,
+    num_steps: int,
+    head_bias: Any = None,
+    uncond_hidden: Any = None,
+    guidance_scale: float | None = None,
+    num_masked_at_start: Any = None,
+    seeds: Any = None,
+    noise: StepNoise | None = None,
+    eligible: Any = None,
+    scores: Any = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> StepResult:
+    """`decode_step` on the logits `hidden @ head_weight.T + head_bias`, which are never all there.
+
+    Args:
+        hidden: (B, N, D) float16, bfloat16 or float32: what goes into the head's last product.
+        head_weight: (V, D), head_bias: (V,) or None, in the dtype of `hidden`.
+        uncond_hidden, guidance_scale: given together: hidden states become u + scale * (c - u),
+            mixed in float32; the same as guiding the logits, unless the head caps them.
+        the rest: as in `decode_step`, V being the head's.
+
+    Returns:
+        `StepResult`, as `decode_step` would on the full logits up to rounding at near ties.  Under
+        rules that choose positions without looking at logits (random and given scores, Bernoulli
+        counts) only the committed positions are drawn: the others keep the mask token in
+        `candidate_tokens` and -inf as confidence where it would come from the logits.
+
+    Raises: as `decode_step`.
+
+    Semantics: rows that are known or not eligible, and columns outside the rule's vocab_slice, cost
+    nothing on the host.  Extra memory: 2^23 logits at a time.
+    """
+    step_rule, token_gumbel, choice_gumbel = rule_and_noise(rule, noise, backend)
+    seeds = seeds_like(seeds, hidden)
+    if kind_of(hidden) != "torch":
+        out = decode(
+            hidden, head_weight, tokens, step_rule, mask_token_id, step, num_steps, head_bias,
+            uncond_hidden, guidance_scale, num_masked_at_start, seeds, token_gumbel, choice_gumbel,
+            eligible, scores, backend, check,
+        )  # fmt: skip
+        return StepResult(*out)
+    from .ops import decode_step_from_hidden_op
+
+    num_masked_at_start = counts_tensor(num_masked_at_start, hidden)
+    arrays = {"head_weight": head_weight, "tokens": tokens, "head_bias": head_bias, "seeds": seeds}
+    arrays |= {"uncond_hidden": uncond_hidden, "noise.token_gumbel": token_gumbel}
+    arrays |= {"noise.choice_gumbel": choice_gumbel, "eligible": eligible, "scores": scores}
+    arrays |= {"num_masked_at_start": num_masked_at_start}
+    numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
+    check_op_arguments(hidden, arrays, numbers, guidance_scale)
+    out = decode_step_from_hidden_op(
+        hidden, head_weight, tokens, step_rule.encoded, mask_token_id, step, num_steps, head_bias,
+        uncond_hidden, guidance_scale, num_masked_at_start, seeds, token_gumbel, choice_gumbel,
+        eligible, scores, backend, check,
+    )  # fmt: skip
+    return StepResult(*out)
+
+
+def decode(
+    hidden: Any, head_weight: Any, tokens: Any, rule: StepRule, mask_token_id: int, step: int,
+    num_steps: int, head_bias: Any, uncond_hidden: Any, guidance_scale: float | None,
+    num_masked_at_start: Any, seeds: Any, token_gumbel: Any, choice_gumbel: Any, eligible: Any,
+    scores: Any, backend: str, check: bool,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """The checked call on arrays of one kind; what the op runs."""
+    from . import plain
+
+    check_name(backend)
+    check_head(hidden, head_weight, head_bias)
+    check_guidance(hidden, uncond_hidden, guidance_scale, "uncond_hidden", "hidden")
+    x, plan = run.inputs(
+        hidden, head_weight.shape[0], tokens, rule, mask_token_id, step, num_steps,
+        num_masked_at_start, seeds, token_gumbel, choice_gumbel, eligible, scores,
+    )  # fmt: skip
+    mixed = mix(hidden, uncond_hidden, guidance_scale)
+    out = plain.decode_step(x, plan, mixed, head_weight, head_bias, backend)
+    return run.results(out, hidden, tokens, x.eligible, check)
+
+
+def mix(hidden: Any, uncond: Any, scale: float | None) -> Any:
+    """u + scale * (c - u) in float32, back in the dtype of `hidden`."""
+    if uncond is None:
+        return hidden
+    if kind_of(hidden) == "torch":
+        c, u = hidden.float(), uncond.float()
+        return (u + float(scale or 0.0) * (c - u)).to(hidden.dtype)
+    c, u = hidden.astype("float32"), uncond.astype("float32")
+    return (u + float(scale or 0.0) * (c - u)).astype(hidden.dtype)
+
+
+def check_head(hidden: Any, weight: Any, bias: Any) -> None:
+    """Hidden states, weight and bias fit each other."""
+    if kind_of(hidden) is None:
+        raise TypeError(
+            f"hidden: expected a torch, jax or NumPy array, got {type(hidden).__name__}"
+        )
+    if len(hidden.shape) != 3 or hidden.shape[2] < 1:
+        raise ValueError(f"hidden: expected shape (B, N, D) with D >= 1, got {tuple(hidden.shape)}")
+    if dtype_name(hidden) not in LOGIT_DTYPES:
+        raise TypeError(
+            f"hidden: expected dtype {', '.join(LOGIT_DTYPES)}, got {dtype_name(hidden)}"
+        )
+    check_no_grad("hidden", hidden)
+    check_same_kind("head_weight", weight, hidden)
+    if len(weight.shape) != 2 or weight.shape[1] != hidden.shape[2] or weight.shape[0] < 1:
+        raise ValueError(
+            f"head_weight: expected shape (V, {hidden.shape[2]}), got {tuple(weight.shape)}"
+        )
+    for name, array in (("head_weight", weight), ("head_bias", bias)):
+        if array is None:
+            continue
+        check_same_kind(name, array, hidden)
+        if dtype_name(array) != dtype_name(hidden):
+            raise TypeError(
+                f"{name}: expected dtype {dtype_name(hidden)} like hidden, got {dtype_name(array)}"
+            )
+    if bias is not None:
+        check_shape("head_bias", bias, (weight.shape[0],))

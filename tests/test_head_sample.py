@@ -1,0 +1,201 @@
+"""`decode_step_from_hidden` against the same step on full logits."""
+
+import dataclasses
+import tracemalloc
+
+import numpy as np
+import pytest
+from helpers import BACKENDS, kind_for, native, native_seeds
+from maskgit.kernels.head_sample import plain
+
+import maskgit
+from maskgit import StepNoise, StepRule
+
+MASK = 300
+RULES = {
+    "maskgit": StepRule.preset("maskgit"),
+    "llada": dataclasses.replace(StepRule.preset("llada"), score_dtype="float32"),
+    "titok": StepRule.preset("titok"),
+    "entropy": StepRule(score="neg_entropy", filters=("top_k",), top_k=9, score_filtered=True),
+    "threshold": StepRule.preset("threshold"),
+    "slice": StepRule(vocab_slice=(20, 250), banned_ids=(30, 31)),
+    "revise": StepRule(revise=True),
+    "random": dataclasses.replace(StepRule.preset("random"), sample_temperature=1.0),
+    "dream-origin": dataclasses.replace(StepRule.preset("dream-origin"), sample_temperature=0.7),
+    "given": StepRule(score="given"),
+}
+
+
+def problem(seed=0, batch=3, length=12, vocab=300, width=8):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab, (batch, length))
+    return {
+        "hidden": rng.normal(size=(batch, length, width)).astype(np.float32),
+        "uncond": rng.normal(size=(batch, length, width)).astype(np.float32),
+        "weight": rng.normal(size=(vocab, width)).astype(np.float32),
+        "bias": rng.normal(size=vocab).astype(np.float32),
+        "tokens": np.where(rng.random(tokens.shape) < 0.7, MASK, tokens),
+        "seeds": rng.integers(0, 2**63, batch),
+        "eligible": rng.random(tokens.shape) < 0.8,
+        "scores": rng.normal(size=tokens.shape).astype(np.float32),
+        "gumbel": rng.gumbel(size=(*tokens.shape, vocab)).astype(np.float32),
+        "choice": rng.gumbel(size=tokens.shape).astype(np.float32),
+    }
+
+
+def both(p, rule, backend, guidance=None, bias=True, injected=False):
+    """(from hidden states, from full logits), as NumPy arrays."""
+    kind = kind_for(backend, "float32")
+    x = {k: native(v, kind) for k, v in p.items() if k != "seeds"}
+    start, stop = rule.vocab_slice or (0, 300)
+    noise = StepNoise(x["gumbel"][..., start:stop], x["choice"]) if injected else None
+    options = {
+        "rule": rule, "mask_token_id": MASK, "step": 1, "num_steps": 4, "noise": noise,
+        "seeds": None if injected else native_seeds(p["seeds"], kind), "eligible": x["eligible"],
+        "scores": x["scores"] if rule.score == "given" else None, "backend": backend,
+        "guidance_scale": guidance,
+    }  # fmt: skip
+    hidden = maskgit.decode_step_from_hidden(
+        x["hidden"], x["weight"], x["tokens"], head_bias=x["bias"] if bias else None,
+        uncond_hidden=None if guidance is None else x["uncond"], **options,
+    )  # fmt: skip
+    add = x["bias"] if bias else 0
+
+    def logits(h):
+        return h @ x["weight"].T + add
+
+    full = maskgit.decode_step(
+        logits(x["hidden"]), x["tokens"],
+        uncond_logits=None if guidance is None else logits(x["uncond"]), **options,
+    )  # fmt: skip
+    return [np.asarray(a) for a in hidden], [np.asarray(a) for a in full]
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("name", RULES)
+def test_same_step_as_from_logits(name, backend, monkeypatch):
+    rule = RULES[name]
+    monkeypatch.setattr(plain, "LOGITS_PER_CHUNK", 1500)  # chunks of five rows
+    for seed, (guidance, bias, injected) in enumerate([(None, True, False), (2.5, True, True)]):
+        hidden, full = both(problem(seed), rule, backend, guidance, bias, injected)
+        np.testing.assert_array_equal(hidden[0], full[0])
+        first = rule.score in ("random", "given") or rule.count == "bernoulli"
+        if first:  # what stays masked is not drawn
+            drawn = hidden[1] != MASK
+            np.testing.assert_array_equal(hidden[1][drawn], full[1][drawn])
+            assert ((hidden[0] != MASK) == drawn).all()
+        else:
+            np.testing.assert_array_equal(hidden[1], full[1])
+            np.testing.assert_allclose(hidden[2], full[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    torch = pytest.importorskip("torch")
+    p = problem(3)
+    kind = getattr(torch, dtype)
+    h, w, b = (torch.from_numpy(p[k]).to(kind) for k in ("hidden", "weight", "bias"))
+    options = {
+        "rule": "maskgit",
+        "mask_token_id": MASK,
+        "step": 0,
+        "num_steps": 4,
+        "seeds": torch.from_numpy(p["seeds"]),
+    }
+    tokens = torch.from_numpy(p["tokens"])
+    out = maskgit.decode_step_from_hidden(h, w, tokens, head_bias=b, **options)
+    full = maskgit.decode_step(torch.nn.functional.linear(h, w, b), tokens, **options)
+    assert (out.next_tokens == full.next_tokens).float().mean() > 0.95
+
+
+def test_empty_batches_and_known_rows():
+    p = problem()
+    for tokens in (p["tokens"][:0], np.where(p["tokens"] == MASK, 1, p["tokens"])):
+        out = maskgit.decode_step_from_hidden(
+            p["hidden"][: len(tokens)], p["weight"], tokens, rule="llada", mask_token_id=MASK,
+            step=0, num_steps=2,
+        )  # fmt: skip
+        np.testing.assert_array_equal(out.next_tokens, tokens)
+
+
+def test_no_full_logits_and_no_head_for_other_rows():
+    """512 rows of 40,000 columns are 80 MB of logits; the step may use a quarter of it."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(1, 512, 4)).astype(np.float32)
+    weight = rng.normal(size=(40_000, 4)).astype(np.float32)
+    tokens = np.full((1, 512), 40_000)
+    options = {"rule": "maskgit", "mask_token_id": 40_000, "step": 0, "num_steps": 4, "seeds": [1]}
+    saved = plain.LOGITS_PER_CHUNK
+    plain.LOGITS_PER_CHUNK = 1 << 21
+    try:
+        tracemalloc.start()
+        maskgit.decode_step_from_hidden(hidden, weight, tokens, **options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        plain.LOGITS_PER_CHUNK = saved
+    assert peak < 20e6, f"{peak / 1e6:.0f} MB"
+
+
+def test_bad_arguments():
+    p = problem()
+    good = {"rule": "llada", "mask_token_id": MASK, "step": 0, "num_steps": 2}
+    bad = {
+        "hidden: expected a torch": ({"hidden": [[1.0]]}, {}),
+        r"hidden: expected shape \(B, N, D\)": ({"hidden": p["hidden"][0]}, {}),
+        "hidden: expected dtype": ({"hidden": p["hidden"].astype(np.float64)}, {}),
+        r"head_weight: expected shape \(V, 8\)": ({"weight": p["weight"][:, :5]}, {}),
+        "head_weight: expected dtype float32": ({"weight": p["weight"].astype(np.float16)}, {}),
+        r"head_bias: expected shape \(300,\)": ({}, {"head_bias": p["bias"][:4]}),
+        "guidance_scale: expected together": ({}, {"uncond_hidden": p["uncond"]}),
+        "uncond_hidden: expected together": ({}, {"guidance_scale": 2.0}),
+        "uncond_hidden: expected shape": (
+            {},
+            {"uncond_hidden": p["uncond"][:1], "guidance_scale": 2.0},
+        ),
+        "rule: vocab_slice": ({}, {"rule": StepRule(vocab_slice=(0, 999), sample_temperature=0.0)}),
+        "backend: ": ({}, {"backend": "nothing"}),
+        "seeds: expected": ({}, {"rule": "maskgit"}),
+    }
+    for message, (arrays, options) in bad.items():
+        x = {**p, **arrays}
+        with pytest.raises((ValueError, TypeError), match=message):
+            maskgit.decode_step_from_hidden(
+                x["hidden"], x["weight"], x["tokens"], **{**good, **options}
+            )
+
+
+def test_one_node_of_a_compiled_graph():
+    torch = pytest.importorskip("torch")
+    p = {k: torch.from_numpy(v) for k, v in problem().items()}
+
+    def call(hidden, weight, tokens):
+        return maskgit.decode_step_from_hidden(
+            hidden, weight, tokens, rule="llada", mask_token_id=MASK, step=0, num_steps=2
+        )
+
+    args = p["hidden"], p["weight"], p["tokens"]
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(*args)
+    for a, b in zip(got, call(*args), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_jax_traces():
+    jax = pytest.importorskip("jax")
+    p = problem()
+    x = {k: native(v, "jax") for k, v in p.items() if k != "seeds"}
+    words = native_seeds(p["seeds"], "jax")
+
+    @jax.jit
+    def call(hidden, weight, tokens, seeds):
+        return maskgit.decode_step_from_hidden(
+            hidden, weight, tokens, rule="maskgit", mask_token_id=MASK, step=1, num_steps=4,
+            seeds=seeds, backend="jax",
+        )  # fmt: skip
+
+    got = call(x["hidden"], x["weight"], x["tokens"], words)
+    want = maskgit.decode_step_from_hidden(
+        p["hidden"], p["weight"], p["tokens"], rule="maskgit", mask_token_id=MASK, step=1,
+        num_steps=4, seeds=p["seeds"], backend="reference",
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(got.next_tokens), want.next_tokens)
