@@ -45,6 +45,9 @@ PYBIND11_MODULE(_C, m) {
   pointer(c, "seeds", &StepParams::seeds);
   pointer(c, "positions", &StepParams::positions);
   pointer(c, "choice_noise", &StepParams::choice_noise);
+  pointer(c, "score_banned", &StepParams::score_banned);
+  pointer(c, "num_commit", &StepParams::num_commit);
+  pointer(c, "remask_bounds", &StepParams::remask_bounds);
   pointer(c, "scores", &StepParams::scores);
   pointer(c, "banned", &StepParams::banned);
   pointer(c, "table", &StepParams::table);
@@ -73,8 +76,22 @@ PYBIND11_MODULE(_C, m) {
   MASKGIT_NUMBER(score_rounding);
   MASKGIT_NUMBER(count);
   MASKGIT_NUMBER(cut);
-  MASKGIT_NUMBER(count_rows_first);
-  MASKGIT_NUMBER(keep_one_masked);
+  MASKGIT_NUMBER(count_rows);
+  MASKGIT_NUMBER(revise);
+  MASKGIT_NUMBER(edits);
+  MASKGIT_NUMBER(remasks);
+  MASKGIT_NUMBER(skip_mask_token);
+  MASKGIT_NUMBER(filter_temperature);
+  MASKGIT_NUMBER(guidance_rounds);
+  MASKGIT_NUMBER(top_p_below);
+  MASKGIT_NUMBER(num_score_banned);
+  MASKGIT_NUMBER(remask_below);
+  MASKGIT_NUMBER(edit_threshold);
+  MASKGIT_NUMBER(low_threshold);
+  MASKGIT_NUMBER(threshold_slack);
+  MASKGIT_NUMBER(threshold_strict);
+  MASKGIT_NUMBER(has_slack);
+  MASKGIT_NUMBER(min_is_quota);
   MASKGIT_NUMBER(commit_all);
   MASKGIT_NUMBER(base_is_positions);
   MASKGIT_NUMBER(table_size);
@@ -84,6 +101,12 @@ PYBIND11_MODULE(_C, m) {
   MASKGIT_NUMBER(factor);
   MASKGIT_NUMBER(num_threads);
 #undef MASKGIT_NUMBER
+  c.def_property(
+      "clamps", [](const StepParams&) { return py::none(); },
+      [](StepParams& p, const std::vector<int>& clamps) {
+        if (clamps.size() > 2) throw py::value_error("clamps: expected at most 2");
+        for (size_t i = 0; i < 2; ++i) p.clamps[i] = i < clamps.size() ? clamps[i] : maskgit::kNoClamp;
+      });
   c.def("set_filters", [](StepParams& p, const std::vector<std::pair<int, double>>& filters) {
     if (filters.size() > 5) throw py::value_error("filters: expected at most 5");
     p.num_filters = static_cast<int>(filters.size());

@@ -130,7 +130,8 @@ static Mode mode_of(const StepParams& p) {
   Mode m{};
   m.drawing = p.sample_temperature > 0;
   m.racing = m.drawing && !p.token_gumbel.data;
-  m.apart = p.num_filters > 0 && !p.score_filtered;  // scores the whole row, draws from the rest
+  // scores other tokens than it draws from
+  m.apart = (p.num_filters > 0 && !p.score_filtered) || p.num_score_banned > 0;
   m.scale = m.drawing ? float(1.0 / p.sample_temperature) : 1.f;
   m.score_scale = 1.0 / p.score_temperature;
   const bool in_double = p.score_rounding == kToFloat64;
@@ -165,14 +166,16 @@ static void begin_row(Row& r, const Mode& m, Scored& s) {
   const Conditions everything{};
   s.keep.n = 0;
   if (p.num_filters > 0) find_conditions(r, s.keep);
-  s.stats = walk(r, m.apart ? everything : s.keep, m.first);
-  s.alive = s.stats.top > kNegInf && (s.stats.top < kFloatMax || any_finite(r));
-  if (!s.alive) return;
+  r.scoring = p.num_score_banned > 0;
+  s.stats = walk(r, p.score_filtered ? s.keep : everything, m.first);
+  r.scoring = false;
   s.drawn = s.stats;
   if (m.apart) {
     r.loaded = -1;
     s.drawn = walk(r, s.keep, m.second);
   }
+  s.alive = s.drawn.top > kNegInf && (s.drawn.top < kFloatMax || any_finite(r));
+  if (!s.alive) return;
   s.logit = s.drawn.top;
   if (m.racing) return;
   const bool noisy = m.drawing && s.drawn.noisy_at >= 0;
@@ -184,9 +187,16 @@ static void begin_row(Row& r, const Mode& m, Scored& s) {
   s.logit = r.x[0];
 }
 
+static bool is_unscored(const StepParams& p, int64_t token) {
+  for (int64_t i = 0; i < p.num_score_banned; ++i)
+    if (p.score_banned[i] == token) return true;
+  return false;
+}
+
 static void finish_row(const StepParams& p, const Mode& m, const Scored& s, int64_t at) {
+  const bool none = s.is_scored && p.num_score_banned > 0 && (s.stats.top == kNegInf || is_unscored(p, s.token));
   p.candidates[at] = s.alive || s.is_own ? s.token + p.vocab_start : -1;
-  p.confidence[at] = s.is_scored ? round_to(score_of(p, s.stats, s.logit), p.score_rounding) : kNegInf;
+  p.confidence[at] = none && p.score == kProb ? 0.0 : none ? kNegInf : s.is_scored ? round_to(score_of(p, s.stats, s.logit), p.score_rounding) : kNegInf;
   if (p.log_z) p.log_z[at] = s.alive ? double(s.stats.top) * m.score_scale + __builtin_log(s.stats.z) : kNegInf;
 }
 
@@ -206,7 +216,7 @@ static void choice_noise(const StepParams& p, const int64_t* rows, int64_t begin
 // The token that a revised position holds instead of a candidate, with its logit; false for others.
 static bool keep_own_token(Row& r, Scored& s, int64_t at) {
   const StepParams& p = *r.p;
-  if (!p.tokens || p.tokens[at] == p.mask_token_id) return false;
+  if (p.revise != kHeld || p.tokens[at] == p.mask_token_id) return false;
   s.token = p.tokens[at] - p.vocab_start;
   s.is_scored = s.alive && s.token >= 0 && s.token < p.vocab;
   if (!s.is_scored) return true;

@@ -41,9 +41,10 @@ static inline void for_each_token(Row& r, const Conditions& keep, Visit visit) {
   r.loaded = -1;
 }
 
-// Sets condition.bound and last_tie so that the weight before each kept token is at most `limit`.
+// Sets condition.bound and last_tie so that the weight before each kept token is at most `limit`, or
+// (with_own) the weight up to and with it; the first is always kept.
 static void find_bound(Row& r, const Conditions& keep, const Weighting& w, double limit, bool all_ties,
-                       Condition& condition) {
+                       bool with_own, Condition& condition) {
   uint32_t prefix = 0, mask = 0;
   double before = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
@@ -69,18 +70,19 @@ static void find_bound(Row& r, const Conditions& keep, const Weighting& w, doubl
   condition.last_tie = INT64_MAX;
   if (all_ties) return;
   double sum = before;
-  int64_t last = -1;
+  int64_t last = -1, previous = -1;
   for_each_token(r, keep, [&](int64_t index, float x) {
     if (key_of(condition, x) != condition.bound || sum > limit) return;
-    last = index;
+    previous = last, last = index;
     sum += weight_of(w, x);
   });
-  condition.last_tie = last;
+  const bool is_first = before == 0 && previous < 0;
+  condition.last_tie = with_own && sum > limit && !is_first ? previous : last;
 }
 
 static void find_conditions(Row& r, Conditions& keep) {
   const StepParams& p = *r.p;
-  const double temperature = p.sample_temperature > 0 ? p.sample_temperature : 1.0;
+  const double temperature = p.filter_temperature;
   bool divided = true;
   for (int i = 0; i < p.num_filters; ++i) divided = divided && p.filters[i] != kTemperature;
   for (int i = 0; i < p.num_filters; ++i) {
@@ -97,7 +99,7 @@ static void find_conditions(Row& r, Conditions& keep) {
     Weighting w{top, float(scale)};
     Condition condition{false, 0.f, 0.f, 0.f, INT64_MAX};
     if (p.filters[i] == kTopK) {
-      find_bound(r, keep, Weighting{top, -1.f}, value - 1, true, condition);
+      find_bound(r, keep, Weighting{top, -1.f}, value - 1, true, false, condition);
     } else if (p.filters[i] == kMinP) {
       condition.bound = float(top + __builtin_log(value) / scale);
     } else {
@@ -110,7 +112,7 @@ static void find_conditions(Row& r, Conditions& keep) {
         condition.scale = float(scale);
         condition.center = float(top * scale + xz / z);
       }
-      find_bound(r, keep, w, value * z, false, condition);
+      find_bound(r, keep, w, value * z, false, p.top_p_below && p.filters[i] == kTopP, condition);
     }
     keep.at[keep.n++] = condition;
   }

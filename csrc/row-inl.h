@@ -66,6 +66,7 @@ struct Row {
   bool as_it_is;     // keep +inf, to tell it from the largest float
   const float* x;    // the loaded chunk, padded with -inf to whole leaves: the logits or the buffer
   int64_t loaded;    // its first index; -1 where it was loaded under other conditions
+  bool scoring;      // leave out what is outside the score's softmax
   bool as_bits;      // the whole row is plain bfloat16 and was walked where it lies
   const char* ahead; // what will be read next: the chunk after this one, or the row after this one
   // per chunk: maximum, sum of exp, sum of t exp(t); per leaf: sum of exp; per group, where one
@@ -104,6 +105,15 @@ static inline vf load_elements(const char* source, int64_t i, int64_t stride, in
   return widen(*reinterpret_cast<const vh*>(at), kType == kBfloat16);
 }
 
+// x rounded to the dtype of the logits.
+template <int kType>
+static inline vf rounded_as(vf x) {
+  if (kType == kFloat32) return x;
+  if (kType == kFloat16) return rounded_to_float16(x);
+  const vu bits = (vu)x, up = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return x == x ? (vf)up : x;
+}
+
 // Converts [begin, begin + n) into the buffer, padded with -inf to whole leaves; returns the maximum.
 // Without kClean, NaN and +inf stay as they are.
 template <int kType, bool kGuided, bool kStrided, bool kClean = true>
@@ -118,7 +128,8 @@ static inline float convert_span(const Row& r, int64_t begin, int n) {
     vf x = load_elements<kType>(logits, begin + i, stride, valid);
     if (kGuided) {
       vf u = load_elements<kType>(uncond, begin + i, uncond_stride, valid);
-      x = fma(guidance, x - u, u);
+      if (p.guidance_rounds) x = rounded_as<kType>(u + rounded_as<kType>(guidance * rounded_as<kType>(x - u)));
+      else x = fma(guidance, x - u, u);
     }
     return kClean ? vmin(vmax(x, floor), ceiling) : x;
   };
@@ -169,7 +180,7 @@ static inline float max_in_place(const float* x, int n) {
 // Makes [begin, begin + n) available at r.x; returns its maximum.
 static float load_chunk(Row& r, int64_t begin, int n, const Conditions& keep) {
   const StepParams& p = *r.p;
-  const bool plain = p.num_banned == 0 && keep.n == 0;
+  const bool plain = p.num_banned == 0 && keep.n == 0 && !r.scoring;
   r.loaded = begin;
   r.ahead = r.logits + (begin + n) * p.logits.v * (p.dtype == kFloat32 ? 4 : 2);
   if (plain && p.dtype == kFloat32 && !r.uncond && p.logits.v == 1 && n % kLeaf == 0) {
@@ -184,6 +195,8 @@ static float load_chunk(Row& r, int64_t begin, int n, const Conditions& keep) {
   if (plain) return top;
   for (int64_t i = 0; i < p.num_banned; ++i)
     if (p.banned[i] >= begin && p.banned[i] < begin + n) r.buffer[p.banned[i] - begin] = kNegInf;
+  for (int64_t i = 0; r.scoring && i < p.num_score_banned; ++i)
+    if (p.score_banned[i] >= begin && p.score_banned[i] < begin + n) r.buffer[p.score_banned[i] - begin] = kNegInf;
   top = kNegInf;
   for (int i = 0; i < n; ++i) {
     if (keep.n && !survives(keep, r.buffer[i], begin + i)) r.buffer[i] = kNegInf;

@@ -409,6 +409,27 @@ static inline vd exp_double(vd t) {
 
 static inline double scalar_exp(double t) { return exp_double(t + vd{})[0]; }  // t <= 0
 
+// x rounded to float16 and back.
+static inline vf rounded_to_float16(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; ++i) {
+    const float size = x[i] < 0 ? -x[i] : x[i];
+    if (!(size < 65520.f)) {
+      if (size == size) x[i] = x[i] < 0 ? kNegInf : -kNegInf;
+      continue;
+    }
+    float unit = 0x1p-24f;  // of the last bit; subnormals have the smallest
+    while (size >= unit * 2048) unit *= 2;
+    x[i] = __builtin_rintf(x[i] / unit) * unit;
+  }
+  return x;
+#endif
+}
+
 // Two 16-bit formats, to float32 by bits.
 static inline vf widen(vh x, bool is_bfloat16) {
   vu bits = __builtin_convertvector(x, vu);

@@ -165,7 +165,8 @@ static bool walk_once(Row& r, float scale, Stats& out) {
 
 static bool walk_once(Row& r, const Conditions& keep, const Wanted& want, Stats& out) {
   const StepParams& p = *r.p;
-  const bool plain = keep.n == 0 && p.num_banned == 0 && !r.uncond && p.logits.v == 1 && p.vocab % kLeaf == 0;
+  const bool plain =
+      keep.n == 0 && p.num_banned == 0 && !r.scoring && !r.uncond && p.logits.v == 1 && p.vocab % kLeaf == 0;
   const bool draw_only = want.leaves && !want.z && !want.second && p.score != kTop1Prob;
   if (!plain || !draw_only) return false;
   Stats found;
@@ -195,7 +196,8 @@ static double sum_exp_bits(const Row& r, const uint16_t* x, int n, float top, fl
 // a NaN, an infinity or a zero on top wants more care.
 static bool walk_bits(Row& r, const Conditions& keep, const Wanted& want, Stats& out) {
   const StepParams& p = *r.p;
-  const bool plain = keep.n == 0 && p.num_banned == 0 && !r.uncond && p.logits.v == 1 && p.vocab % (4 * W) == 0;
+  const bool plain =
+      keep.n == 0 && p.num_banned == 0 && !r.scoring && !r.uncond && p.logits.v == 1 && p.vocab % (4 * W) == 0;
   const bool more = want.leaves || want.noise || want.second || want.z_double || want.tz || p.greedy_on_probs;
   if (p.dtype != kBfloat16 || !plain || more) return false;
   const uint16_t* logits = reinterpret_cast<const uint16_t*>(r.logits);

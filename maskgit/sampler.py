@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from .kernels.common.arrays import is_on_host, kind_of, to_kind, to_numpy
 from .kernels.common.selection import check_name
-from .kernels.decode_step import StepNoise, StepRule, as_rule, decode_step
+from .kernels.decode_step import StepNoise, StepResult, StepRule, as_rule, decode_step
 from .kernels.decode_step.checks import check_integer
 from .kernels.decode_step.plan import check_num_steps
+from .kernels.head_sample import decode_step_from_hidden
 
 
 class Trajectory(NamedTuple):
-    """What every step did: three lists with one (B, N) array per step that ran."""
+    """What every step did: lists with one (B, N) array per step that ran, and one array for all.
+
+    next_tokens, candidate_tokens, confidence: as in `StepResult`.
+    log_probs: of the candidates, under the model's own distribution (guided; temperature 1, no
+        filters), 0 where nothing was drawn.
+    entropies: of that distribution, in nats, 0 where nothing was drawn.
+    commit_steps: (B, N), the step that committed each position, -1 where none did.
+    """
 
     next_tokens: list[Any]
     candidate_tokens: list[Any]
     confidence: list[Any]
+    log_probs: list[Any]
+    entropies: list[Any]
+    commit_steps: Any
 
 
 class GenerateResult(NamedTuple):
     """What `generate` returns.
 
-    tokens: (B, N), the last step's candidates: with the default rules nothing is masked in it,
-        save where a row had no finite logit or the model predicted the mask token itself.
+    tokens: (B, N), the last step's candidates under rules with a schedule (count="masked", MaskGIT's
+        final image), else the state after it.  With the presets nothing is masked in it, save where
+        a row had no finite logit or the model predicted the mask token itself.
     num_forwards: how often `forward` was called.
     trajectory: the steps, with record=True, else None.
     """
@@ -47,6 +61,11 @@ def generate(
     backend: str = "auto",
     block_length: int | None = None,
     prompt_length: int = 0,
+    eligible: Any = None,
+    positions: Any = None,
+    num_commit: Sequence[Any] | None = None,
+    head_weight: Any = None,
+    head_bias: Any = None,
     record: bool = False,
     noise: Callable[[int], StepNoise] | None = None,
 ) -> GenerateResult:
@@ -67,7 +86,15 @@ def generate(
         block_length: semi-autoregressive decoding: the positions from `prompt_length` on are
             decoded in blocks of this length, left to right, each in num_steps / blocks steps.
         prompt_length: where the first block begins.
-        record: keep every step's tokens and confidences.
+        eligible: (B, N) bool, which masked positions are generated at all; others stay masked.
+        positions: (B, N) integers, where each token stands in its sequence, for the random numbers:
+            left-padded rows then draw what they draw alone.
+        num_commit: for rules whose count is given: num_commit[step] is (B,) or one number.
+        head_weight, head_bias: (V, D) and (V,): `forward` then returns hidden states (B, N, D), and
+            the head's product is formed for the rows that take part alone
+            (`decode_step_from_hidden`).
+        record: keep every step's tokens, confidences, log-probabilities and entropies; two more
+            readings of the logits a step.
         noise: called with the number of the step (0, 1, ... over all blocks), returns the
             `StepNoise` to use instead of the seeds.
 
@@ -90,42 +117,120 @@ def generate(
     if noise is not None and not callable(noise):
         raise TypeError(f"noise: expected a callable or None, got {type(noise).__name__}")
     blocks = _blocks(tokens, num_steps, block_length, prompt_length)
-    steps_per_block = num_steps // len(blocks)
-    trajectory = Trajectory([], [], [])
+    steps = num_steps // len(blocks)
+    _check_num_commit(step_rule, num_commit, steps)
+    decode = _decoder(head_weight, head_bias, guidance_scale, mask_token_id, backend)
+    log = _Log(tokens, mask_token_id) if record else None
+    allowed = tokens == mask_token_id if step_rule.touches_known else None
+    if eligible is not None:
+        allowed = eligible if allowed is None else allowed & eligible
     num_forwards = 0
     with _bar(num_steps, progress) as bar:
         for index, (start, stop) in enumerate(blocks):
-            at_start = _masked_in(tokens, mask_token_id, start, stop)
+            at_start = _masked_in(tokens, mask_token_id, start, stop, eligible)
             first = 0 if step_rule.block_scope == "prefix" else start
             window = _window(tokens, first, stop) if block_length is not None else None
-            for step in range(steps_per_block):
-                number = index * steps_per_block + step
+            takes_part = allowed if window is None or allowed is None else allowed & window
+            for step in range(steps):
+                number = index * steps + step
                 bar(1)
-                if _is_done(tokens, mask_token_id, first, stop):
+                if not step_rule.touches_known and _is_done(tokens, mask_token_id, first, stop):
                     continue
-                cond, uncond = _predict(forward, tokens, guidance_scale)
+                output = _predict(forward, tokens, guidance_scale)
                 num_forwards += 1
-                result = decode_step(
-                    cond,
-                    tokens,
-                    rule=step_rule,
-                    mask_token_id=mask_token_id,
-                    step=step,
-                    num_steps=steps_per_block,
-                    num_masked_at_start=at_start,
-                    seeds=seeds,
-                    noise=noise(number) if noise is not None else None,
-                    uncond_logits=uncond,
-                    guidance_scale=guidance_scale if uncond is not None else None,
-                    eligible=window,
-                    backend=backend,
-                )
-                if record:
-                    for name, item in result._asdict().items():
-                        getattr(trajectory, name).append(item)
-                last = step == steps_per_block - 1
+                options = {
+                    "step": step,
+                    "num_steps": steps,
+                    "num_masked_at_start": at_start,
+                    "seeds": seeds,
+                    "noise": noise(number) if noise is not None else None,
+                    "eligible": window if takes_part is None else takes_part,
+                    "positions": positions,
+                }
+                commit = {} if num_commit is None else {"num_commit": num_commit[step]}
+                result = decode(output, tokens, step_rule, **options, **commit)
+                if log is not None:
+                    log.add(number, tokens, result, decode, output, step_rule, options)
+                last = step == steps - 1 and step_rule.count == "masked"
                 tokens = result.candidate_tokens if last else result.next_tokens
-    return GenerateResult(tokens, num_forwards, trajectory if record else None)
+    return GenerateResult(tokens, num_forwards, log.trajectory if log is not None else None)
+
+
+def _decoder(
+    weight: Any, bias: Any, scale: float | None, mask_token_id: int, backend: str
+) -> Callable[..., StepResult]:
+    """(output of forward, tokens, rule, options) -> StepResult, from logits or hidden states."""
+    if weight is None and bias is not None:
+        raise ValueError("head_weight: expected together with head_bias, got None")
+
+    def decode(output: tuple[Any, Any], tokens: Any, rule: StepRule, **options: Any) -> StepResult:
+        cond, uncond = output
+        options |= {"rule": rule, "mask_token_id": mask_token_id, "backend": backend}
+        options["guidance_scale"] = scale if uncond is not None else None
+        if weight is None:
+            return decode_step(cond, tokens, uncond_logits=uncond, **options)
+        return decode_step_from_hidden(
+            cond, weight, tokens, head_bias=bias, uncond_hidden=uncond, **options
+        )
+
+    return decode
+
+
+class _Log:
+    """Fills in a `Trajectory`."""
+
+    def __init__(self, tokens: Any, mask_token_id: int):
+        self._mask = mask_token_id
+        self.trajectory = Trajectory([], [], [], [], [], tokens * 0 - 1)
+
+    def add(
+        self, number: int, tokens: Any, result: StepResult, decode: Callable[..., StepResult],
+        output: Any, rule: StepRule, options: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """One step; the two more scores come from the same draw under rules with other scores."""
+        trajectory = self.trajectory
+        trajectory.next_tokens.append(result.next_tokens)
+        trajectory.candidate_tokens.append(result.candidate_tokens)
+        trajectory.confidence.append(result.confidence)
+        noise = options["noise"]
+        bare = options | {"noise": None if noise is None else StepNoise(noise.token_gumbel)}
+        for score, column in (("log_prob", "log_probs"), ("neg_entropy", "entropies")):
+            found = decode(output, tokens, rule.scoring(score), **bare).confidence
+            drawn = (found - found) == 0  # neither known (+inf) nor without a candidate (-inf)
+            sign = -1 if score == "neg_entropy" else 1
+            getattr(trajectory, column).append(_where(drawn, sign * found, found * 0))
+        is_masked = result.next_tokens == self._mask
+        steps = _where(
+            tokens == self._mask, trajectory.commit_steps * 0 + number, trajectory.commit_steps
+        )
+        steps = _where(is_masked, trajectory.commit_steps * 0 - 1, steps)
+        self.trajectory = trajectory._replace(commit_steps=steps)
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    """np.where in the library of the arrays; infinities in the branch not taken do no harm."""
+    kind = kind_of(condition)
+    if kind == "torch":
+        import torch
+
+        return torch.where(condition, a, torch.zeros_like(b) if b.dtype.is_floating_point else b)
+    if kind == "jax":
+        import jax.numpy as jnp
+
+        return jnp.where(condition, a, jnp.nan_to_num(b) if b.dtype.kind == "f" else b)
+    return np.where(condition, a, np.nan_to_num(b) if b.dtype.kind == "f" else b)
+
+
+def _check_num_commit(rule: StepRule, num_commit: Any, steps: int) -> None:
+    if (num_commit is not None) != (rule.count == "given"):
+        got = "None" if num_commit is None else f"numbers with count={rule.count!r}"
+        raise ValueError(
+            f"num_commit: expected exactly where the rule has count='given', got {got}"
+        )
+    if num_commit is not None and len(num_commit) != steps:
+        raise ValueError(
+            f"num_commit: expected one entry for each of {steps} steps, got {len(num_commit)}"
+        )
 
 
 def _blocks(
@@ -179,8 +284,9 @@ def _predict(
     return out[0], out[1]
 
 
-def _masked_in(tokens: Any, mask_token_id: int, start: int, stop: int) -> Any:
-    return (tokens[:, start:stop] == mask_token_id).sum(1)
+def _masked_in(tokens: Any, mask_token_id: int, start: int, stop: int, eligible: Any) -> Any:
+    masked = tokens[:, start:stop] == mask_token_id
+    return (masked if eligible is None else masked & eligible[:, start:stop]).sum(1)
 
 
 def _is_done(tokens: Any, mask_token_id: int, start: int, stop: int) -> bool:
@@ -192,8 +298,6 @@ def _is_done(tokens: Any, mask_token_id: int, start: int, stop: int) -> bool:
 
 def _window(tokens: Any, start: int, stop: int) -> Any:
     """(B, N) bool: the positions of a block."""
-    import numpy as np
-
     row = np.zeros(tuple(tokens.shape), bool)
     row[:, start:stop] = True
     kind = kind_of(tokens)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from maskgit.kernels.common import philox
 from maskgit.kernels.decode_step import reference
-from maskgit.kernels.decode_step.plan import resolve
+from maskgit.kernels.decode_step.plan import constant_plan, resolve, table_size
 from maskgit.kernels.decode_step.spec import StepInputs
 
 import maskgit
@@ -65,7 +65,8 @@ class Case:
     @property
     def plan(self) -> Any:
         """The rule resolved at this step."""
-        return resolve(self.rule, self.step, self.num_steps, self.tokens.shape[1])
+        size = table_size(self.rule, *self.tokens.shape)
+        return resolve(self.rule, self.step, self.num_steps, size)
 
     def inputs(self) -> StepInputs:
         """What the reference's functions get."""
@@ -239,7 +240,7 @@ def compare(case: Case, expected: Any, got: Any, *, wide: bool = False) -> Agree
         _audit_row(case, x, plan, int(b), int(n), int(drawn[b, n]), int(candidates[b, n]),
                    float(confidence[b, n]), extra, wide, report)  # fmt: skip
     # The selection from the backend's own confidences is exact.
-    commit = reference.select(confidence, x.eligible, x.num_masked_at_start, noise, plan) & alive
+    commit = reference.select(confidence, x.eligible, x, noise, plan, case.dtype) & alive
     wanted = np.where(commit, candidates, x.tokens)
     differs = wanted != next_tokens
     if plan.count == "bernoulli" and noise is not None and not plan.commit_all:
@@ -254,11 +255,7 @@ def compare_stats(case: Case, got: Any, *, wide: bool = False) -> Agreement:
     whole = np.ones(case.tokens.shape, bool)
     x = case.inputs()._replace(eligible=whole, uncond_logits=None, mask_token_id=-1)
     x = x._replace(token_gumbel=case.token_gumbel)
-    plan = dataclasses.replace(
-        resolve(dataclasses.replace(case.rule, sample_anneal="constant", count="quota"), 0, 1, 0),
-        step=case.step,
-        rule=case.rule,
-    )
+    plan = constant_plan(case.rule, case.step)
     drawn, _, log_z = reference.sample_tokens(x, plan, case.dtype)
     plan = dataclasses.replace(plan, choice_temperature=0.0)
     report = Agreement(rows=whole.size)
@@ -320,7 +317,7 @@ def _reference_row(
     case: Case, x: StepInputs, b: int, n: int, eps: float
 ) -> tuple[np.ndarray, float]:
     """The guided, banned row in float64, and how far rounding may have moved its large entries."""
-    row = reference.guided(x, b, n)
+    row = reference.guided(x, b, n, resolve(case.rule, case.step, case.num_steps, 1), case.dtype)
     rule = case.rule
     banned = rule.banned_ids + ((x.mask_token_id,) if rule.ban_mask_token else ())
     start = rule.vocab_slice[0] if rule.vocab_slice else 0

@@ -71,7 +71,7 @@ REVISING = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", REVISING)
 def test_revision(name, dtype, backend):
-    rule = StepRule(revise=True, **REVISING[name])
+    rule = StepRule(revise="held", **REVISING[name])
     for seed in range(4):
         p = problem(seed, masked=(0.6, 0.0, 1.0, 0.3)[seed])
         p["logits"][0, 3, p["tokens"][0, 3] % 60] = -np.inf
@@ -90,7 +90,7 @@ def test_revision_masks_the_least_likely_known_tokens(backend):
     p["logits"][:] = 0
     p["logits"][0, np.arange(8), np.arange(8)] = [5, 4, 3, 2, 1, 0, -1, -2]
     p["eligible"][:] = True
-    rule = StepRule(revise=True, schedule="linear", score="prob")
+    rule = StepRule(revise="held", schedule="linear", score="prob")
     out = step(backend, p, rule, at=3)  # 8 - floor(8 * 2/6) = 6 stay
     np.testing.assert_array_equal(out[0][0], [0, 1, 2, 3, 4, 5, MASK, MASK])
     np.testing.assert_array_equal(out[1][0], np.arange(8))
@@ -221,7 +221,7 @@ def test_commit_is_one_node_of_a_compiled_graph():
     from maskgit.kernels.decode_step.ops import commit_tokens_op
 
     encoded = StepRule.preset("llada").encoded
-    full = (*args, encoded, 9, 0, 3, None, None, None, None, "auto")
+    full = (*args, encoded, 9, 0, 3, *[None] * 6, "auto")
     torch.library.opcheck(commit_tokens_op, full)
 
 

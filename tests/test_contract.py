@@ -35,7 +35,7 @@ SLOW_ON_JAX = [
 
 FIELDS = {
     **{f"cut-{c}": {"cut": c} for c in ("strict", "inclusive", "exact")},
-    **{f"cut-{c}-no-clamp": {"cut": c, "keep_one_masked": False} for c in ("strict", "inclusive")},
+    **{f"cut-{c}-no-clamp": {"cut": c, "clamps": ()} for c in ("strict", "inclusive")},
     **{
         f"count-{c}": {"count": c}
         for c in ("masked", "quota", "fraction", "bernoulli", "threshold", "factor")
@@ -243,7 +243,7 @@ def test_uneven_rows_and_eligibility(backend: str, preset: str) -> None:
 @pytest.mark.parametrize("backend", SLOW_ON_JAX)
 def test_noise_with_infinities(backend: str) -> None:
     for rule in (StepRule(choice_temperature=1.0, cut="strict"), StepRule(choice_temperature=1.0, cut="inclusive"),
-                 StepRule(score="random", count="bernoulli"), StepRule(choice_temperature=1.0, keep_one_masked=False)):  # fmt: skip
+                 StepRule(score="random", count="bernoulli"), StepRule(choice_temperature=1.0, clamps=())):  # fmt: skip
         case = make_case(rule, noise="injected", length=30)
         for value in (np.inf, -np.inf, np.nan):
             case.choice_gumbel[:, ::5] = value

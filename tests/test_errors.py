@@ -104,7 +104,7 @@ def test_the_good_arguments_are_good():
         ({"score_temperature": 0.0}, "score_temperature: expected None or a finite number >= 1e-6"),
         ({"banned_ids": 5}, "banned_ids: expected a tuple, got 5"),
         ({"filters": None}, "filters: expected a tuple, got None"),
-        ({"keep_one_masked": "no"}, "keep_one_masked: expected True or False, got 'no'"),
+        ({"greedy_last": "no"}, "greedy_last: expected True or False, got 'no'"),
         ({"cut": "sharp"}, "cut: expected one of strict, inclusive, exact, got 'sharp'"),
         ({"count": "all"}, "count: expected one of masked"),
         ({"score": "p"}, "score: expected one of prob"),
@@ -115,7 +115,7 @@ def test_the_good_arguments_are_good():
         ({"filters": ("top_p",), "top_p": 1.5}, r"top_p: expected a number in \(0, 1\], got 1.5"),
         ({"vocab_slice": (5, 5)}, "vocab_slice: expected None or"),
         ({"banned_ids": (-1,)}, "banned_ids: expected integers >= 0"),
-        ({"time_eps": 0.0}, r"time_eps: expected a number in \(0, 1\)"),
+        ({"time_eps": 1.0}, r"time_eps: expected a number in \[0, 1\)"),
         (
             {"greedy_on": "probs", "score_temperature": 0.5},
             "score_temperature: expected None or 1.0",

@@ -19,7 +19,7 @@ RULES = {
     "entropy": StepRule(score="neg_entropy", filters=("top_k",), top_k=9, score_filtered=True),
     "threshold": StepRule.preset("threshold"),
     "slice": StepRule(vocab_slice=(20, 250), banned_ids=(30, 31)),
-    "revise": StepRule(revise=True),
+    "revise": StepRule(revise="held"),
     "random": dataclasses.replace(StepRule.preset("random"), sample_temperature=1.0),
     "dream-origin": dataclasses.replace(StepRule.preset("dream-origin"), sample_temperature=0.7),
     "given": StepRule(score="given"),

@@ -32,6 +32,8 @@ def decode_step(
     guidance_scale: float | None = None,
     eligible: Any = None,
     scores: Any = None,
+    num_commit: Any = None,
+    positions: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> StepResult:
@@ -52,6 +54,10 @@ def decode_step(
         eligible: (B, N) bool, which masked positions take part (a block, real tokens of a padded
             batch); all by default.  With a rule that revises, which positions take part at all.
         scores: (B, N), exactly with rules whose score is "given": a critic's, or a fixed order.
+        num_commit: (B,), or one number for all, exactly with rules whose count is "given".
+        positions: (B, N) integers, where in its sequence each token stands, for the random numbers
+            alone; by default 0..N-1.  Left-padded rows draw as unpadded ones do when the padding
+            does not count.
         backend: "auto", or by name: cpp, torch, jax, reference (triton and pallas are to come).
         check: raise on a row without a finite logit (also with MASKGIT_CHECK=1); reads the result
             on the host.
@@ -79,18 +85,20 @@ def decode_step(
         arrays = {"tokens": tokens, "seeds": seeds, "noise.token_gumbel": token_gumbel}
         arrays |= {"noise.choice_gumbel": choice_gumbel, "uncond_logits": uncond_logits}
         arrays |= {"eligible": eligible, "num_masked_at_start": num_masked_at_start}
-        arrays |= {"scores": scores}
+        num_commit = counts_tensor(num_commit, logits)
+        arrays |= {"scores": scores, "num_commit": num_commit, "positions": positions}
         numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
         check_op_arguments(logits, arrays, numbers, guidance_scale)
         out = decode_step_op(
             logits, tokens, step_rule.encoded, mask_token_id, step, num_steps,
             num_masked_at_start, seeds, token_gumbel, choice_gumbel, uncond_logits,
-            guidance_scale, eligible, scores, backend, check,
+            guidance_scale, eligible, scores, num_commit, positions, backend, check,
         )  # fmt: skip
         return StepResult(*out)
     out = run.decode_step(
         logits, tokens, step_rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
-        token_gumbel, choice_gumbel, uncond_logits, guidance_scale, eligible, scores, backend, check,
+        token_gumbel, choice_gumbel, uncond_logits, guidance_scale, eligible, scores, num_commit,
+        positions, backend, check,
     )  # fmt: skip
     return StepResult(*out)
 
@@ -108,6 +116,8 @@ def commit_tokens(
     seeds: Any = None,
     choice_gumbel: Any = None,
     eligible: Any = None,
+    num_commit: Any = None,
+    positions: Any = None,
     backend: str = "auto",
 ) -> StepResult:
     """Count, select and re-mask given candidates: the second half of `decode_step`.
@@ -120,8 +130,9 @@ def commit_tokens(
         scores: (B, N) floating, what ranks them, without the annealed noise.
         tokens: (B, N), the sequence before the step.
         choice_gumbel: (B, N) standard Gumbel noise in place of the seeds'.
-        rule, mask_token_id, step, num_steps, num_masked_at_start, seeds, eligible, backend: as in
-            `decode_step`.  Of the rule only the choice noise, the count and the cut matter.
+        rule, mask_token_id, step, num_steps, num_masked_at_start, seeds, eligible, num_commit,
+            positions, backend: as in `decode_step`.  Of the rule only the choice noise, the count
+            and the cut matter.
 
     Returns, raises and semantics: as `decode_step`; a NaN score is -inf.
     """
@@ -130,7 +141,7 @@ def commit_tokens(
     if kind_of(scores) != "torch":
         out = run.commit_tokens(
             candidate_tokens, scores, tokens, step_rule, mask_token_id, step, num_steps,
-            num_masked_at_start, seeds, choice_gumbel, eligible, backend,
+            num_masked_at_start, seeds, choice_gumbel, eligible, num_commit, positions, backend,
         )  # fmt: skip
         return StepResult(*out)
     from .ops import commit_tokens_op
@@ -138,12 +149,14 @@ def commit_tokens(
     num_masked_at_start = counts_tensor(num_masked_at_start, scores)
     arrays = {"candidate_tokens": candidate_tokens, "tokens": tokens, "seeds": seeds}
     arrays |= {"choice_gumbel": choice_gumbel, "eligible": eligible}
-    arrays |= {"num_masked_at_start": num_masked_at_start}
+    num_commit = counts_tensor(num_commit, scores)
+    arrays |= {"num_masked_at_start": num_masked_at_start, "num_commit": num_commit}
+    arrays |= {"positions": positions}
     numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
     check_op_arguments(scores, arrays, numbers, None)
     out = commit_tokens_op(
         candidate_tokens, scores, tokens, step_rule.encoded, mask_token_id, step, num_steps,
-        num_masked_at_start, seeds, choice_gumbel, eligible, backend,
+        num_masked_at_start, seeds, choice_gumbel, eligible, num_commit, positions, backend,
     )  # fmt: skip
     return StepResult(*out)
 

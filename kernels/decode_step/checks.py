@@ -20,8 +20,13 @@ def columns(logits: Any, rule: StepRule) -> Any:
     return logits[..., rule.vocab_slice[0] : rule.vocab_slice[1]]
 
 
-def check_positions(positions: Any) -> None:
-    """ValueError for a position outside the 32 bits of a Philox counter word."""
+def check_positions(positions: Any, model: Any) -> None:
+    """(B, N) integers in the 32 bits of a Philox counter word, or None."""
+    if positions is None:
+        return
+    check_same_kind("positions", positions, model)
+    check_shape("positions", positions, tuple(model.shape[:2]))
+    check_integers("positions", positions)
     if is_on_host(positions):
         values = to_numpy(positions)
         if values.size and (int(values.min()) < 0 or int(values.max()) >= 2**32):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from .spec import StepRule
 
-SCHEDULES = ("linear", "cosine", "square", "cubic", "exp", "sqrt", "log", "arccos")
+SCHEDULES = ("linear", "cosine", "sine", "square", "cubic", "exp", "sqrt", "log", "arccos")
 _POW = re.compile(r"pow(\d+(?:\.\d*)?|\.\d+)$")
 _FLOOR = 1e-6  # google-research/maskgit clips its ratios to [1e-6, 1]
 
@@ -43,7 +43,8 @@ def gamma(
 
     Args:
         ratio: progress in [0, 1], any shape; step i of T has ratio (i + 1) / T when it ends.
-        schedule: linear, cosine, square, cubic, exp, sqrt, log, arccos or pow<x>.
+        schedule: linear, cosine, square, cubic, exp, sqrt, log, arccos or pow<x>; sine is the cosine
+            in the form sin((1 - r) pi/2), which rounds differently.
         num_masked_at_start: U0, broadcast against `ratio`; only `exp` and `log` depend on it.
         dtype: arithmetic of the result, float32 where the followed codebase counts in float32.
 
@@ -59,7 +60,7 @@ def gamma(
     """
     check_schedule(schedule)
     dt: np.dtype[Any] = np.dtype(dtype)
-    r = np.asarray(ratio, dtype=dt)
+    r, left = np.asarray(ratio, dtype=dt), np.asarray(1 - np.asarray(ratio, np.float64), dtype=dt)
     if not bool(np.all((r >= 0) & (r <= 1))):
         raise ValueError(f"ratio: expected values in [0, 1], got {ratio!r}")
     one = dt.type(1)
@@ -68,9 +69,11 @@ def gamma(
     if schedule == "linear":
         out = one - r
     elif schedule == "cosine":
-        out = np.cos(dt.type(math.pi / 2) * r)
+        out = _rounded(np.cos, dt.type(math.pi / 2) * r)
+    elif schedule == "sine":
+        out = _rounded(np.sin, left * dt.type(math.pi) / dt.type(2))
     elif schedule == "arccos":
-        out = np.arccos(r) / dt.type(math.pi / 2)
+        out = _rounded(np.arccos, r) / dt.type(math.pi / 2)
     elif schedule == "sqrt":
         out = one - np.sqrt(r)
     elif schedule == "exp":
@@ -83,12 +86,35 @@ def gamma(
     return np.asarray(np.clip(out, dt.type(_FLOOR), one), dtype=dt)
 
 
+def _rounded(function: Any, x: Any) -> Any:
+    """A function of float32 arguments rounded correctly: NumPy's own differs between machines."""
+    return np.asarray(function(np.asarray(x, np.float64)), dtype=np.asarray(x).dtype)
+
+
+def done_ratio(rule: StepRule, step: int, num_steps: int) -> np.floating[Any]:
+    """Share of the steps that are done when `step` ends, in the rule's arithmetic."""
+    dt: np.dtype[Any] = np.dtype(np.float64 if rule.schedule == "sine" else rule.count_dtype)
+    if rule.count_ratio == "step":
+        return np.minimum(dt.type(step + 1) / dt.type(num_steps), dt.type(1))
+    if rule.count_ratio == "linspace":
+        return np.float32(linspace(0.0, 1.0, num_steps + 1)[step + 1])
+    return np.float32(linspace(0.0, 1.0, num_steps)[min(step + 1, num_steps - 1)])
+
+
+def linspace(start: float, end: float, count: int) -> npt.NDArray[np.float32]:
+    """torch.linspace in float32, which counts from the nearer end."""
+    i, low, high = np.arange(count), np.float32(start), np.float32(end)
+    step = float((high - low) / np.float32(max(count - 1, 1)))
+    from_low = float(low) + step * i  # torch rounds the product and the sum together
+    from_high = float(high) - step * (count - 1 - i)
+    return np.where(i < count // 2, from_low, from_high).astype(np.float32)
+
+
 def masked_count_table(rule: StepRule, step: int, num_steps: int, size: int) -> npt.NDArray[Any]:
     """num_masked_next before clamping, for every count base 0..size: int32 (size + 1,)."""
     dt: np.dtype[Any] = np.dtype(rule.count_dtype)
     base = np.arange(size + 1, dtype=dt)
-    ratio = dt.type(step + 1) / dt.type(num_steps)
-    product = base * gamma(np.minimum(ratio, 1), rule.schedule, base, dt)
+    product = base * gamma(done_ratio(rule, step, num_steps), rule.schedule, base, dt)
     rounded = {"floor": np.floor, "round": np.rint, "ceil": np.ceil}[rule.count_rounding](product)
     return np.asarray(rounded, dtype=np.int32)
 
@@ -99,46 +125,112 @@ def quota_table(step: int, num_steps: int, size: int) -> npt.NDArray[np.int32]:
     return (base // num_steps + (step < base % num_steps)).astype(np.int32)
 
 
-def time_step_fraction(step: int, num_steps: int, time_eps: float) -> float:
-    """Share 1 - s/t of the masked positions that Dream commits; its times run 1 -> time_eps."""
-    if step == num_steps - 1:
+def commit_share(rule: StepRule, step: int, num_steps: int) -> float:
+    """Share of the masked positions that a "fraction" or "bernoulli" step commits: 1 - m(s)/m(t).
+
+    m is how much is masked at a time; the step goes from time t down to s.  Grids: Dream's and
+    MDLM's linspace(1, time_eps, T + 1) in float32 with m(t) = t; md4's t = (T - i)/T with the
+    schedule and a clip, or the cosine of it; BD3LM's linspace(1, 0, T) with s = t - 1/T.
+    """
+    last = step == num_steps - 1
+    if last and (rule.count == "fraction" or rule.last_step == "all"):
         return 1.0
-    start, end, half = np.float32(1), np.float32(time_eps), (num_steps + 1) // 2
-    delta = (end - start) / np.float32(num_steps)
+    if rule.time_grid == "linspace":
+        t, s = mask_times(rule, step, num_steps)
+        return float(np.float32(1) - s / t)
+    if rule.time_grid == "ancestral":
+        if last:
+            return 1.0
+        return (num_steps - 1) / (num_steps * (num_steps - 1 - step))
+    t, s = ((num_steps - i) / num_steps for i in (step, step + 1))
+    if rule.time_grid == "cosine":
+        t, s = (math.cos(math.pi / 2 * (1 - x)) for x in (t, s))
+    clip = rule.time_clip
 
-    def time(i: int) -> np.float32:  # torch.linspace in float32 counts from the nearer end
-        return (
-            start + delta * np.float32(i) if i < half else end - delta * np.float32(num_steps - i)
-        )
+    def masked(time: float) -> float:
+        return (1 - 2 * clip) * float(gamma(1 - time, rule.schedule)) + clip
 
-    return float(np.float32(1) - time(step + 1) / time(step))
+    return 1.0 - masked(s) / masked(t)
+
+
+def mask_times(rule: StepRule, step: int, num_steps: int) -> tuple[np.float32, np.float32]:
+    """(t, s) of a step on the grid linspace(1, time_eps, T + 1) in float32."""
+    times = linspace(1.0, rule.time_eps, num_steps + 1)
+    return times[step], times[step + 1]
+
+
+def remask_chances(rule: StepRule, step: int, num_steps: int) -> tuple[float, float]:
+    """ReMDM's (chance to mask a known token again, chance to commit a masked position).
+
+    With a = 1 - t before and b = 1 - s after the step and chance r, masked positions commit with
+    (b - (1 - r) a) / (1 - a).  For "conf" the first is an upper bound, shared out over the
+    positions by their scores.  "loop" unmasks down to time remask_on as MDLM does, revises at the
+    constant level remask_alpha down to remask_off, and then unmasks the rest.  arXiv 2503.00307.
+    """
+    width = (1.0 - rule.time_eps) / num_steps
+    t = 1.0 + (rule.time_eps - 1.0) * step / num_steps
+    a, b, kind, eta = 1 - t, 1 - (t - width), rule.remask, rule.remask_eta
+    if kind == "loop" and t > rule.remask_on:
+        slope = rule.remask_alpha / (1 - rule.remask_on)
+        return 0.0, width * slope / (1 - a * slope)
+    if kind == "loop" and t <= rule.remask_off:
+        return 0.0, width / t
+    if kind == "loop":
+        a = b = rule.remask_alpha
+    starts = a <= 1e-9  # nothing is known yet
+    bound = 1.0 if starts else min(1.0, (1 - b) / a)
+    if kind == "conf":
+        return bound, (b - a) / (1 - a)
+    if kind == "forward_backward":
+        chance = 1.0 if starts else (b - a) / a
+    elif kind == "rescale":
+        chance = eta * bound
+    else:
+        chance = eta if starts or kind == "loop" else min(eta, (1 - b) / a)
+    return chance, (b - (1 - chance) * a) / (1 - a)
 
 
 def next_masked_counts(
-    plan: Any, masked_at_start: npt.NDArray[Any], masked_now: npt.NDArray[Any]
+    plan: Any,
+    masked_at_start: npt.NDArray[Any],
+    masked_now: npt.NDArray[Any],
+    num_commit: npt.NDArray[Any] | None = None,
 ) -> npt.NDArray[np.int64]:
     """How many positions of each row stay masked, (B,) int64, for a rule with a fixed count.
 
     `plan` is a `ResolvedStep`; the two arrays are (B,) integers.  This is the written form that
-    every backend follows: table look-up, clamp to [1, U - 1], never above U.
+    every backend follows: table look-up, the rule's clamps, never above U.
     """
     now = np.asarray(masked_now, dtype=np.int64)
     if now.size == 0 or plan.commit_all:
         return np.zeros_like(now)
+    if plan.count == "given":
+        return np.asarray(np.clip(now - np.asarray(num_commit, np.int64), 0, now))
     if plan.count == "fraction":
+        share = np.float32(plan.commit_fraction)
+        if plan.count_rows != "mean":
+            return np.asarray(now - np.trunc(now.astype(np.float32) * share).astype(np.int64))
         mean = np.float32(now.sum()) / np.float32(now.size)
-        return np.asarray(np.maximum(now - int(mean * np.float32(plan.commit_fraction)), 0))
+        return np.asarray(np.maximum(now - int(mean * share), 0))
     start = np.asarray(masked_at_start, dtype=np.int64)
     if plan.count == "quota":
-        return np.asarray(np.maximum(now - plan.table[start], 0))
+        return np.asarray(np.maximum(now - plan.table[_bases(plan, start)], 0))
     limit = now
     if plan.count_rows == "first":
-        start, limit = np.full_like(start, start[0]), np.full_like(now, now[0])
-    base = np.full_like(start, plan.table.size - 1) if plan.count_base == "positions" else start
-    target = plan.table[base].astype(np.int64)
-    if plan.keep_one_masked:
-        target = np.maximum(1, np.minimum(limit - 1, target))
-    return np.asarray(np.minimum(target, now))
+        limit = np.full_like(now, now[0])
+    target = plan.table[_bases(plan, start)].astype(np.int64)
+    for clamp in plan.clamps:
+        target = np.minimum(target, limit - 1) if clamp == "commit_one" else np.maximum(target, 1)
+    return np.asarray(np.clip(target, 0, now))
+
+
+def _bases(plan: Any, start: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """What each row's count is formed from: an index into the table."""
+    if plan.count_base == "positions":
+        return np.full_like(start, plan.table.size - 1)
+    if plan.count_rows == "first":
+        return np.full_like(start, start[0])
+    return np.full_like(start, start.sum()) if plan.count_rows == "sum" else start
 
 
 def plan_masked_counts(
@@ -164,7 +256,7 @@ def plan_masked_counts(
     Semantics: counts hold when confidences have no ties at the cut; the strict and the inclusive
     cut rules mask fewer or more positions where they do.
     """
-    from .plan import check_num_steps, resolve
+    from .plan import check_num_steps, resolve, table_size
     from .spec import as_rule
 
     step_rule = as_rule(rule)
@@ -188,6 +280,7 @@ def plan_masked_counts(
         )
     now, counts = start.astype(np.int64), []
     for step in range(num_steps):
-        now = next_masked_counts(resolve(step_rule, step, num_steps, size), start, now)
+        width = table_size(step_rule, len(start), size)
+        now = next_masked_counts(resolve(step_rule, step, num_steps, width), start, now)
         counts.append(now)
     return np.stack(counts)

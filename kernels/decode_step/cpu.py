@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from .plan import ResolvedStep
+from .plan import ResolvedStep, gumbel_below
 from .spec import StepInputs
 
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SCORES = ("prob", "log_prob", "top1_prob", "margin", "neg_entropy", "logit", "random", "given")
-_COUNTS = ("masked", "quota", "fraction", "bernoulli", "threshold", "factor")
+_COUNTS = (
+    "masked", "quota", "fraction", "bernoulli", "threshold", "factor", "entropy_bound", "runs",
+    "given",
+)  # fmt: skip
 _CUTS = ("strict", "inclusive", "exact")
 _FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _ROUNDING = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
@@ -35,6 +38,14 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     params.draw_choice_noise = noise is None and _uses_choice_noise(plan)
     noise = np.empty(x.tokens.shape) if noise is None else noise
     keep += [next_tokens, noise]
+    if x.num_commit is not None:
+        num_commit = np.ascontiguousarray(x.num_commit, dtype=np.int64)
+        params.num_commit = _address(num_commit)
+        keep.append(num_commit)
+    if plan.rule.remask == "conf":
+        bounds = _remask_bounds(x, plan)
+        params.remask_bounds = _address(bounds)
+        keep.append(bounds)
     if x.scores is not None:
         scores = x.scores.astype(np.float64, order="C")
         params.scores = _address(scores)
@@ -124,9 +135,26 @@ def _strided(x: Any) -> tuple[Any, tuple[int, int, int, int]]:
 
 @lru_cache(maxsize=256)
 def _banned(rule: Any, mask_token_id: int, vocab: int) -> Any:
-    start = rule.vocab_slice[0] if rule.vocab_slice else 0
     ids = set(rule.banned_ids) | ({mask_token_id} if rule.ban_mask_token else set())
+    return _without_slice(ids, rule, vocab)
+
+
+def _without_slice(ids: Any, rule: Any, vocab: int) -> Any:
+    """Ids as indices of the columns that are left."""
+    start = rule.vocab_slice[0] if rule.vocab_slice else 0
     return np.array(sorted(i - start for i in ids if 0 <= i - start < vocab), np.int64)
+
+
+def _remask_bounds(x: StepInputs, plan: ResolvedStep) -> Any:
+    """(B, N) bounds under which a known position's choice noise masks it again, shared by scores."""
+    known = x.tokens != x.mask_token_id
+    keys = np.where(known & np.isfinite(x.scores), x.scores.astype(np.float64), -np.inf)
+    top = np.maximum(keys.max(axis=1, keepdims=True, initial=-1e300), -1e300)
+    weights = np.exp(keys - top)
+    total = weights.sum(axis=1, keepdims=True)
+    chance = plan.remask_chance * weights / np.where(total > 0, total, 1)
+    with np.errstate(divide="ignore"):
+        return np.where(chance >= 1, np.inf, -np.log(-np.log(np.minimum(chance, 1 - 1e-16))))
 
 
 def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, list[Any], Any]:
@@ -152,6 +180,10 @@ def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, lis
         banned = _banned(plan.rule, x.mask_token_id, x.logits.shape[2])
         p.banned, p.num_banned = _address(banned), banned.size
         keep.append(banned)
+    if x.logits is not None and plan.rule.score_banned_ids:
+        ids = _without_slice(plan.rule.score_banned_ids, plan.rule, x.logits.shape[2])
+        p.score_banned, p.num_score_banned = _address(ids), ids.size
+        keep.append(ids)
     if x.uncond_logits is not None:
         uncond, p.uncond = _strided(x.uncond_logits)
         p.guidance_scale = x.guidance_scale
@@ -191,9 +223,21 @@ def _numbers(plan: ResolvedStep, dtype: str) -> Any:
     p.score_rounding = _ROUNDING[dtype if rule.score_dtype == "logits" else rule.score_dtype]
     p.set_filters([(_FILTERS.index(f), float(getattr(rule, f, 0) or 0)) for f in rule.filters])
     p.count, p.cut = _COUNTS.index(plan.count), _CUTS.index(rule.cut)
-    p.count_rows_first = plan.count_rows == "first"
+    p.count_rows = ("each", "first", "mean", "sum").index(plan.count_rows)
     p.base_is_positions = plan.count_base == "positions"
-    p.keep_one_masked = plan.keep_one_masked
+    p.clamps = [("commit_one", "keep_one").index(clamp) + 1 for clamp in plan.clamps]
+    p.revise = ("no", "held", "drawn").index(rule.revise)
+    p.edits = rule.edit_threshold is not None
+    p.edit_threshold = rule.edit_threshold or 0.0
+    p.remasks = rule.remask != "none"
+    p.remask_below = gumbel_below(plan.remask_chance)
+    p.skip_mask_token = rule.skip_mask_token
+    p.filter_temperature = plan.filter_temperature
+    p.guidance_rounds = rule.guidance_dtype == "logits"
+    p.top_p_below = rule.top_p_keep == "below"
+    p.threshold_strict, p.low_threshold = rule.threshold_strict, rule.low_threshold
+    p.has_slack, p.threshold_slack = rule.threshold_slack is not None, rule.threshold_slack or 0.0
+    p.min_is_quota = rule.min_commit == "quota"
     p.commit_all = plan.commit_all
     p.commit_fraction, p.commit_below = plan.commit_fraction, plan.commit_below
     p.threshold, p.factor = rule.threshold, rule.factor

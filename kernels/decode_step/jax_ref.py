@@ -24,27 +24,51 @@ _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    rule, known = plan.rule, x.tokens != x.mask_token_id
     drawn, score = x.drawn, x.scores
     if drawn is None:
         drawn, score, _ = sample_tokens(x, plan, dtype)
-    is_wide = plan.rule.score_dtype == "float64" and jax.config.read("jax_enable_x64")
+    is_wide = rule.score_dtype == "float64" and jax.config.read("jax_enable_x64")
     wide = jnp.float64 if is_wide else jnp.float32
-    alive = x.eligible & (drawn >= 0)
-    candidates = jnp.where(alive, drawn.astype(x.tokens.dtype), x.tokens)
+    eligible = x.eligible if rule.revise != "no" else x.eligible & ~known  # who competes
+    if rule.skip_mask_token:
+        eligible = eligible & (drawn != x.mask_token_id)
+    drawn = drawn.astype(x.tokens.dtype)
+    alive = eligible & (known | (drawn >= 0))
+    candidates = jnp.where(alive & ~known, drawn, x.tokens)
     noise = _choice_noise(x, plan)
-    if plan.rule.score == "given":
-        score = x.scores
-    score = jnp.where(alive, score.astype(wide), -jnp.inf)
-    if noise is not None and plan.rule.score == "random":
-        score = jnp.where(alive, noise.astype(wide), -jnp.inf)
+    score = (x.scores if rule.score == "given" else score).astype(wide)
+    if noise is not None and rule.score == "random":
+        score = noise.astype(wide)
     elif noise is not None and plan.choice_temperature > 0:
-        score = score + plan.choice_temperature * noise.astype(score.dtype)
+        score = score + plan.choice_temperature * noise.astype(wide)
     ranked = jnp.where(alive & ~jnp.isnan(score), score, -jnp.inf)
-    commit = select(ranked, x.eligible, x.num_masked_at_start, noise, plan)
-    known = (x.tokens != x.mask_token_id) & ~x.eligible
-    left = jnp.where(x.eligible, jnp.asarray(x.mask_token_id, x.tokens.dtype), x.tokens)
-    next_tokens = jnp.where(commit & alive, candidates, left)
-    return next_tokens, candidates, jnp.where(known, jnp.inf, ranked)
+    commit = select(ranked, eligible, x, noise, plan, dtype)
+    mask = jnp.asarray(x.mask_token_id, x.tokens.dtype)
+    next_tokens = jnp.where(commit & alive, candidates, jnp.where(eligible, mask, x.tokens))
+    if rule.edit_threshold is not None:
+        edited = x.eligible & known & (drawn >= 0) & (score > rule.edit_threshold)
+        next_tokens = jnp.where(edited, drawn, next_tokens)
+        candidates = jnp.where(edited, drawn, candidates)
+    if rule.remask != "none":
+        assert noise is not None
+        again = x.eligible & known & (noise < _gumbel_below(_remask_chance(x, plan)))
+        next_tokens = jnp.where(again, mask, next_tokens)
+    return next_tokens, candidates, jnp.where(known & ~eligible, jnp.inf, ranked)
+
+
+def _remask_chance(x: StepInputs, plan: ResolvedStep) -> jax.Array:
+    """The chance of each position to be masked again; for "conf" shared out by the scores."""
+    if plan.rule.remask != "conf":
+        return jnp.full(x.tokens.shape, plan.remask_chance)
+    keys = jnp.where((x.tokens != x.mask_token_id) & jnp.isfinite(x.scores), x.scores, -jnp.inf)
+    return plan.remask_chance * jnp.nan_to_num(jax.nn.softmax(keys, axis=-1))
+
+
+def _gumbel_below(chance: jax.Array) -> jax.Array:
+    """The bound that a standard Gumbel variate stays under with this probability."""
+    inside = -jnp.log(-jnp.log(jnp.minimum(chance, 1 - 1e-7)))
+    return jnp.where(chance >= 1, jnp.inf, inside)
 
 
 def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
@@ -53,37 +77,43 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     Candidates are int32, int64 with 64-bit types enabled; score and log_z float32, float64 for
     rules that score in float64 with 64-bit types enabled.
     """
-    row, start = _rows(x, plan)
+    row, start = _rows(x, plan, dtype)
     alive = x.eligible & jnp.isfinite(row).any(-1)
     row = jnp.minimum(row, _FLOAT_MAX)  # +inf wins like the largest float
     filtered = jnp.where(keep_mask(row, plan), row, -jnp.inf) if plan.rule.filters else row
     token = _draw(filtered, x, plan, dtype)
-    known = x.eligible & (
-        x.tokens != x.mask_token_id
-    )  # a rule that revises scores what stands there
+    known = x.eligible & (x.tokens != x.mask_token_id)
     scored = alive
-    if plan.rule.revise:
+    if plan.rule.revise == "held":  # scores the token that stands there
         own = x.tokens - start
         token = jnp.where(known, own.clip(0, row.shape[-1] - 1), token)
         scored = alive & (~known | ((own >= 0) & (own < row.shape[-1])))
     base = filtered if plan.rule.score_filtered else row
+    ids = [i - start for i in plan.rule.score_banned_ids if 0 <= i - start < row.shape[-1]]
+    if ids:
+        base = base.at[..., np.array(ids)].set(-jnp.inf)
     score, log_z = _score(base, token, plan, dtype)
     drawn = jnp.where(alive, token + start, -1)
     return (
-        jnp.where(known, x.tokens, drawn) if plan.rule.revise else drawn,
+        jnp.where(known, x.tokens, drawn) if plan.rule.revise == "held" else drawn,
         jnp.where(scored, score, -jnp.inf),
         jnp.where(alive, log_z, -jnp.inf),
     )
 
 
-def _rows(x: StepInputs, plan: ResolvedStep) -> tuple[jax.Array, int]:
+def _rows(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[jax.Array, int]:
     """Rows with guidance mixed in, NaN and banned columns as -inf; and the first column's id."""
     wide = plan.rule.score_dtype == "float64" and jax.config.read("jax_enable_x64")
     compute = jnp.float64 if wide else jnp.float32
     row = jnp.asarray(x.logits).astype(compute)
     if x.uncond_logits is not None:
         uncond = jnp.asarray(x.uncond_logits).astype(compute)
-        row = uncond + x.guidance_scale * (row - uncond)
+        if plan.rule.guidance_dtype == "logits":
+            step = round_to(row - uncond, "logits", dtype)
+            step = round_to(x.guidance_scale * step, "logits", dtype)
+            row = round_to(uncond + step, "logits", dtype)
+        else:
+            row = uncond + x.guidance_scale * (row - uncond)
     start = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
     ids = plan.rule.banned_ids + ((x.mask_token_id,) if plan.rule.ban_mask_token else ())
     banned = np.zeros(row.shape[-1], bool)
@@ -172,7 +202,7 @@ def _score(
 def keep_mask(row: jax.Array, plan: ResolvedStep) -> jax.Array:
     """Which tokens survive the rule's filters, applied one after the other."""
     order, rule = plan.rule.filters, plan.rule
-    temperature = plan.sample_temperature or 1.0
+    temperature = plan.filter_temperature
     keep = jnp.isfinite(row)
     scaled = _scaled(row, 1.0 if "temperature" in order else temperature)[0]
     for name in order:
@@ -207,18 +237,21 @@ def _nucleus(scaled: jax.Array, row: jax.Array, name: str, plan: ResolvedStep) -
     limit = limit if limit < 1 else math.inf  # a float32 sum may pass 1 before the end
     order = jnp.argsort(key, axis=-1, stable=True)
     ranked = jnp.take_along_axis(probs, order, axis=-1)
-    within = (jnp.cumsum(ranked, axis=-1) - ranked <= limit).at[..., 0].set(True)
+    total = jnp.cumsum(ranked, axis=-1)
+    below = name == "top_p" and plan.rule.top_p_keep == "below"
+    within = ((total if below else total - ranked) <= limit).at[..., 0].set(True)
     return jnp.take_along_axis(within, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def select(
     confidence: jax.Array,
     eligible: jax.Array,
-    masked_at_start: jax.Array,
+    x: StepInputs,
     noise: jax.Array | None,
     plan: ResolvedStep,
+    dtype: str,
 ) -> jax.Array:
-    """Which eligible positions are committed, (B, N) bool."""
+    """Which of the competing positions are committed, (B, N) bool."""
     if plan.commit_all:
         return eligible
     if plan.count == "bernoulli":
@@ -235,9 +268,15 @@ def select(
         here = eligible & (rank == index)
         return jnp.where(here, confidence, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf)
 
-    if plan.count in ("threshold", "factor"):
-        return eligible & (rank < _confident(confidence, eligible, rank, now, plan))
-    stay = _stay_masked(plan, jnp.asarray(masked_at_start), now[:, 0], eligible.size)[:, None]
+    if plan.count == "runs":
+        return _best_of_runs(confidence, eligible, plan, dtype) | (eligible & (rank == 0))
+    if plan.count in ("threshold", "factor", "entropy_bound"):
+        take = _confident(confidence, eligible, rank, now, plan, dtype)
+        least = jnp.ones_like(now)
+        if plan.rule.min_commit == "quota":
+            least = _of_table(plan, x.num_masked_at_start, now[:, 0])[:, None]
+        return eligible & (rank < jnp.maximum(take, least))
+    stay = _stay_masked(plan, x, now[:, 0], eligible.size)[:, None]
     exact = eligible & (rank < now - stay)
     if plan.rule.cut == "exact":
         return exact
@@ -249,28 +288,44 @@ def select(
     return jnp.where(stay == 0, exact, commit)
 
 
-def _stay_masked(
-    plan: ResolvedStep, masked_at_start: jax.Array, now: jax.Array, positions: int
-) -> jax.Array:
-    """counts.next_masked_counts on arrays: how many of each row's positions stay masked, (B,)."""
-    if plan.count == "fraction":
-        # One entry per total of `now`: float32 division is not correctly rounded on every device.
-        mean = np.arange(positions + 1, dtype=np.float32) / np.float32(max(now.shape[0], 1))
-        commit = (mean * np.float32(plan.commit_fraction)).astype(np.int32)
-        return jnp.maximum(now - jnp.asarray(commit)[now.sum()], 0)
+def _of_table(plan: ResolvedStep, at_start: Any, now: jax.Array) -> jax.Array:
+    """Each row's entry of the table, (B,)."""
     table = jnp.asarray(plan.table, dtype=jnp.int32)
-    start, limit = masked_at_start.astype(jnp.int32).clip(0, plan.table.size - 1), now
-    if plan.count == "quota":
-        return jnp.maximum(now - table[start], 0)
+    if plan.count_base == "positions":
+        return jnp.broadcast_to(table[-1], now.shape)
+    start = jnp.asarray(at_start).astype(jnp.int32)
     if plan.count_rows == "first":
         start = jnp.broadcast_to(start[:1], start.shape)
-        limit = jnp.broadcast_to(now[:1], now.shape)
-    target = jnp.broadcast_to(table[-1], now.shape)
-    if plan.count_base != "positions":
-        target = table[start]
-    if plan.keep_one_masked:
-        target = jnp.maximum(1, jnp.minimum(limit - 1, target))
-    return jnp.minimum(target, now)
+    elif plan.count_rows == "sum":
+        start = jnp.broadcast_to(start.sum(), start.shape)
+    return table[start.clip(0, plan.table.size - 1)]
+
+
+def _stay_masked(plan: ResolvedStep, x: StepInputs, now: jax.Array, positions: int) -> jax.Array:
+    """counts.next_masked_counts on arrays: how many of each row's positions stay masked, (B,)."""
+    if plan.count == "given":
+        return jnp.clip(now - jnp.asarray(x.num_commit).astype(jnp.int32), 0, now)
+    if plan.count == "fraction":
+        # One entry per possible count: float32 division is not correctly rounded on every device.
+        share = np.float32(plan.commit_fraction)
+        counts = np.arange(positions + 1, dtype=np.float32)
+        if plan.count_rows != "mean":
+            return now - jnp.asarray((counts * share).astype(np.int32))[now]
+        mean = counts / np.float32(max(now.shape[0], 1))
+        return jnp.maximum(now - jnp.asarray((mean * share).astype(np.int32))[now.sum()], 0)
+    target = _of_table(plan, x.num_masked_at_start, now)
+    if plan.count == "quota":
+        return jnp.maximum(now - target, 0)
+    limit = jnp.broadcast_to(now[:1], now.shape) if plan.count_rows == "first" else now
+    for clamp in plan.clamps:
+        is_upper = clamp == "commit_one"
+        target = jnp.minimum(target, limit - 1) if is_upper else jnp.maximum(target, 1)
+    return jnp.clip(target, 0, now)
+
+
+def _threshold(value: float, like: jax.Array, plan: ResolvedStep, dtype: str) -> jax.Array:
+    """A threshold as the number that scores of the rule's dtype are compared with."""
+    return round_to(jnp.asarray(value, like.dtype), plan.rule.score_dtype, dtype)
 
 
 def _confident(
@@ -279,19 +334,47 @@ def _confident(
     rank: jax.Array,
     now: jax.Array,
     plan: ResolvedStep,
+    dtype: str,
 ) -> jax.Array:
-    """How many of the surest positions a threshold or factor rule commits, (B, 1); at least one."""
-    kind = np.dtype(confidence.dtype)
+    """How many of the surest a rule commits that looks at their values, (B, 1)."""
+    rule, kind = plan.rule, np.dtype(confidence.dtype)
     if plan.count == "threshold":
-        passing = eligible & (confidence >= np.asarray(plan.rule.threshold, kind))
-        return jnp.maximum(passing.sum(-1, keepdims=True), 1)
+        bound = _threshold(rule.threshold, confidence, plan, dtype)
+        if rule.threshold_slack is not None:
+            top = jnp.where(eligible, confidence, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf)
+            bound = jnp.minimum(bound, top - np.asarray(rule.threshold_slack, kind))
+        above = confidence > bound if rule.threshold_strict else confidence >= bound
+        return (eligible & above).sum(-1, keepdims=True, dtype=jnp.int32)
+    if plan.count == "entropy_bound":
+        order = jnp.argsort(jnp.where(eligible, rank, rank.shape[-1]), axis=-1, stable=True)
+        falling = jnp.take_along_axis(jnp.where(eligible, confidence, 0.0), order, axis=-1)
+        within = jnp.cumsum(-falling, axis=-1) + falling <= rule.threshold
+        return jnp.cumprod(within.astype(jnp.int32), axis=-1).sum(-1, keepdims=True)
     size = eligible.shape[-1]
-    bound = (1 - plan.rule.factor / (np.arange(size + 1, dtype=np.float64) + 2)).astype(kind)
-    failing = eligible & (rank >= 1) & (confidence < jnp.asarray(bound)[rank])  # the first passes
+    bounds = (1 - rule.factor / (np.arange(size + 1, dtype=np.float64) + 2)).astype(kind)
+    failing = eligible & (rank >= 1) & (confidence < jnp.asarray(bounds)[rank])  # the first passes
     first = jnp.where(failing, rank, now).min(-1, keepdims=True, initial=size)
     first = jnp.minimum(first, now)
     # Fast-dLLM's off-by-one: a failure at the last index is committed all the same.
     return jnp.where((now <= 2) | (first == now - 1), now, first)
+
+
+def _best_of_runs(
+    confidence: jax.Array, eligible: jax.Array, plan: ResolvedStep, dtype: str
+) -> jax.Array:
+    """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
+    low, high = (
+        _threshold(value, confidence, plan, dtype)
+        for value in (plan.rule.low_threshold, plan.rule.threshold)
+    )
+    batch, length = eligible.shape
+    starts = eligible & ~jnp.pad(eligible, ((0, 0), (1, 0)))[:, :-1]
+    run = jnp.where(eligible, jnp.cumsum(starts, axis=-1, dtype=jnp.int32), 0)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    best = jnp.full((batch, length + 1), -jnp.inf, confidence.dtype)
+    best = best.at[rows, run].max(jnp.where(eligible, confidence, -jnp.inf))
+    is_best = (confidence == best[rows, run]) & (confidence > low)
+    return eligible & (is_best | (confidence > high))
 
 
 def _choice_noise(x: StepInputs, plan: ResolvedStep) -> jax.Array | None:

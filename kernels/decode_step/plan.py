@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .counts import masked_count_table, quota_table, time_step_fraction
+from .counts import commit_share, masked_count_table, quota_table, remask_chances
 from .spec import StepRule
 
 # Temperatures under this are 0: 1/T would leave float32, and the draw is argmax long before.
@@ -22,22 +23,25 @@ class ResolvedStep:
     """What every backend is given instead of (rule, step, num_steps).
 
     `table` is int32 (size + 1,), indexed by the count base; see `counts.next_masked_counts`.
-    `commit_below` bounds the choice Gumbel of a position that a Bernoulli rule commits.
+    `commit_below` bounds the choice Gumbel of a position that a Bernoulli rule commits;
+    `remask_chance` is its chance to mask a known one again.
     """
 
     rule: StepRule
     step: int
     sample_temperature: float
+    filter_temperature: float
     score_temperature: float
     choice_temperature: float
     count: str
     table: npt.NDArray[Any]
     commit_fraction: float
     commit_below: float
+    remask_chance: float
     commit_all: bool
     count_rows: str
     count_base: str
-    keep_one_masked: bool
+    clamps: tuple[str, ...]
 
 
 def _anneal(kind: str, step: int, num_steps: int) -> float:
@@ -45,14 +49,35 @@ def _anneal(kind: str, step: int, num_steps: int) -> float:
         return 1.0
     if kind == "linear":
         return 1.0 - (step + 1) / num_steps
+    if kind == "before":
+        return 1.0 - step / num_steps
     if kind == "linspace":
         return 1.0 - step / (num_steps - 1) if num_steps > 1 else 1.0
     return math.prod(1.0 - (i + 1) / num_steps for i in range(step + 1))
 
 
-def _temperature(value: float, kind: str, step: int, num_steps: int) -> float:
-    scaled = value * _anneal(kind, step, num_steps)
-    return scaled if scaled >= _MIN_TEMPERATURE else 0.0
+def _at_least(value: float) -> float:
+    return value if value >= _MIN_TEMPERATURE else 0.0
+
+
+def _sample_temperature(rule: StepRule, step: int, num_steps: int) -> float:
+    """The drawing temperature of a step, not regarding steps that are greedy by decree."""
+    end = rule.sample_temperature_end
+    share = _anneal(rule.sample_anneal, step, num_steps)
+    return _at_least(
+        max(end + (rule.sample_temperature - end) * share, rule.sample_temperature_floor)
+    )
+
+
+def _is_greedy(rule: StepRule, step: int, num_steps: int) -> bool:
+    return (rule.greedy_last and 1 < num_steps == step + 1) or step / num_steps > rule.draw_until
+
+
+def gumbel_below(chance: float) -> float:
+    """The bound that a standard Gumbel variate stays under with this probability."""
+    if chance >= 1:
+        return math.inf
+    return -math.log(-math.log(chance)) if chance > 0 else -math.inf
 
 
 def check_num_steps(num_steps: object) -> None:
@@ -62,9 +87,33 @@ def check_num_steps(num_steps: object) -> None:
         raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
 
 
+@lru_cache(maxsize=1024)
+def constant_plan(rule: StepRule, step: int) -> ResolvedStep:
+    """The rule without its annealing and its count, its random numbers those of `step`."""
+    if not isinstance(step, int) or not 0 <= step < 2**32:
+        raise ValueError(f"step: expected an integer in [0, 2^32), got {step!r}")
+    flat = dataclasses.replace(
+        rule,
+        sample_anneal="constant",
+        greedy_last=False,
+        draw_until=1.0,
+        count="quota",
+        count_rows="each",
+        min_commit="one",
+        threshold_slack=None,
+        remask="none",
+    )
+    return dataclasses.replace(resolve(flat, 0, 1, 0), step=step, rule=rule)
+
+
+def table_size(rule: StepRule, batch: int, length: int) -> int:
+    """The largest base that a row's count may be formed from."""
+    return batch * length if rule.count_rows == "sum" else length
+
+
 @lru_cache(maxsize=4096)
 def resolve(rule: StepRule, step: int, num_steps: int, size: int) -> ResolvedStep:
-    """`rule` at `step` of `num_steps`, for sequences of `size` positions.
+    """`rule` at `step` of `num_steps`, for count bases up to `size` (see `table_size`).
 
     Raises:
         ValueError: num_steps < 1 or step outside [0, num_steps).
@@ -74,27 +123,30 @@ def resolve(rule: StepRule, step: int, num_steps: int, size: int) -> ResolvedSte
         raise ValueError(f"step: expected an integer in [0, {num_steps}), got {step!r}")
     step, num_steps = int(step), int(num_steps)
     last = step == num_steps - 1
-    fraction = time_step_fraction(step, num_steps, rule.time_eps)
+    share, chance = commit_share(rule, step, num_steps), 0.0
+    if rule.remask != "none":
+        chance, share = remask_chances(rule, step, num_steps)
     table = np.zeros(0, np.int32)
     if rule.count == "masked":
         table = masked_count_table(rule, step, num_steps, size)
-    elif rule.count == "quota":
+    elif rule.count == "quota" or rule.min_commit == "quota":
         table = quota_table(step, num_steps, size)
-    sample = _temperature(rule.sample_temperature, rule.sample_anneal, step, num_steps)
+    sample = _sample_temperature(rule, step, num_steps)
+    choice = rule.choice_temperature * _anneal(rule.choice_anneal, step, num_steps)
     return ResolvedStep(
         rule=rule,
         step=step,
-        sample_temperature=sample,
+        sample_temperature=0.0 if _is_greedy(rule, step, num_steps) else sample,
+        filter_temperature=sample or 1.0,
         score_temperature=rule.score_temperature or sample or 1.0,
-        choice_temperature=_temperature(
-            rule.choice_temperature, rule.choice_anneal, step, num_steps
-        ),
+        choice_temperature=_at_least(choice),
         count=rule.count,
         table=table,
-        commit_fraction=fraction,
-        commit_below=math.inf if fraction >= 1 else -math.log(-math.log(fraction)),
-        commit_all=last and rule.last_step == "all",
+        commit_fraction=share,
+        commit_below=gumbel_below(share),
+        remask_chance=chance,
+        commit_all=last and rule.last_step == "all" and rule.revise == "no",
         count_rows=rule.count_rows,
         count_base=rule.count_base,
-        keep_one_masked=rule.keep_one_masked,
+        clamps=rule.clamps,
     )

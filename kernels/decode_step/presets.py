@@ -32,7 +32,7 @@ def _llada(name: str, source: str, **changes: object) -> StepRule:
 def _dream(name: str, **changes: object) -> StepRule:
     fields: dict[str, object] = {
         "count": "fraction",
-        "last_step": "all",
+        "count_rows": "mean",
         "sample_temperature": 0.0,
         "greedy_on": "probs",
         "score": "prob",
@@ -88,7 +88,7 @@ _RULES = (
     _dream("dream-maskgit-plus"),
     _dream("dream-margin", score="margin"),
     _dream("dream-entropy", score="neg_entropy"),
-    _dream("dream-origin", count="bernoulli", score="random"),
+    _dream("dream-origin", count="bernoulli", count_rows="each", score="random", last_step="all"),
     _llada(
         "threshold",
         f"{_FAST_DLLM} llada/generate.py get_transfer_index",

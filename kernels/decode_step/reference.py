@@ -29,11 +29,15 @@ LEAF, GROUPS, PER_GROUP = 128, 16, 8
 
 def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    rule, known = plan.rule, x.tokens != x.mask_token_id
     drawn, score = x.drawn, x.scores
     if drawn is None:
         drawn, score, _ = sample_tokens(x, plan, dtype)
-    alive = x.eligible & (drawn >= 0)
-    candidates = np.where(alive, drawn, x.tokens)
+    eligible = x.eligible & ~(known & (rule.revise == "no"))  # who competes
+    if rule.skip_mask_token:
+        eligible = eligible & (drawn != x.mask_token_id)
+    alive = eligible & (known | (drawn >= 0))
+    candidates = np.where(alive & ~known, drawn, x.tokens)
     noise = _choice_noise(x, plan)
     if plan.rule.score == "random":
         score = np.where(alive, noise, -np.inf)
@@ -45,11 +49,36 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     kind = np.float64 if plan.rule.score_dtype == "float64" else np.float32
     score = score.astype(kind)
     ranked = np.where(alive & ~np.isnan(score), score, -np.inf).astype(kind)
-    commit = select(ranked, x.eligible, x.num_masked_at_start, noise, plan)
-    known = (x.tokens != x.mask_token_id) & ~x.eligible
-    confidence = np.where(known, np.inf, ranked).astype(kind)
-    left = np.where(x.eligible, x.mask_token_id, x.tokens)
-    return np.where(commit & alive, candidates, left), candidates, confidence
+    commit = select(ranked, eligible, x, noise, plan, dtype)
+    confidence = np.where(known & ~eligible, np.inf, ranked).astype(kind)
+    left = np.where(eligible, x.mask_token_id, x.tokens)
+    next_tokens = np.where(commit & alive, candidates, left)
+    if rule.edit_threshold is not None:
+        edited = x.eligible & known & (drawn >= 0) & (score > rule.edit_threshold)
+        next_tokens = np.where(edited, drawn, next_tokens)
+        candidates = np.where(edited, drawn, candidates)
+    if rule.remask != "none":
+        assert noise is not None
+        again = x.eligible & known & (noise < _gumbel_below(remask_chance(x, plan)))
+        next_tokens = np.where(again, x.mask_token_id, next_tokens)
+    return next_tokens, candidates, confidence
+
+
+def remask_chance(x: StepInputs, plan: ResolvedStep) -> F64:
+    """The chance of each position to be masked again; for "conf" shared out by the scores."""
+    if plan.rule.remask != "conf":
+        return np.full(x.tokens.shape, plan.remask_chance)
+    known = x.tokens != x.mask_token_id
+    keys = np.where(known & np.isfinite(x.scores), x.scores.astype(np.float64), -np.inf)
+    weights = np.exp(keys - np.maximum(keys.max(axis=1, keepdims=True, initial=-1e300), -1e300))
+    total = weights.sum(axis=1, keepdims=True)
+    return np.asarray(plan.remask_chance * weights / np.where(total > 0, total, 1))
+
+
+def _gumbel_below(chance: F64) -> F64:
+    """The bound that a standard Gumbel variate stays under with this probability."""
+    with np.errstate(divide="ignore"):
+        return np.where(chance >= 1, np.inf, -np.log(-np.log(np.minimum(chance, 1 - 1e-16))))
 
 
 def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
@@ -58,12 +87,12 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     drawn = np.full((batch, length), -1, np.int64)
     score, log_z = (np.full((batch, length), -np.inf) for _ in range(2))
     for b, n in zip(*np.nonzero(x.eligible), strict=True):
-        row = guided(x, b, n)
+        row = guided(x, b, n, plan, dtype)
         banned = plan.rule.banned_ids + ((x.mask_token_id,) if plan.rule.ban_mask_token else ())
         start = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
         row[[i - start for i in banned if 0 <= i - start < row.size]] = -np.inf
-        known = x.tokens[b, n] != x.mask_token_id  # a rule that revises: score what stands there
-        drawn[b, n] = x.tokens[b, n] if known else -1
+        held = plan.rule.revise == "held" and x.tokens[b, n] != x.mask_token_id
+        drawn[b, n] = x.tokens[b, n] if held else -1
         if not np.isfinite(row).any():
             continue
         row = np.minimum(row, float(np.finfo(np.float32).max))  # +inf wins like the largest float
@@ -72,8 +101,12 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
         kept = keep_mask(row, plan)
         filtered = np.where(kept, row, -np.inf)
         base = filtered if plan.rule.score_filtered else row
+        if plan.rule.score_banned_ids:
+            base = base.copy()
+            ids = [i - start for i in plan.rule.score_banned_ids if 0 <= i - start < row.size]
+            base[ids] = -np.inf
         log_z[b, n] = log_sum_exp(base / plan.score_temperature)
-        if known:
+        if held:
             token = int(x.tokens[b, n]) - start
             if not 0 <= token < row.size:
                 continue
@@ -84,13 +117,19 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     return drawn, score, log_z
 
 
-def guided(x: StepInputs, b: int, n: int) -> F64:
+def guided(x: StepInputs, b: int, n: int, plan: ResolvedStep, dtype: str) -> F64:
     """One row in float64, guidance mixed in, NaN as -inf."""
     with np.errstate(invalid="ignore"):
         row = x.logits[b, n].astype(np.float64)
         if x.uncond_logits is not None:
             uncond = x.uncond_logits[b, n].astype(np.float64)
-            row = uncond + x.guidance_scale * (row - uncond)
+            if plan.rule.guidance_dtype == "logits":
+                step = round_to(
+                    x.guidance_scale * round_to(row - uncond, "logits", dtype), "logits", dtype
+                )
+                row = round_to(uncond + step, "logits", dtype)
+            else:
+                row = uncond + x.guidance_scale * (row - uncond)
     row[np.isnan(row)] = -np.inf
     return np.asarray(row, dtype=np.float64)
 
@@ -153,7 +192,7 @@ def keep_mask(row: F64, plan: ResolvedStep) -> npt.NDArray[np.bool_]:
     """Which tokens survive the rule's filters, applied one after the other."""
     keep = np.isfinite(row)
     order = plan.rule.filters
-    temperature = plan.sample_temperature or 1.0
+    temperature = plan.filter_temperature
     scaled = row if "temperature" in order else row / temperature
     for name in order:
         if name == "temperature":
@@ -183,9 +222,10 @@ def _nucleus(scaled: F64, name: str, plan: ResolvedStep) -> npt.NDArray[np.bool_
         entropy = -np.sum(probs[probs > 0] * log_p[probs > 0])
         distance = np.where(np.isfinite(log_p), np.abs(-log_p - entropy), np.inf)
         order, limit = np.argsort(distance, kind="stable"), plan.rule.typical_p or 1.0
-    before = np.cumsum(probs[order]) - probs[order]
+    total = np.cumsum(probs[order])
+    within = total if plan.rule.top_p_keep == "below" and name == "top_p" else total - probs[order]
     keep = np.zeros(scaled.size, bool)
-    keep[order[before <= limit]] = True
+    keep[order[within <= limit]] = True
     keep[order[0]] = True
     return keep & np.isfinite(scaled)
 
@@ -193,27 +233,33 @@ def _nucleus(scaled: F64, name: str, plan: ResolvedStep) -> npt.NDArray[np.bool_
 def select(
     confidence: npt.NDArray[Any],
     eligible: npt.NDArray[np.bool_],
-    masked_at_start: npt.NDArray[Any],
+    x: StepInputs,
     noise: npt.NDArray[Any] | None,
     plan: ResolvedStep,
+    dtype: str,
 ) -> npt.NDArray[np.bool_]:
-    """Which eligible positions are committed, (B, N) bool."""
+    """Which of the competing positions are committed, (B, N) bool."""
     if plan.commit_all:
         return eligible
     if plan.count == "bernoulli":
         assert noise is not None
         return eligible & (noise < plan.commit_below)
-    masked_now = eligible.sum(axis=1)
+    now, start = eligible.sum(axis=1), np.asarray(x.num_masked_at_start)
     commit = np.zeros_like(eligible)
-    if plan.count in ("masked", "quota", "fraction"):
-        stay = next_masked_counts(plan, masked_at_start, masked_now)
-    for b in np.flatnonzero(masked_now):
+    if plan.count in ("masked", "quota", "fraction", "given"):
+        stay = next_masked_counts(plan, start, now, x.num_commit)
+    for b in np.flatnonzero(now):
         where = np.flatnonzero(eligible[b])
         order = where[np.argsort(-confidence[b, where], kind="stable")]  # surest, lowest first
         ranked = confidence[b, order]
         cut = plan.rule.cut
-        if plan.count in ("threshold", "factor"):
-            commit[b, order[: _confident(ranked, plan)]] = True
+        if plan.count == "runs":
+            commit[b, where[best_of_runs(confidence[b, where], where, plan, dtype)]] = True
+        elif plan.count in ("threshold", "factor", "entropy_bound"):
+            least = 1
+            if plan.rule.min_commit == "quota":
+                least = int(plan.table[-1 if plan.count_base == "positions" else start[b]])
+            commit[b, order[: max(confident(ranked, plan, dtype), least)]] = True
         elif cut == "exact" or stay[b] == 0:
             commit[b, order[: order.size - stay[b]]] = True
         elif cut == "strict":  # ranked[::-1][k] is sorted[k]; known positions are +inf above it
@@ -224,16 +270,44 @@ def select(
     return commit
 
 
-def _confident(ranked: npt.NDArray[Any], plan: ResolvedStep) -> int:
-    """How many of the descending confidences a threshold or factor rule commits; at least one."""
-    kind = ranked.dtype.type
+def confident(ranked: npt.NDArray[Any], plan: ResolvedStep, dtype: str) -> int:
+    """How many of the descending confidences a rule commits that looks at their values; 0 or more."""
+    rule, kind = plan.rule, ranked.dtype.type
     if plan.count == "threshold":
-        return max(int((ranked >= kind(plan.rule.threshold)).sum()), 1)
+        bound = threshold_in(rule.threshold, rule.score_dtype, dtype, kind)
+        if rule.threshold_slack is not None:
+            bound = min(bound, kind(ranked[0] - kind(rule.threshold_slack)))
+        return int((ranked > bound if rule.threshold_strict else ranked >= bound).sum())
+    if plan.count == "entropy_bound":  # confidences are negative entropies
+        total = np.add.accumulate(-ranked, dtype=kind)
+        return int(np.cumprod((total + ranked) <= kind(rule.threshold)).sum())
     size = ranked.size
-    bound = np.array([1 - plan.rule.factor / (i + 2) for i in range(size)], kind)
-    failing = np.flatnonzero(ranked[1:] < bound[1:]) + 1  # the first always passes
+    bounds = np.array([1 - rule.factor / (i + 2) for i in range(size)], kind)
+    failing = np.flatnonzero(ranked[1:] < bounds[1:]) + 1  # the first always passes
     first = int(failing[0]) if failing.size else size
     return size if size <= 2 or first == size - 1 else first  # Fast-dLLM's off-by-one at the end
+
+
+def threshold_in(value: float, score_dtype: str, logits_dtype: str, kind: Any) -> Any:
+    """A threshold as the number that scores of the rule's dtype are compared with."""
+    return kind(round_to(np.array([value]), score_dtype, logits_dtype)[0])
+
+
+def best_of_runs(
+    confidence: npt.NDArray[Any], where: npt.NDArray[Any], plan: ResolvedStep, dtype: str
+) -> npt.NDArray[np.bool_]:
+    """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
+    rule, kind = plan.rule, confidence.dtype.type
+    low, high = (
+        threshold_in(t, rule.score_dtype, dtype, kind) for t in (rule.low_threshold, rule.threshold)
+    )
+    commit = confidence > high
+    runs = np.cumsum(np.diff(where, prepend=where[0] - 1) != 1)
+    for run in np.unique(runs):
+        best = confidence[runs == run].max()
+        commit |= (runs == run) & (confidence == best) & (confidence > low)
+    commit[np.argmax(confidence)] = True
+    return np.asarray(commit)
 
 
 def _choice_noise(x: StepInputs, plan: ResolvedStep) -> Any:

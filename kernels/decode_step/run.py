@@ -6,7 +6,6 @@ their public signatures, ops.py their torch.library form.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 from functools import cache, lru_cache
@@ -35,7 +34,7 @@ from .checks import (
     columns,
     raise_on_dead_rows,
 )
-from .plan import ResolvedStep, resolve
+from .plan import ResolvedStep, constant_plan, resolve, table_size
 from .spec import StepInputs, StepRule
 
 _MODULES = {
@@ -68,6 +67,8 @@ def decode_step(
     guidance_scale: float | None = None,
     eligible: Any = None,
     scores: Any = None,
+    num_commit: Any = None,
+    positions: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> tuple[Any, Any, Any]:
@@ -75,7 +76,7 @@ def decode_step(
     _, _, vocab = check_logits(logits, 3)
     x, plan = inputs(
         logits, vocab, tokens, rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
-        token_gumbel, choice_gumbel, eligible, scores,
+        token_gumbel, choice_gumbel, eligible, scores, num_commit, positions,
     )  # fmt: skip
     check_guidance(logits, uncond_logits, guidance_scale)
     x = x._replace(
@@ -100,30 +101,36 @@ def inputs(
     choice_gumbel: Any,
     eligible: Any,
     scores: Any,
+    num_commit: Any,
+    positions: Any,
 ) -> tuple[StepInputs, ResolvedStep]:
     """The checked inputs of a step, logits to be filled in, and the rule at this step.
 
     `model` (B, N, ...) is the array whose kind and device the others must have.
     """
     batch, length = model.shape[:2]
-    plan = _plan(rule, mask_token_id, step, num_steps, length)
+    plan = _plan(rule, mask_token_id, step, num_steps, model)
     check_step_arrays(model, vocab, tokens, eligible, mask_token_id)
     check_scores(rule, scores, model, "scores")
+    check_positions(positions, model)
     check_noise(model, vocab, rule, plan, seeds, token_gumbel, choice_gumbel, both=True)
     eligible = _taking_part(rule, tokens, mask_token_id, eligible)
     x = StepInputs(
         logits=None,
         tokens=tokens,
         eligible=eligible,
-        num_masked_at_start=_counts(num_masked_at_start, eligible, batch, length),
+        num_masked_at_start=_counts(
+            "num_masked_at_start", num_masked_at_start, eligible, batch, length
+        ),
         seeds=_key_words(seeds, batch),
-        positions=None,
+        positions=positions,
         token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
         choice_gumbel=choice_gumbel,
         uncond_logits=None,
         guidance_scale=0.0,
         mask_token_id=mask_token_id,
         scores=scores,
+        num_commit=_commits(rule, num_commit, eligible, batch, length),
     )
     return x, plan
 
@@ -140,11 +147,14 @@ def commit_tokens(
     seeds: Any = None,
     choice_gumbel: Any = None,
     eligible: Any = None,
+    num_commit: Any = None,
+    positions: Any = None,
     backend: str = "auto",
 ) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence); see `maskgit.commit_tokens`."""
     batch, length = check_candidates(candidate_tokens, scores)
-    plan = _plan(rule, mask_token_id, step, num_steps, length)
+    plan = _plan(rule, mask_token_id, step, num_steps, scores)
+    check_positions(positions, scores)
     check_commit_arrays(scores, candidate_tokens, tokens, eligible, mask_token_id)
     check_commit_noise(scores, rule, plan, seeds, choice_gumbel)
     eligible = _taking_part(rule, tokens, mask_token_id, eligible)
@@ -152,9 +162,11 @@ def commit_tokens(
         logits=None,
         tokens=tokens,
         eligible=eligible,
-        num_masked_at_start=_counts(num_masked_at_start, eligible, batch, length),
+        num_masked_at_start=_counts(
+            "num_masked_at_start", num_masked_at_start, eligible, batch, length
+        ),
         seeds=_key_words(seeds, batch),
-        positions=None,
+        positions=positions,
         token_gumbel=None,
         choice_gumbel=choice_gumbel,
         uncond_logits=None,
@@ -162,24 +174,25 @@ def commit_tokens(
         mask_token_id=mask_token_id,
         scores=scores,
         drawn=candidate_tokens,
+        num_commit=_commits(rule, num_commit, eligible, batch, length),
     )
     return results(call("decode_step", x, plan, scores, backend), scores, tokens, eligible, False)
 
 
 def _plan(
-    rule: StepRule, mask_token_id: int, step: int, num_steps: int, length: int
+    rule: StepRule, mask_token_id: int, step: int, num_steps: int, model: Any
 ) -> ResolvedStep:
     """The rule at this step, once the numbers are integers."""
     numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
     for name, number in numbers.items():
         check_integer(name, number)
-    return resolve(rule, step, num_steps, length)
+    return resolve(rule, step, num_steps, table_size(rule, *model.shape[:2]))
 
 
 def _taking_part(rule: StepRule, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
     """(B, N) bool: the masked positions that `eligible` admits; known ones too where they are revised."""
     is_masked = tokens == mask_token_id
-    if rule.revise:
+    if rule.touches_known:
         return is_masked | True if eligible is None else eligible
     return is_masked if eligible is None else is_masked & eligible
 
@@ -204,17 +217,13 @@ def sample_tokens(
 ) -> tuple[Any, Any, Any]:
     """(candidate_tokens, confidence, log_z) of (B, N, V) logits; see `maskgit.sample_tokens`."""
     batch, length, vocab = check_logits(logits, 3)
-    plan = _constant_plan(rule, step)
+    plan = constant_plan(rule, step)
     if rule.score in ("random", "given"):
         raise ValueError(
             f"rule: expected a score computed from the logits, got score={rule.score!r}"
         )
     check_noise(logits, vocab, rule, plan, seeds, token_gumbel, None, both=False)
-    if positions is not None:
-        check_same_kind("positions", positions, logits)
-        check_shape("positions", positions, (batch, length))
-        check_integers("positions", positions)
-        check_positions(positions)
+    check_positions(positions, logits)
     x = StepInputs(
         logits=columns(logits, rule),
         tokens=np.full((batch, length), -1),
@@ -233,15 +242,6 @@ def sample_tokens(
         raise_on_dead_rows(to_numpy(drawn) < 0)
     kind = "float64" if rule.score_dtype == "float64" else "float32"
     return drawn, _cast(score, kind), _cast(log_z, kind)
-
-
-@lru_cache(maxsize=1024)
-def _constant_plan(rule: StepRule, step: int) -> ResolvedStep:
-    """The rule without its annealing, its random numbers those of `step`."""
-    if not isinstance(step, int) or not 0 <= step < 2**32:
-        raise ValueError(f"step: expected an integer in [0, 2^32), got {step!r}")
-    flat = dataclasses.replace(rule, sample_anneal="constant", count="quota")
-    return dataclasses.replace(resolve(flat, 0, 1, 0), step=step, rule=rule)
 
 
 def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str) -> Any:
@@ -335,25 +335,35 @@ def _key_words(seeds: Any, batch: int) -> Any:
     return np.stack(seed_words(seeds), axis=1).astype(np.uint32)
 
 
-def _counts(given: Any, eligible: Any, batch: int, length: int) -> Any:
-    """num_masked_at_start as (B,) integers, counted where it is not given."""
+def _commits(rule: StepRule, given: Any, eligible: Any, batch: int, length: int) -> Any:
+    """num_commit as (B,) integers, there exactly where the rule's count is given."""
+    if (given is not None) != (rule.count == "given"):
+        got = "None" if given is None else f"numbers with count={rule.count!r}"
+        raise ValueError(
+            f"num_commit: expected exactly where the rule has count='given', got {got}"
+        )
+    return None if given is None else _counts("num_commit", given, eligible, batch, length)
+
+
+def _counts(name: str, given: Any, eligible: Any, batch: int, length: int) -> Any:
+    """Numbers of positions as (B,) integers; where they are not given, of those that take part."""
     if given is None:
         return eligible.sum(1)
     if kind_of(given) is None:
         array = np.asarray(given)
         if array.dtype.kind not in "iu":
-            raise TypeError(f"num_masked_at_start: expected integers, got {given!r}")
+            raise TypeError(f"{name}: expected integers, got {given!r}")
         given = np.full(batch, array, np.int64) if array.ndim == 0 else array
     else:
-        check_same_kind("num_masked_at_start", given, eligible)
-    check_shape("num_masked_at_start", given, (batch,))
-    check_integers("num_masked_at_start", given)
+        check_same_kind(name, given, eligible)
+    check_shape(name, given, (batch,))
+    check_integers(name, given)
     if is_on_host(given):
         values = to_numpy(given)
         if values.size and (values.min() < 0 or values.max() > length):
             bad = int(values[(values < 0) | (values > length)][0])
             raise ValueError(
-                f"num_masked_at_start: expected counts between 0 and the {length} positions, got {bad}"
+                f"{name}: expected counts between 0 and the {length} positions, got {bad}"
             )
     return given
 

@@ -15,25 +15,53 @@ from typing import Any, Literal, NamedTuple
 
 from .counts import check_schedule
 
-Anneal = Literal["constant", "linear", "linspace", "compound"]
+Anneal = Literal["constant", "linear", "linspace", "compound", "before"]
 Score = Literal[
     "prob", "log_prob", "top1_prob", "margin", "neg_entropy", "logit", "random", "given"
 ]
-Count = Literal["masked", "quota", "fraction", "bernoulli", "threshold", "factor"]
+Count = Literal[
+    "masked",
+    "quota",
+    "fraction",
+    "bernoulli",
+    "threshold",
+    "factor",
+    "entropy_bound",
+    "runs",
+    "given",
+]
 Filter = Literal["temperature", "top_k", "top_p", "min_p", "typical_p"]
+Clamp = Literal["commit_one", "keep_one"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "count": ("masked", "quota", "fraction", "bernoulli", "threshold", "factor"),
+    "count": (
+        "masked",
+        "quota",
+        "fraction",
+        "bernoulli",
+        "threshold",
+        "factor",
+        "entropy_bound",
+        "runs",
+        "given",
+    ),
     "count_base": ("masked_at_start", "positions"),
-    "count_rows": ("each", "first"),
+    "count_rows": ("each", "first", "mean", "sum"),
     "count_rounding": ("floor", "round", "ceil"),
     "count_dtype": ("float32", "float64"),
+    "count_ratio": ("step", "linspace", "linspace_ends"),
+    "min_commit": ("one", "quota"),
+    "time_grid": ("linspace", "uniform", "cosine", "ancestral"),
+    "remask": ("none", "cap", "rescale", "forward_backward", "loop", "conf"),
     "cut": ("strict", "inclusive", "exact"),
     "last_step": ("schedule", "all"),
     "block_scope": ("block", "prefix"),
-    "sample_anneal": ("constant", "linear", "linspace", "compound"),
-    "choice_anneal": ("constant", "linear", "linspace", "compound"),
+    "revise": ("no", "held", "drawn"),
+    "sample_anneal": ("constant", "linear", "linspace", "compound", "before"),
+    "choice_anneal": ("constant", "linear", "linspace", "compound", "before"),
     "greedy_on": ("logits", "probs"),
+    "top_p_keep": ("crossing", "below"),
+    "guidance_dtype": ("float32", "logits"),
     "score": (
         "prob",
         "log_prob",
@@ -46,6 +74,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "score_dtype": ("logits", "float32", "float64"),
 }
+_FLAGS = (
+    "threshold_strict",
+    "skip_mask_token",
+    "greedy_last",
+    "ban_mask_token",
+    "score_filtered",
+)
 _FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
@@ -58,34 +93,55 @@ class StepRule:
 
     Count (how many positions stay masked or are committed):
         count: "masked" (schedule gives the number left masked), "quota" (U0 // T each step, the
-            remainder first), "fraction" (of the mean number now masked, Dream), "bernoulli" (each
-            position by chance, Dream's origin), "threshold" (confidence >= threshold, at least
-            one), "factor" (Fast-dLLM's dynamic count, at least one).
-        schedule, count_base, count_rounding, count_dtype, count_rows: gamma, what it multiplies,
-            how the product is rounded, in which precision, and whether each row has its own count
-            or all use the first row's.
-        keep_one_masked: clamp to [1, masked now - 1].
+            remainder first), "fraction" (of the number now masked, Dream), "bernoulli" (each
+            position by chance, MDLM), "threshold" (confidence at or above a threshold), "factor"
+            (Fast-dLLM's dynamic count), "entropy_bound" (in rising entropy while the sum of the
+            earlier ones is within `threshold`), "runs" (dInfer's hierarchy: the best of each run of
+            masked positions), "given" (num_commit, from the caller).
+        schedule, count_base, count_rounding, count_dtype, count_ratio: gamma, what it multiplies,
+            how the product is rounded, in which precision, and where the ratio of done steps comes
+            from ((step + 1)/T, or torch.linspace in float32 without or with both ends).
+        count_rows: whether each row has its own count, or all use the first row's, the mean of the
+            rows (fraction), or the sum of their bases (VampNet).
+        clamps: bounds put on the number that stays masked, in this order: "commit_one" is U - 1 at
+            most, "keep_one" is 1 at least.
         last_step: "all" commits everything at the last step, "schedule" applies the rule as is.
-        threshold, factor, time_eps: parameters of the count kinds of those names.
+        threshold, threshold_strict, threshold_slack, min_commit: confidence >= (or >) the threshold,
+            or >= min(threshold, row's maximum - slack); at least one, or at least the quota.
+        low_threshold: what the best of a run must exceed ("runs").
+        factor: of count "factor".
+        time_grid, time_eps, time_clip: the times of "bernoulli" and "fraction".
+        remask, remask_eta, remask_on, remask_off, remask_alpha: ReMDM's chance to mask a known token
+            again, for count "bernoulli".
     Select:
         cut: "strict" (re-mask conf < sorted[k]), "inclusive" (conf <= sorted[k - 1]) or "exact"
             (exactly k stay masked, ties commit the lowest position).
         block_scope: in semi-autoregressive decoding, "block" considers only the block's masked
             positions, "prefix" all masked positions up to the block's end.
-        revise: every eligible position competes, known ones with the score of the token they hold,
-            and may be masked again.  Only for rules that revise committed tokens (critics, P2).
+        revise: whether known eligible positions compete and may be masked again, with the score of
+            the token they hold ("held": critics, P2) or of one drawn anew and dropped ("drawn").
+        edit_threshold: known eligible positions do not compete, but take a candidate that is drawn
+            for them where it differs and its score is above this (LLaDA2's editing).
+        skip_mask_token: a position whose candidate is the mask token does not take part.
     Draw:
-        sample_temperature, sample_anneal: 0 is argmax; "linear" multiplies by 1 - (step + 1)/T,
-            "linspace" by 1 - step/(T - 1), "compound" by the product of the linear factors so far.
+        sample_temperature, sample_anneal, sample_temperature_end, sample_temperature_floor: 0 is
+            argmax; end + (start - end) x anneal, and at least the floor.  "linear" is
+            1 - (step + 1)/T, "before" 1 - step/T, "linspace" 1 - step/(T - 1), "compound" the
+            product of the linear factors so far.
+        greedy_last, draw_until: argmax at the last of several steps; argmax where step/T is above
+            this.  Scores keep the drawing temperature.
+        guidance_dtype: guidance in float32, or each of its three operations rounded to the logits'.
         greedy_on: argmax of the logits, or of the probabilities rounded to the score dtype.
         filters, top_k, top_p, min_p, typical_p: filters in the order applied; the entry
             "temperature" marks where the temperature divides (first if it is not named).
+        top_p_keep: whether the token that crosses p is kept, or only those below.
         vocab_slice: (start, stop) of the columns that may be drawn.
         banned_ids, ban_mask_token: ids that are never drawn (removed before the softmax).
     Score:
         score: what ranks the candidates, of the drawn token (prob, log_prob, logit), of its row
             (top1_prob, margin, neg_entropy), of nothing (random), or what the caller says (given:
             a critic, a fixed order).
+        score_banned_ids: ids outside the score's softmax alone; such a candidate has probability 0.
         score_temperature: temperature of the softmax in the score; None is the drawing one.
         score_filtered: whether the filters apply to the score's distribution.
         score_dtype: precision of the score; "logits" rounds it to the dtype of the logits.
@@ -99,27 +155,48 @@ class StepRule:
     count_base: Literal["masked_at_start", "positions"] = "masked_at_start"
     count_rounding: Literal["floor", "round", "ceil"] = "floor"
     count_dtype: Literal["float32", "float64"] = "float32"
-    count_rows: Literal["each", "first"] = "each"
-    keep_one_masked: bool = True
+    count_ratio: Literal["step", "linspace", "linspace_ends"] = "step"
+    count_rows: Literal["each", "first", "mean", "sum"] = "each"
+    clamps: tuple[Clamp, ...] = ("commit_one", "keep_one")
     last_step: Literal["schedule", "all"] = "schedule"
     threshold: float = 0.9
+    threshold_strict: bool = False
+    threshold_slack: float | None = None
+    min_commit: Literal["one", "quota"] = "one"
+    low_threshold: float = 0.0
     factor: float = 1.0
+    time_grid: Literal["linspace", "uniform", "cosine", "ancestral"] = "linspace"
     time_eps: float = 1e-3
+    time_clip: float = 0.0
+    remask: Literal["none", "cap", "rescale", "forward_backward", "loop", "conf"] = "none"
+    remask_eta: float = 0.0
+    remask_on: float = 1.0
+    remask_off: float = 0.0
+    remask_alpha: float = 0.0
     cut: Literal["strict", "inclusive", "exact"] = "exact"
     block_scope: Literal["block", "prefix"] = "block"
-    revise: bool = False
+    revise: Literal["no", "held", "drawn"] = "no"
+    edit_threshold: float | None = None
+    skip_mask_token: bool = False
     sample_temperature: float = 1.0
     sample_anneal: Anneal = "constant"
+    sample_temperature_end: float = 0.0
+    sample_temperature_floor: float = 0.0
+    greedy_last: bool = False
+    draw_until: float = 1.0
+    guidance_dtype: Literal["float32", "logits"] = "float32"
     greedy_on: Literal["logits", "probs"] = "logits"
     filters: tuple[Filter, ...] = ()
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
+    top_p_keep: Literal["crossing", "below"] = "crossing"
     vocab_slice: tuple[int, int] | None = None
     banned_ids: tuple[int, ...] = ()
     ban_mask_token: bool = False
     score: Score = "log_prob"
+    score_banned_ids: tuple[int, ...] = ()
     score_temperature: float | None = 1.0
     score_filtered: bool = False
     score_dtype: Literal["logits", "float32", "float64"] = "float32"
@@ -127,13 +204,13 @@ class StepRule:
     choice_anneal: Anneal = "linear"
 
     def __post_init__(self) -> None:
-        for field in ("filters", "banned_ids", "vocab_slice"):
+        for field in ("filters", "clamps", "banned_ids", "score_banned_ids", "vocab_slice"):
             value = getattr(self, field)
             if isinstance(value, list):  # from JSON
                 object.__setattr__(self, field, tuple(value))
             elif not isinstance(value, tuple) and not (field == "vocab_slice" and value is None):
                 raise ValueError(f"StepRule.{field}: expected a tuple, got {value!r}")
-        for field in ("keep_one_masked", "ban_mask_token", "score_filtered", "revise"):
+        for field in _FLAGS:
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(
                     f"StepRule.{field}: expected True or False, got {getattr(self, field)!r}"
@@ -193,6 +270,32 @@ class StepRule:
             or self.count == "bernoulli"
         )
 
+    def scoring(self, score: Score) -> StepRule:
+        """A rule that draws the same candidates and scores them at temperature 1, unfiltered."""
+        follows_logits = self.score_dtype == "logits" and self.greedy_on == "logits"
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}, {score}",
+            score=score,
+            score_temperature=1.0,
+            score_filtered=False,
+            score_banned_ids=(),
+            score_dtype="float32" if follows_logits else self.score_dtype,
+            choice_temperature=0.0,
+            count="quota",
+            count_rows="each",
+            min_commit="one",
+            threshold_slack=None,
+            remask="none",
+            revise="no",
+            edit_threshold=None,
+        )
+
+    @property
+    def touches_known(self) -> bool:
+        """Whether known tokens may change: those that `eligible` admits, all by default."""
+        return self.revise != "no" or self.edit_threshold is not None or self.remask != "none"
+
 
 def as_rule(rule: StepRule | str) -> StepRule:
     """`rule` itself, or the preset of that name; TypeError for anything else."""
@@ -208,7 +311,10 @@ def _is_number(value: object) -> bool:
 
 
 def _check_numbers(rule: StepRule) -> None:
-    for field in ("sample_temperature", "choice_temperature", "factor"):
+    for field in (
+        "sample_temperature", "sample_temperature_end", "sample_temperature_floor",
+        "choice_temperature", "factor",
+    ):  # fmt: skip
         value = getattr(rule, field)
         if not _is_number(value) or value < 0:
             raise ValueError(f"StepRule.{field}: expected a finite number >= 0, got {value!r}")
@@ -222,10 +328,22 @@ def _check_numbers(rule: StepRule) -> None:
             "StepRule.score_temperature: expected None or 1.0 with greedy_on='probs', "
             f"got {temperature!r}"
         )
-    if not _is_number(rule.threshold):
-        raise ValueError(f"StepRule.threshold: expected a finite number, got {rule.threshold!r}")
-    if not _is_number(rule.time_eps) or not 0 < rule.time_eps < 1:
-        raise ValueError(f"StepRule.time_eps: expected a number in (0, 1), got {rule.time_eps!r}")
+    for field in ("threshold", "low_threshold", "threshold_slack", "edit_threshold"):
+        value = getattr(rule, field)
+        optional = field in ("threshold_slack", "edit_threshold")
+        if not (_is_number(value) or (optional and value is None)):
+            raise ValueError(f"StepRule.{field}: expected a finite number, got {value!r}")
+    if not _is_number(rule.time_eps) or not 0 <= rule.time_eps < 1:
+        raise ValueError(f"StepRule.time_eps: expected a number in [0, 1), got {rule.time_eps!r}")
+    if not _is_number(rule.time_clip) or not 0 <= rule.time_clip < 0.5:
+        raise ValueError(
+            f"StepRule.time_clip: expected a number in [0, 0.5), got {rule.time_clip!r}"
+        )
+    for field in ("remask_eta", "remask_on", "remask_off", "remask_alpha", "draw_until"):
+        value = getattr(rule, field)
+        if not _is_number(value) or not 0 <= value <= 1:
+            raise ValueError(f"StepRule.{field}: expected a number in [0, 1], got {value!r}")
+    _check_combinations(rule)
     piece = rule.vocab_slice
     if piece is not None and not (
         len(piece) == 2 and all(isinstance(i, int) for i in piece) and 0 <= piece[0] < piece[1]
@@ -233,8 +351,46 @@ def _check_numbers(rule: StepRule) -> None:
         raise ValueError(
             f"StepRule.vocab_slice: expected None or (start, stop) with 0 <= start < stop, got {piece!r}"
         )
-    if not all(isinstance(i, int) and i >= 0 for i in rule.banned_ids):
-        raise ValueError(f"StepRule.banned_ids: expected integers >= 0, got {rule.banned_ids!r}")
+    for field in ("banned_ids", "score_banned_ids"):
+        ids = getattr(rule, field)
+        if not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise ValueError(f"StepRule.{field}: expected integers >= 0, got {ids!r}")
+
+
+def _check_combinations(rule: StepRule) -> None:
+    """Fields that make sense only together."""
+    if len(rule.clamps) != len(set(rule.clamps)) or any(
+        clamp not in ("commit_one", "keep_one") for clamp in rule.clamps
+    ):
+        raise ValueError(
+            f"StepRule.clamps: expected commit_one and keep_one, each at most once, got {rule.clamps!r}"
+        )
+    wanted = {
+        "remask": (rule.remask != "none", "bernoulli", rule.count),
+        "count_rows": (rule.count_rows == "mean", "fraction", rule.count),
+        "min_commit": (rule.min_commit == "quota", "threshold", rule.count),
+        "threshold_slack": (rule.threshold_slack is not None, "threshold", rule.count),
+    }
+    for field, (used, count, got) in wanted.items():
+        if used and got != count:
+            raise ValueError(
+                f"StepRule.{field}: {getattr(rule, field)!r} expected with count={count!r}, got {got!r}"
+            )
+    if rule.remask == "conf" and rule.score != "given":
+        raise ValueError(f"StepRule.remask: 'conf' expected with score='given', got {rule.score!r}")
+    if rule.count_rows == "sum" and (rule.count, rule.count_base) != ("masked", "masked_at_start"):
+        raise ValueError(
+            "StepRule.count_rows: 'sum' expected with count='masked' and count_base='masked_at_start'"
+        )
+    if rule.score_banned_ids and rule.score not in ("prob", "log_prob"):
+        raise ValueError(
+            f"StepRule.score_banned_ids: expected with score prob or log_prob, got {rule.score!r}"
+        )
+    if rule.edit_threshold is not None and rule.revise != "no":
+        raise ValueError(
+            "StepRule.edit_threshold: expected with revise='no' (known positions do not compete), "
+            f"got {rule.revise!r}"
+        )
 
 
 def _check_filters(rule: StepRule) -> None:
@@ -278,8 +434,8 @@ class StepInputs(NamedTuple):
     logits (B, N, V) after vocab_slice, tokens (B, N) int64, eligible (B, N) bool (the masked
     positions that take part), num_masked_at_start (B,), seeds (B, 2) uint32 key words or None,
     positions (B, N) Philox position words, noise or None, uncond_logits or None.  scores (B, N)
-    where the rule's score is "given".  With `drawn` (B, N), candidates or -1, there are no logits
-    and `scores` are those of the candidates.
+    where the rule's score is "given", num_commit (B,) where its count is.  With `drawn` (B, N),
+    candidates or -1, there are no logits and `scores` are those of the candidates.
     """
 
     logits: Any
@@ -295,6 +451,7 @@ class StepInputs(NamedTuple):
     mask_token_id: int
     scores: Any = None
     drawn: Any = None
+    num_commit: Any = None
 
 
 class StepResult(NamedTuple):

@@ -25,26 +25,53 @@ _FLOAT_MAX = float(np.finfo(np.float32).max)
 
 def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    rule, known = plan.rule, x.tokens != x.mask_token_id
     drawn, score = x.drawn, x.scores
     if drawn is None:
         drawn, score, _ = sample_tokens(x, plan, dtype)
-    wide = torch.float64 if plan.rule.score_dtype == "float64" else torch.float32
-    alive = x.eligible & (drawn >= 0)
-    candidates = torch.where(alive, drawn, x.tokens)
+    wide = torch.float64 if rule.score_dtype == "float64" else torch.float32
+    eligible = x.eligible if rule.revise != "no" else x.eligible & ~known  # who competes
+    if rule.skip_mask_token:
+        eligible = eligible & (drawn != x.mask_token_id)
+    alive = eligible & (known | (drawn >= 0))
+    candidates = torch.where(alive & ~known, drawn, x.tokens)
     noise = _choice_noise(x, plan)
-    if plan.rule.score == "given":
-        score = x.scores
-    score = torch.where(alive, score.to(wide), -math.inf)
-    if noise is not None and plan.rule.score == "random":
-        score = torch.where(alive, noise.to(wide), -math.inf)
+    score = (x.scores if rule.score == "given" else score).to(wide)
+    if noise is not None and rule.score == "random":
+        score = noise.to(wide)
     elif noise is not None and plan.choice_temperature > 0:
-        score = score + plan.choice_temperature * noise.to(score.dtype)
+        score = score + plan.choice_temperature * noise.to(wide)
     ranked = torch.where(alive & ~score.isnan(), score, -math.inf)
-    commit = select(ranked, x.eligible, x.num_masked_at_start, noise, plan)
-    known = (x.tokens != x.mask_token_id) & ~x.eligible
-    left = torch.where(x.eligible, x.mask_token_id, x.tokens)
+    commit = select(ranked, eligible, x, noise, plan, dtype)
+    left = torch.where(eligible, x.mask_token_id, x.tokens)
     next_tokens = torch.where(commit & alive, candidates, left)
-    return next_tokens, candidates, torch.where(known, math.inf, ranked)
+    if rule.edit_threshold is not None:
+        edited = x.eligible & known & (drawn >= 0) & (score > rule.edit_threshold)
+        next_tokens = torch.where(edited, drawn, next_tokens)
+        candidates = torch.where(edited, drawn, candidates)
+    if rule.remask != "none":
+        assert noise is not None
+        again = x.eligible & known & (noise < _gumbel_below(_remask_chance(x, plan)))
+        next_tokens = torch.where(again, x.mask_token_id, next_tokens)
+    return next_tokens, candidates, torch.where(known & ~eligible, math.inf, ranked)
+
+
+def _remask_chance(x: StepInputs, plan: ResolvedStep) -> torch.Tensor:
+    """The chance of each position to be masked again; for "conf" shared out by the scores."""
+    if plan.rule.remask != "conf":
+        return torch.full(
+            x.tokens.shape, plan.remask_chance, dtype=torch.float64, device=x.tokens.device
+        )
+    known = x.tokens != x.mask_token_id
+    scores = x.scores.to(torch.float64)
+    keys = torch.where(known & scores.isfinite(), scores, -math.inf)
+    return plan.remask_chance * keys.softmax(-1).nan_to_num(0.0)
+
+
+def _gumbel_below(chance: torch.Tensor) -> torch.Tensor:
+    """The bound that a standard Gumbel variate stays under with this probability."""
+    inside = -torch.log(-torch.log(chance.clamp(max=1 - 1e-16)))
+    return torch.where(chance >= 1, math.inf, inside)
 
 
 def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
@@ -58,20 +85,22 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     row = row.clamp(max=_FLOAT_MAX)  # +inf wins like the largest float
     filtered = torch.where(keep_mask(row, plan), row, -math.inf) if plan.rule.filters else row
     token = _draw(filtered, x, plan, dtype)
-    known = x.eligible & (
-        x.tokens != x.mask_token_id
-    )  # a rule that revises scores what stands there
-    if plan.rule.revise:
+    known = x.eligible & (x.tokens != x.mask_token_id)
+    if plan.rule.revise == "held":  # scores the token that stands there
         own = x.tokens - start
         token = torch.where(known, own.clamp(0, row.shape[-1] - 1), token)
         scored = alive & (~known | ((own >= 0) & (own < row.shape[-1])))
     else:
         scored = alive
     base = filtered if plan.rule.score_filtered else row
+    ids = [i - start for i in plan.rule.score_banned_ids if 0 <= i - start < row.shape[-1]]
+    if ids:
+        base = base.clone()
+        base[..., ids] = -math.inf
     score, log_z = _score(base, token, plan, dtype)
     drawn = torch.where(alive, token + start, -1)
     return (
-        torch.where(known, x.tokens, drawn) if plan.rule.revise else drawn,
+        torch.where(known, x.tokens, drawn) if plan.rule.revise == "held" else drawn,
         torch.where(scored, score, -math.inf),
         torch.where(alive, log_z, -math.inf),
     )
@@ -83,7 +112,12 @@ def _guided(x: StepInputs, plan: ResolvedStep) -> torch.Tensor:
     row = x.logits.to(compute)
     if x.uncond_logits is not None:
         uncond = x.uncond_logits.to(compute)
-        row = uncond + x.guidance_scale * (row - uncond)
+        if plan.rule.guidance_dtype == "logits":
+            kind = x.logits.dtype
+            step = (x.guidance_scale * (row - uncond).to(kind).to(compute)).to(kind).to(compute)
+            row = (uncond + step).to(kind).to(compute)
+        else:
+            row = uncond + x.guidance_scale * (row - uncond)
     return row.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
@@ -168,7 +202,7 @@ def _score(
 def keep_mask(row: torch.Tensor, plan: ResolvedStep) -> torch.Tensor:
     """Which tokens survive the rule's filters, applied one after the other."""
     order, rule = plan.rule.filters, plan.rule
-    temperature = plan.sample_temperature or 1.0
+    temperature = plan.filter_temperature
     keep = row.isfinite()
     scaled = _scaled(row, 1.0 if "temperature" in order else temperature)[0]
     for name in order:
@@ -205,7 +239,9 @@ def _nucleus(
     limit = limit if limit < 1 else math.inf  # a float32 sum may pass 1 before the end
     order = key.sort(dim=-1, stable=True).indices
     ranked = probs.gather(-1, order)
-    within = ranked.cumsum(-1) - ranked <= limit
+    total = ranked.cumsum(-1)
+    below = name == "top_p" and plan.rule.top_p_keep == "below"
+    within = (total if below else total - ranked) <= limit
     within[..., :1] = True
     return torch.zeros_like(within).scatter(-1, order, within)
 
@@ -213,11 +249,12 @@ def _nucleus(
 def select(
     confidence: torch.Tensor,
     eligible: torch.Tensor,
-    masked_at_start: torch.Tensor,
+    x: StepInputs,
     noise: torch.Tensor | None,
     plan: ResolvedStep,
+    dtype: str,
 ) -> torch.Tensor:
-    """Which eligible positions are committed, (B, N) bool."""
+    """Which of the competing positions are committed, (B, N) bool."""
     if plan.commit_all:
         return eligible
     if plan.count == "bernoulli":
@@ -236,9 +273,15 @@ def select(
         found = torch.where(here, confidence, -math.inf)
         return found.amax(-1, keepdim=True) if found.shape[-1] else found.sum(-1, keepdim=True)
 
-    if plan.count in ("threshold", "factor"):
-        return eligible & (rank < _confident(confidence, eligible, rank, now, plan))
-    stay = _stay_masked(plan, masked_at_start, now.squeeze(-1))[:, None]
+    if plan.count == "runs":
+        return _best_of_runs(confidence, eligible, plan, dtype) | (eligible & (rank == 0))
+    if plan.count in ("threshold", "factor", "entropy_bound"):
+        take = _confident(confidence, eligible, rank, now, plan, dtype)
+        least = torch.ones_like(now)
+        if plan.rule.min_commit == "quota":
+            least = _of_table(plan, x.num_masked_at_start, now.squeeze(-1))[:, None]
+        return eligible & (rank < take.maximum(least))
+    stay = _stay_masked(plan, x, now.squeeze(-1))[:, None]
     exact = eligible & (rank < now - stay)
     if plan.rule.cut == "exact":
         return exact
@@ -250,26 +293,44 @@ def select(
     return torch.where(stay == 0, exact, commit)
 
 
-def _stay_masked(
-    plan: ResolvedStep, masked_at_start: torch.Tensor, now: torch.Tensor
-) -> torch.Tensor:
+def _of_table(plan: ResolvedStep, at_start: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Each row's entry of the table, (B,)."""
+    table = torch.as_tensor(plan.table, dtype=torch.int64, device=now.device)
+    if plan.count_base == "positions":
+        return table[-1:].expand_as(now)
+    start = at_start.to(torch.int64)
+    if plan.count_rows == "first":
+        start = start[:1].expand_as(start)
+    elif plan.count_rows == "sum":
+        start = start.sum().expand_as(start)
+    return table[start.clamp(0, plan.table.size - 1)]
+
+
+def _stay_masked(plan: ResolvedStep, x: StepInputs, now: torch.Tensor) -> torch.Tensor:
     """counts.next_masked_counts on tensors: how many of each row's positions stay masked, (B,)."""
+    if plan.count == "given":
+        return (now - x.num_commit.to(torch.int64)).clamp(min=0).minimum(now)
     if plan.count == "fraction":
         # Through float64, so that each of the two float32 operations is rounded correctly.
+        share = float(np.float32(plan.commit_fraction))
+        if plan.count_rows != "mean":
+            return now - (now.double() * share).float().to(torch.int64)
         mean = (now.sum().double() / max(now.shape[0], 1)).float()
-        commit = (mean.double() * float(np.float32(plan.commit_fraction))).float()
+        commit = (mean.double() * share).float()
         return (now - commit.to(torch.int64)).clamp(min=0)
-    size = plan.table.size - 1
-    table = torch.as_tensor(plan.table, dtype=torch.int64, device=now.device)
-    start, limit = masked_at_start.to(torch.int64).clamp(0, size), now
+    target = _of_table(plan, x.num_masked_at_start, now)
     if plan.count == "quota":
-        return (now - table[start]).clamp(min=0)
-    if plan.count_rows == "first":
-        start, limit = start[:1].expand_as(start), now[:1].expand_as(now)
-    target = table[-1:].expand_as(now) if plan.count_base == "positions" else table[start]
-    if plan.keep_one_masked:
-        target = target.minimum(limit - 1).clamp(min=1)
-    return target.minimum(now)
+        return (now - target).clamp(min=0)
+    limit = now[:1].expand_as(now) if plan.count_rows == "first" else now
+    for clamp in plan.clamps:
+        target = target.minimum(limit - 1) if clamp == "commit_one" else target.clamp(min=1)
+    return target.clamp(min=0).minimum(now)
+
+
+def _threshold(value: float, like: torch.Tensor, plan: ResolvedStep, dtype: str) -> torch.Tensor:
+    """A threshold as the number that scores of the rule's dtype are compared with."""
+    bound = torch.full((), value, dtype=like.dtype, device=like.device)
+    return round_to(bound, plan.rule.score_dtype, dtype)
 
 
 def _confident(
@@ -278,17 +339,45 @@ def _confident(
     rank: torch.Tensor,
     now: torch.Tensor,
     plan: ResolvedStep,
+    dtype: str,
 ) -> torch.Tensor:
-    """How many of the surest positions a threshold or factor rule commits, (B, 1); at least one."""
+    """How many of the surest a rule commits that looks at their values, (B, 1)."""
+    rule = plan.rule
     if plan.count == "threshold":
-        bound = torch.full((), plan.rule.threshold, dtype=confidence.dtype, device=rank.device)
-        return (eligible & (confidence >= bound)).sum(-1, keepdim=True).clamp(min=1)
-    bound = (1 - plan.rule.factor / (rank.double() + 2)).to(confidence.dtype)
-    failing = eligible & (rank >= 1) & (confidence < bound)  # the first always passes
+        bound = _threshold(rule.threshold, confidence, plan, dtype)
+        if rule.threshold_slack is not None and confidence.shape[-1]:
+            top = torch.where(eligible, confidence, -math.inf).amax(-1, keepdim=True)
+            bound = bound.minimum(top - rule.threshold_slack)
+        above = confidence > bound if rule.threshold_strict else confidence >= bound
+        return (eligible & above).sum(-1, keepdim=True)
+    if plan.count == "entropy_bound":
+        order = torch.where(eligible, rank, rank.shape[-1]).argsort(dim=-1, stable=True)
+        falling = torch.where(eligible, confidence, 0.0).gather(-1, order)
+        within = (-falling).cumsum(-1) + falling <= rule.threshold
+        return within.cumprod(-1).sum(-1, keepdim=True)
+    bounds = (1 - rule.factor / (rank.double() + 2)).to(confidence.dtype)
+    failing = eligible & (rank >= 1) & (confidence < bounds)  # the first always passes
     first = torch.where(failing, rank, now)
     first = first.amin(-1, keepdim=True) if first.shape[-1] else now
     # Fast-dLLM's off-by-one: a failure at the last index is committed all the same.
     return torch.where((now <= 2) | (first == now - 1), now, first)
+
+
+def _best_of_runs(
+    confidence: torch.Tensor, eligible: torch.Tensor, plan: ResolvedStep, dtype: str
+) -> torch.Tensor:
+    """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
+    low, high = (
+        _threshold(value, confidence, plan, dtype)
+        for value in (plan.rule.low_threshold, plan.rule.threshold)
+    )
+    starts = eligible & ~F.pad(eligible, (1, 0))[..., :-1]
+    run = torch.where(eligible, starts.cumsum(-1), 0)
+    best = torch.full(
+        (run.shape[0], run.shape[1] + 1), -math.inf, dtype=confidence.dtype, device=run.device
+    ).scatter_reduce(-1, run, torch.where(eligible, confidence, -math.inf), "amax")
+    is_best = (confidence == best.gather(-1, run)) & (confidence > low)
+    return eligible & (is_best | (confidence > high))
 
 
 def _choice_noise(x: StepInputs, plan: ResolvedStep) -> torch.Tensor | None:

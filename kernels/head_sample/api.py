@@ -35,6 +35,8 @@ def decode_step_from_hidden(
     noise: StepNoise | None = None,
     eligible: Any = None,
     scores: Any = None,
+    num_commit: Any = None,
+    positions: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> StepResult:
@@ -64,7 +66,7 @@ def decode_step_from_hidden(
         out = decode(
             hidden, head_weight, tokens, step_rule, mask_token_id, step, num_steps, head_bias,
             uncond_hidden, guidance_scale, num_masked_at_start, seeds, token_gumbel, choice_gumbel,
-            eligible, scores, backend, check,
+            eligible, scores, num_commit, positions, backend, check,
         )  # fmt: skip
         return StepResult(*out)
     from .ops import decode_step_from_hidden_op
@@ -73,13 +75,15 @@ def decode_step_from_hidden(
     arrays = {"head_weight": head_weight, "tokens": tokens, "head_bias": head_bias, "seeds": seeds}
     arrays |= {"uncond_hidden": uncond_hidden, "noise.token_gumbel": token_gumbel}
     arrays |= {"noise.choice_gumbel": choice_gumbel, "eligible": eligible, "scores": scores}
-    arrays |= {"num_masked_at_start": num_masked_at_start}
+    num_commit = counts_tensor(num_commit, hidden)
+    arrays |= {"num_masked_at_start": num_masked_at_start, "num_commit": num_commit}
+    arrays |= {"positions": positions}
     numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
     check_op_arguments(hidden, arrays, numbers, guidance_scale)
     out = decode_step_from_hidden_op(
         hidden, head_weight, tokens, step_rule.encoded, mask_token_id, step, num_steps, head_bias,
         uncond_hidden, guidance_scale, num_masked_at_start, seeds, token_gumbel, choice_gumbel,
-        eligible, scores, backend, check,
+        eligible, scores, num_commit, positions, backend, check,
     )  # fmt: skip
     return StepResult(*out)
 
@@ -88,7 +92,7 @@ def decode(
     hidden: Any, head_weight: Any, tokens: Any, rule: StepRule, mask_token_id: int, step: int,
     num_steps: int, head_bias: Any, uncond_hidden: Any, guidance_scale: float | None,
     num_masked_at_start: Any, seeds: Any, token_gumbel: Any, choice_gumbel: Any, eligible: Any,
-    scores: Any, backend: str, check: bool,
+    scores: Any, num_commit: Any, positions: Any, backend: str, check: bool,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """The checked call on arrays of one kind; what the op runs."""
     from . import plain
@@ -98,7 +102,8 @@ def decode(
     check_guidance(hidden, uncond_hidden, guidance_scale, "uncond_hidden", "hidden")
     x, plan = run.inputs(
         hidden, head_weight.shape[0], tokens, rule, mask_token_id, step, num_steps,
-        num_masked_at_start, seeds, token_gumbel, choice_gumbel, eligible, scores,
+        num_masked_at_start, seeds, token_gumbel, choice_gumbel, eligible, scores, num_commit,
+        positions,
     )  # fmt: skip
     mixed = mix(hidden, uncond_hidden, guidance_scale)
     out = plain.decode_step(x, plan, mixed, head_weight, head_bias, backend)

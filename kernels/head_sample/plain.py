@@ -54,7 +54,9 @@ def decode_step(
 def chooses_first(plan: ResolvedStep) -> bool:
     """Whether the committed positions are known before any logits are."""
     by_chance = plan.count == "bernoulli" or plan.rule.score in ("random", "given")
-    return by_chance and plan.count not in ("threshold", "factor") and not plan.rule.revise
+    rule = plan.rule
+    needs_tokens = rule.revise != "no" or rule.edit_threshold is not None or rule.skip_mask_token
+    return by_chance and not needs_tokens
 
 
 def _chosen(x: StepInputs, plan: ResolvedStep, hidden: Any, backend: str) -> Any:
@@ -117,7 +119,9 @@ def _sample_chunk(
         eligible=pick(wanted),
         num_masked_at_start=np.zeros(len(number), np.int64),
         seeds=None if x.seeds is None else x.seeds[number // length],
-        positions=(number % length).astype(np.uint32)[:, None],
+        positions=pick(x.positions)
+        if x.positions is not None
+        else (number % length).astype(np.uint32)[:, None],
         token_gumbel=pick(x.token_gumbel),
         choice_gumbel=None,
         uncond_logits=None,

@@ -7,12 +7,19 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 # One line per adapter: the module, and what `target` is.
 ADAPTERS = {
+    "diffusers_schedulers": "a diffusers pipeline with an AmusedScheduler or BlockRefinementScheduler",
+    "dinfer": "a parallel decoder of inclusionAI/dInfer",
+    "dream": "a Dream model (an object with diffusion_generate and _sample)",
+    "fast_dllm": "the module of NVlabs/Fast-dLLM's llada/generate.py",
     "llada": "the module of ML-GSAI/LLaDA's generate.py",
+    "mdlm": "a Diffusion object of kuleshov-group/mdlm",
+    "remdm": "a Diffusion object of kuleshov-group/remdm",
+    "titok": "an ImageBert or UViTBert of bytedance/1d-tokenizer",
 }
 _MARK = "_maskgit_handle"
 
@@ -190,8 +197,28 @@ def linear_head(model: Any) -> Any:
             return None
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    is_linear = type(head).__name__ == "Linear" and hasattr(head, "weight")
-    return head if is_linear else None
+    kind = type(head)
+    is_plain = kind.__module__ == "torch.nn.modules.linear" and kind.__name__ == "Linear"
+    if not is_plain or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        return None
+    return head
+
+
+def usable_head(layer: Any, device: Any) -> Any:
+    """The linear layer where `without_head` changes nothing else in a forward pass, or None."""
+    import torch
+
+    holder = SimpleNamespace(get_output_embeddings=lambda: layer)
+    return None if torch.is_autocast_enabled(torch.device(device).type) else linear_head(holder)
+
+
+def draw_seeds(batch: int, generator: Any, device: Any) -> Any:
+    """(B,) 64-bit integers on the device, from a torch generator or torch's own."""
+    import torch
+
+    where = device if generator is None else generator.device
+    seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator, device=where)
+    return seeds.to(device)
 
 
 @contextlib.contextmanager

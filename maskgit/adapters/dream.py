@@ -1,0 +1,333 @@
+"""Dream (Dream-org on the Hugging Face hub; NVlabs/Fast-dLLM at 5332e2fc): `_sample` of a model instance.
+
+    model = AutoModel.from_pretrained("Dream-org/Dream-v0-Instruct-7B", trust_remote_code=True)
+    with maskgit.adapters.fast_sampler(model) as handle:
+        out = model.diffusion_generate(
+            input_ids, attention_mask=attention_mask, max_new_tokens=256, steps=256,
+            temperature=0.2, top_p=0.95, alg="entropy", alg_temp=0.0,
+        )
+    print(handle.report)
+
+Replaced: `_sample`, the loop that `diffusion_generate` calls, on this instance (of a class that has
+Dream's own; ZHZisZZ/dllm's copy is recognised, forks with more in the loop are refused).  What stays:
+`diffusion_generate` with its configuration, the network, the hooks, the outputs.  All four algorithms
+(origin, maskgit_plus, topk_margin, entropy), alg_temp, top_p and top_k.
+
+The last linear layer is left out of the forward pass and applied to the masked rows alone, unless a
+hook of the caller wants logits, the layer is not a plain one, or autocast is on: `report.notes`
+says which.  A step whose count is 0 does not call the model, where no hook could tell.
+
+What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
+generator: the same law, other tokens; they belong to a token's position in its text, not to where
+padding has moved it.  Filters and softmax are in float32, where theirs round to the dtype of the
+logits.  In rows of different lengths theirs can overwrite known tokens by masks; here known tokens
+stay.  Equal confidences commit the lower position.  Fast-dLLM's own alg="confidence_threshold" is
+refused with a ValueError.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+
+from ..kernels.common.selection import check_name
+from ..kernels.decode_step import StepNoise, StepRule, commit_tokens, decode_step
+from ..kernels.head_sample import decode_step_from_hidden
+from .common import AdapterError, Handle, Report, check_attributes, linear_head, without_head
+
+_CODEBASE = (
+    "NVlabs/Fast-dLLM@5332e2fc0edad553a5ac4fae6d6ec7b8cefc410a dream/model/generation_utils.py"
+)
+_ARGUMENTS = (
+    "self, input_ids, attention_mask, generation_config, generation_tokens_hook_func, "
+    "generation_logits_hook_func"
+)
+_VERSIONS = {_ARGUMENTS: "Dream", _ARGUMENTS + ", threshold": "Fast-dLLM's Dream"}
+# What their loops call their variables: a fork that does more has others, and is refused.
+_VARIABLES = """
+    output_history return_dict_in_generate max_length mask_token_id steps eps alg alg_temp temperature
+    top_p top_k histories start_time end_time x tok_idx timesteps i mask_index logits mask_logits t s
+    p_transfer x0 transfer_index_t_s x_ confidence full_confidence num_mask_token row_indices
+    number_transfer_tokens transfer_index left_tokens_last_step select_index selected_confidence
+    current_transfer_tokens k _ return_dict
+"""
+_SCORES = {
+    "origin": "dream-origin",
+    "maskgit_plus": "dream-maskgit-plus",
+    "topk_margin": "dream-margin",
+    "entropy": "dream-entropy",
+}
+_HIDDEN_NOTE = "works on hidden states: the head is applied to masked rows alone"
+
+
+def matches(target: Any) -> bool:
+    """Whether the target is an object with Dream's methods."""
+    methods = ("diffusion_generate", "_sample")
+    return not isinstance(target, type) and all(
+        callable(getattr(target, name, None)) for name in methods
+    )
+
+
+def install(
+    target: Any,
+    *,
+    generator: Any = None,
+    noise: Callable[[int], StepNoise] | None = None,
+    hidden_states: bool = True,
+    backend: str = "auto",
+) -> Handle:
+    """Replace `_sample` of the model `target`.
+
+    Args:
+        target: the model.
+        generator: the torch.Generator that seeds are drawn from; by default torch's own.
+        noise: called with the number of the step, returns the noise to use instead.
+        hidden_states: whether the head may be left out of the forward pass.
+        backend: as in `maskgit.decode_step`.
+    """
+    check_name(backend)
+    check_attributes(target, ("diffusion_generate", "_sample", "config"), "Dream")
+    original = inspect.unwrap(getattr(target._sample, "__func__", target._sample))
+    report = Report("dream", _CODEBASE, _version(original))
+    loop: Callable[..., Any] = partial(
+        sample,
+        generator=generator,
+        noise=noise,
+        hidden_states=hidden_states,
+        backend=backend,
+        output_class=original.__globals__["DreamModelOutput"],
+        note=report.note,
+    )
+
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return loop(model, *args, **kwargs)
+
+    call.__doc__ = sample.__doc__
+    handle = Handle(target, report)
+    handle.replace_method("_sample", call)
+    report.note("random numbers: one seed per sequence and call, drawn from torch's generator")
+    report.note("known tokens stay known in rows of different lengths")
+    return handle
+
+
+def _version(function: Any) -> str:
+    """Which `_sample` this is; AdapterError if none that is known."""
+    arguments = ", ".join(inspect.signature(function).parameters)
+    if arguments not in _VERSIONS:
+        raise AdapterError(
+            f"target: an unknown version of _sample; expected parameters ({_ARGUMENTS}), "
+            f"got ({arguments})"
+        )
+    names = set(function.__code__.co_varnames) if inspect.isfunction(function) else {"no code"}
+    unknown = names - set(_VARIABLES.split()) - set(arguments.split(", "))
+    if unknown or "DreamModelOutput" not in function.__globals__:
+        what = ", ".join(sorted(unknown)) or "no DreamModelOutput beside it"
+        raise AdapterError(
+            f"target: an unknown version of _sample; expected Dream's, got one with {what}"
+        )
+    return _VERSIONS[arguments]
+
+
+def sample(
+    model: Any,
+    input_ids: Any,
+    attention_mask: Any,
+    generation_config: Any,
+    generation_tokens_hook_func: Callable[..., Any] | None = None,
+    generation_logits_hook_func: Callable[..., Any] | None = None,
+    threshold: float | None = None,
+    *,
+    seeds: Any = None,
+    generator: Any = None,
+    noise: Callable[[int], StepNoise] | None = None,
+    hidden_states: bool = True,
+    backend: str = "auto",
+    output_class: Any = None,
+    note: Callable[[str], None] = lambda sentence: None,
+) -> Any:
+    """Dream's loop: (B, max_length) tokens, or their output class around them.
+
+    Args:
+        model: called as model(tokens, attention_mask, positions), gives `.logits` (B, N, V).
+        input_ids: (B, L) integers, padded with masks to `generation_config.max_length`.
+        attention_mask: (B, L), 0 at padding, or None.
+        generation_config: has max_length, mask_token_id, steps, eps, alg, alg_temp, temperature,
+            top_p, top_k, output_history and return_dict_in_generate.
+        generation_tokens_hook_func, generation_logits_hook_func: called after each step with (step,
+            tokens, logits) and before it with (step, tokens, shifted logits); None is no hook.
+        threshold: of an algorithm that is not supported; unused.
+        seeds: (B,) 64-bit integers; by default drawn from `generator`, or torch's own.
+        generator, noise, hidden_states, backend: see `install`.
+        output_class: called with sequences= and history= where the configuration wants more than
+            the tokens.
+        note: called with sentences on what was done.
+
+    Raises:
+        ValueError: an algorithm that is not known; and as `decode_step`.
+    """
+    import torch
+
+    rule = _rule_of(generation_config)
+    flags = ("return_dict_in_generate", "return_dict")  # the latter in ZHZisZZ/dllm's copy
+    wants_class = any(getattr(generation_config, name, False) for name in flags)
+    if wants_class and output_class is None:
+        raise ValueError("output_class: expected a class with return_dict_in_generate, got None")
+    hooks = _Hooks(generation_tokens_hook_func, generation_logits_hook_func)
+    head = _plain_head(model, input_ids.device) if hidden_states and not hooks.any else None
+    note("works on logits" if head is None else _HIDDEN_NOTE)
+    steps, mask_id = int(generation_config.steps), int(generation_config.mask_token_id)
+    if seeds is None and rule.needs_seeds:
+        seeds = _draw_seeds(input_ids, generator)
+    histories: list[Any] | None = [] if wants_class and generation_config.output_history else None
+    with torch.no_grad():
+        x, masks, places = _padded(input_ids, attention_mask, generation_config.max_length, mask_id)
+        x = hooks.tokens(None, x, None)
+        for i in range(steps):
+            numbers = {"mask_token_id": mask_id, "step": i, "num_steps": steps, "backend": backend}
+            if hooks.any or not _commits_nothing(rule, x, numbers):
+                numbers |= {"seeds": seeds, "noise": noise(i) if noise is not None else None}
+                numbers |= {"positions": places}
+                x = _step(model, x, masks, places, head, hooks, rule, numbers)
+            if histories is not None:
+                histories.append(x.clone())
+    if wants_class:
+        return output_class(sequences=x, history=histories)
+    return x
+
+
+@dataclass(frozen=True)
+class _Hooks:
+    """The caller's functions, `diffusion_generate`'s defaults told apart from them."""
+
+    on_tokens: Callable[..., Any] | None
+    on_logits: Callable[..., Any] | None
+
+    @property
+    def any(self) -> bool:
+        """Whether the caller gave one."""
+        return not all(_is_default(hook) for hook in (self.on_tokens, self.on_logits))
+
+    def tokens(self, step: int | None, x: Any, logits: Any) -> Any:
+        """What the hook on tokens makes of them."""
+        return x if self.on_tokens is None else self.on_tokens(step, x, logits)
+
+    def logits(self, step: int, x: Any, logits: Any) -> Any:
+        """What the hook on logits makes of them."""
+        return logits if self.on_logits is None else self.on_logits(step, x, logits)
+
+
+def _is_default(hook: Any) -> bool:
+    name = getattr(hook, "__qualname__", "")
+    return hook is None or name.endswith("diffusion_generate.<locals>.<lambda>")
+
+
+def _rule_of(config: Any) -> StepRule:
+    """The rule that a generation configuration asks for."""
+    if config.alg not in _SCORES:
+        raise ValueError(f"alg: expected one of {', '.join(_SCORES)}, got {config.alg!r}")
+    top_p = None if config.top_p is None or config.top_p >= 1 else float(config.top_p)
+    top_k = None if config.top_k is None else int(config.top_k)
+    return _rule(
+        config.alg,
+        float(config.temperature),
+        top_p,
+        top_k,
+        float(config.alg_temp or 0.0),
+        float(config.eps),
+    )
+
+
+@lru_cache(maxsize=256)
+def _rule(
+    alg: str, temperature: float, top_p: float | None, top_k: int | None, alg_temp: float, eps: float
+) -> StepRule:  # fmt: skip
+    is_origin = alg == "origin"
+    names = {"temperature": 1, "top_p": top_p, "top_k": top_k}
+    return replace(
+        StepRule.preset(_SCORES[alg]),
+        sample_temperature=temperature,
+        filters=tuple(name for name, value in names.items() if value is not None),  # type: ignore[misc]
+        top_p=top_p,
+        top_k=top_k,
+        choice_temperature=0.0 if is_origin else alg_temp,
+        time_eps=eps,
+        last_step="all" if is_origin else "schedule",
+    )
+
+
+def _plain_head(model: Any, device: Any) -> Any:
+    """The model's last layer where leaving it out of the forward pass changes nothing else."""
+    import torch
+
+    head = linear_head(model)
+    is_plain = type(head) is torch.nn.Linear and not torch.is_autocast_enabled(device.type)
+    hooked = is_plain and (
+        head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+    )
+    return head if is_plain and not hooked else None
+
+
+def _padded(ids: Any, attention_mask: Any, max_length: int, mask_id: int) -> tuple[Any, Any, Any]:
+    """Tokens, attention mask and positions of the whole sequence, as the model takes them."""
+    import torch
+
+    extra = (0, int(max_length) - int(ids.shape[1]))
+    x = torch.nn.functional.pad(ids, extra, value=mask_id)
+    if attention_mask is None or bool((attention_mask != 0).all()):
+        return x, "full", None
+    real = torch.nn.functional.pad(attention_mask != 0, extra, value=True)
+    places = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
+    return x, real[:, None, None, :] & real[:, None, :, None], places
+
+
+def _commits_nothing(rule: StepRule, x: Any, numbers: dict[str, Any]) -> bool:
+    """Whether the count of this step is 0, so that the model need not be asked."""
+    if rule.count != "fraction":
+        return False
+    by_count = replace(rule, score="given", choice_temperature=0.0)
+    other = x.new_full(x.shape, int(numbers["mask_token_id"] == 0))
+    result = commit_tokens(other, other.float(), x, rule=by_count, **numbers)
+    return bool((result.next_tokens == x).all())
+
+
+def _step(
+    model: Any, x: Any, masks: Any, places: Any, head: Any, hooks: _Hooks, rule: StepRule,
+    numbers: dict[str, Any],
+) -> Any:  # fmt: skip
+    """The tokens after one step: row i is decoded from what the model says at i - 1."""
+    with without_head(head):
+        out = model(x, masks, places).logits
+    if head is not None and out.shape[-1] != head.weight.shape[1]:
+        raise AdapterError("target: expected the head to be the model's last layer")
+    if head is not None and out.dtype != head.weight.dtype:  # the model converts its logits
+        out, head = head(out.to(head.weight.dtype)).to(out.dtype), None
+    out = _shifted(out)
+    if head is not None:
+        bias = None if head.bias is None else head.bias.detach()
+        weight = head.weight.detach()
+        return decode_step_from_hidden(
+            out, weight, x, rule=rule, head_bias=bias, **numbers
+        ).next_tokens
+    logits = hooks.logits(numbers["step"], x, out)
+    x = decode_step(logits, x, rule=rule, **numbers).next_tokens
+    return hooks.tokens(numbers["step"], x, logits)
+
+
+def _shifted(out: Any) -> Any:
+    """Each row moved to the next position, the first one kept too."""
+    import torch
+
+    return torch.cat([out[:, :1], out[:, :-1]], dim=1)
+
+
+def _draw_seeds(ids: Any, generator: Any) -> Any:
+    """(B,) 64-bit seeds from the generator, on the device of the tokens."""
+    import torch
+
+    device = generator.device if generator is not None else ids.device
+    shape = (ids.shape[0],)
+    seeds = torch.randint(-(2**63), 2**63 - 1, shape, generator=generator, device=device)
+    return seeds.to(ids.device)

@@ -1,0 +1,274 @@
+"""kuleshov-group/mdlm at c112c526: `_ddpm_update` and `_ddpm_caching_update` of a `Diffusion` object.
+
+    model = Diffusion.load_from_checkpoint(path, tokenizer=tokenizer, config=config)
+
+    with maskgit.adapters.fast_sampler(model) as handle:
+        tokens = model.restore_model_and_sample(num_steps=1000)
+    print(handle.report)
+
+Replaced: the two updates, which are one step of `_sample` and `sample_subs_guidance`.  Whether a
+masked position changes at a step does not depend on the model: it does so with probability 1 - s/t.
+So the positions come first.  Where none changes, the model is not run at all; otherwise its last
+linear layer is applied to the positions that change (of other backbones than DIT, all logits are
+made and those rows used), and tokens are drawn for them alone.  An accelerator is waited for once in
+a step, as upstream's comparison of x before and after does.  What stays: the loops, `forward`, the
+schedule, and the greedy fill at the end, which makes all logits.
+
+What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from
+torch's generator: the same law, without the tail of the Gumbel variates that upstream's 1e-10 cuts
+off, and other tokens.  Both halves of a position's draw are independent there too.  The cached
+probabilities that `_ddpm_caching_update` returns first are None; given ones are used.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ..kernels.common.selection import check_name
+from ..kernels.decode_step import StepNoise, StepRule, sample_tokens
+from ..kernels.decode_step.api import seeds_like
+from .common import AdapterError, Handle, Report, check_attributes, check_signature
+
+_CODEBASE = "kuleshov-group/mdlm@c112c526d193436838c98d81455ee51f90309470 diffusion.py"
+_NEEDED = (
+    "_subs_parameterization", "_ddpm_update", "_ddpm_caching_update", "forward", "noise", "backbone",
+    "mask_index", "parameterization", "config",
+)  # fmt: skip
+
+
+def matches(target: Any) -> bool:
+    """Whether the target is a `Diffusion` object of mdlm, and not of a codebase grown from it."""
+    import inspect
+
+    update = getattr(target, "_ddpm_caching_update", None)
+    if isinstance(target, type) or not callable(update) or hasattr(target, "block_size"):
+        return False
+    known = all(hasattr(target, name) for name in _NEEDED)
+    return known and list(inspect.signature(update).parameters) == ["x", "t", "dt", "p_x0"]
+
+
+def install(target: Any, *, generator: Any = None, backend: str = "auto") -> Handle:
+    """Replace the two updates of one `Diffusion` object.
+
+    Args:
+        target: the object.
+        generator: the torch.Generator that seeds are drawn from; by default torch's own.
+        backend: as in `maskgit.decode_step`.
+
+    Raises:
+        AdapterError: an unknown version, or another parameterization than SUBS.
+    """
+    check_name(backend)
+    check_diffusion(target, "x, t, dt, p_x0")
+    report = Report("mdlm", _CODEBASE, f"{type(target).__name__} with {parameters_of(target)}")
+    note_head(report, target)
+    report.note("positions first: the model is not run where nothing changes")
+    report.note("the fill after the last step is upstream's and makes all logits")
+    handle = Handle(target, report)
+    options: dict[str, Any] = {"generator": generator, "backend": backend}
+    handle.replace_method("_ddpm_update", partial(ddpm_update, **options))
+    handle.replace_method("_ddpm_caching_update", partial(ddpm_caching_update, **options))
+    return handle
+
+
+def ddpm_caching_update(
+    model: Any,
+    x: Any,
+    t: Any,
+    dt: Any,
+    p_x0: Any = None,
+    *,
+    seeds: Any = None,
+    generator: Any = None,
+    noise: StepNoise | None = None,
+    step: int = 0,
+    backend: str = "auto",
+) -> tuple[None, Any]:
+    """(None, x after the step from time t to t - dt) under the log-linear schedule.
+
+    Args:
+        model: a `Diffusion` object.
+        x: (B, N) integers.
+        t: (B,) or (B, 1), the time before the step; dt: the step.
+        p_x0: (B, N, V) probabilities in place of the model's.
+        seeds: (B,) 64-bit integers; by default drawn from `generator`, or torch's own.
+        generator, backend: see `install`.
+        noise: `StepNoise(token_gumbel, choice_gumbel)` in place of the seeds: the token's, with a
+            column for the mask token that is not used, and the position's, (B, N); it changes
+            where the latter is below -log(-log(1 - s/t)).
+        step: the step whose random numbers are used.
+    """
+    if model.config.noise.type != "loglinear":
+        raise ValueError(f"noise.type: expected loglinear, got {model.config.noise.type!r}")
+    sigma, _ = model.noise(t)
+    t = t.squeeze(-1) if t.ndim > 1 else t
+    options: dict[str, Any] = {"seeds": seeds, "generator": generator, "noise": noise, "step": step}
+    return None, update(model, x, sigma, fall(t, t - dt), p_x0, backend=backend, **options)[0]
+
+
+def ddpm_update(
+    model: Any,
+    x: Any,
+    t: Any,
+    dt: Any,
+    *,
+    seeds: Any = None,
+    generator: Any = None,
+    noise: StepNoise | None = None,
+    step: int = 0,
+    backend: str = "auto",
+) -> Any:
+    """x after the step from time t to t - dt under any schedule; see `ddpm_caching_update`."""
+    sigma_t, sigma_s = (s.squeeze(-1) if s.ndim > 1 else s for s in _sigmas(model, t, dt))
+    before, after = 1 - (-sigma_t).exp(), 1 - (-sigma_s).exp()
+    options: dict[str, Any] = {"seeds": seeds, "generator": generator, "noise": noise, "step": step}
+    return update(model, x, sigma_t, fall(before, after), backend=backend, **options)[0]
+
+
+def check_diffusion(target: Any, caching_update: str) -> None:
+    """AdapterError unless the target is a `Diffusion` object with this `_ddpm_caching_update`."""
+    check_attributes(target, _NEEDED, "Diffusion")
+    check_signature(target._ddpm_caching_update, caching_update, "_ddpm_caching_update")
+    check_signature(target._ddpm_update, "x, t, dt", "_ddpm_update")
+    check_signature(target._subs_parameterization, "logits, xt", "_subs_parameterization")
+    check_signature(target.forward, "x, sigma", "Diffusion.forward")
+    if target.parameterization != "subs":
+        raise AdapterError(
+            f"target: expected parameterization 'subs', got {target.parameterization!r}"
+        )
+
+
+def parameters_of(target: Any) -> str:
+    """What of the configuration matters here, in words."""
+    return f"backbone {type(target.backbone).__name__}, mask token {target.mask_index}"
+
+
+def note_head(report: Report, target: Any) -> None:
+    """Say whether the head is applied to the positions that change alone."""
+    if head_of(target) is None:
+        report.note("works on logits: the backbone's last layer is not known, so all are made")
+    else:
+        report.note("works on hidden states: the head sees the positions that change")
+
+
+def head_of(model: Any) -> Any:
+    """The last linear layer of a DIT backbone, whose output is the logits; None of others."""
+    if type(model.backbone).__name__ != "DIT":
+        return None
+    head: Any = getattr(getattr(model.backbone, "output_layer", None), "linear", None)
+    if type(head).__name__ != "Linear" or "forward" in vars(head):
+        return None
+    return None if head._forward_hooks or head._forward_pre_hooks else head
+
+
+def logit_rows(model: Any, x: Any, sigma: Any, wanted: Any) -> Any:
+    """(R, V): the logits of the wanted rows of (B, N), in row-major order, without SUBS."""
+    head, saved = head_of(model), vars(model).get("_subs_parameterization")
+    object.__setattr__(model, "_subs_parameterization", lambda logits, xt: logits)
+    if head is not None:
+        linear = head.forward
+        object.__setattr__(head, "forward", lambda hidden: linear(hidden[wanted]))
+    try:
+        out = model.forward(x, sigma)
+    finally:
+        if head is not None:
+            object.__delattr__(head, "forward")
+        if saved is None:
+            object.__delattr__(model, "_subs_parameterization")
+        else:
+            object.__setattr__(model, "_subs_parameterization", saved)
+    return (out if out.ndim == 2 else out[wanted]).detach()
+
+
+def choice_gumbel(seeds: Any, shape: Any, step: int, device: Any) -> Any:
+    """(B, N) standard Gumbel variates of positions: those of `decode_step` with these seeds."""
+    import torch
+
+    from ..kernels.common.philox import STREAM_CHOICE
+    from ..kernels.common.philox_torch import gumbel
+    from ..kernels.decode_step.run import _key_words
+
+    place = torch.arange(shape[1], device=device).expand(shape)
+    return gumbel(_key_words(seeds, shape[0]), place, step, STREAM_CHOICE, 1)[..., 0]
+
+
+def draw_seeds(batch: int, generator: Any, device: Any) -> Any:
+    """(B,) 64-bit integers from a torch generator, or from torch's own."""
+    import torch
+
+    where = device if generator is None else generator.device
+    top = 2**63 - 1
+    return torch.randint(-top, top, (batch,), generator=generator, device=where).to(device)
+
+
+def happens(chance: Any, gumbels: Any) -> Any:
+    """Bool: events of these chances, float64, decided by standard Gumbel variates."""
+    bound = -(-chance.clamp(0, 1).log()).log()
+    return gumbels < bound.to(gumbels.device)
+
+
+def draw_rows(
+    rows: Any, wanted: Any, rule: StepRule, seeds: Any, noise: Any, step: int, backend: str
+) -> tuple[Any, Any]:
+    """(tokens, scores), each (R,), for rows (R, V) of logits at the wanted positions of (B, N)."""
+    if noise is None:
+        sequence, place = wanted.nonzero(as_tuple=True)
+        given = {"seeds": seeds[sequence], "positions": place}
+    else:
+        given = {"noise": StepNoise(noise.token_gumbel[wanted].float())}
+    out = sample_tokens(rows, rule=rule, step=step, backend=backend, **given)
+    return out.candidate_tokens, out.confidence
+
+
+def update(
+    model: Any,
+    x: Any,
+    sigma: Any,
+    commit: Any,
+    p_x0: Any = None,
+    *,
+    remask: Any = None,
+    rule: StepRule | None = None,
+    seeds: Any = None,
+    generator: Any = None,
+    noise: StepNoise | None = None,
+    step: int = 0,
+    backend: str = "auto",
+) -> tuple[Any, Any, Any]:
+    """One step by chances: what it makes of x, which positions it filled in, and their scores (R,).
+
+    Args:
+        commit: chances of masked positions to be filled in, float64, broadcast against (B, N).
+        remask: chances of known ones to be masked again.
+        rule: how tokens are drawn and scored; at temperature 1 by default.
+        the rest: see `ddpm_caching_update`.
+    """
+    if noise is None:
+        seeds = draw_seeds(len(x), generator, x.device) if seeds is None else seeds_like(seeds, x)
+        gumbels = choice_gumbel(seeds, x.shape, step, x.device)
+    else:
+        gumbels = noise.choice_gumbel
+    masked = x == model.mask_index
+    filled = masked & happens(commit, gumbels)
+    after = x.clone()
+    if remask is not None:
+        after[~masked & happens(remask, gumbels)] = model.mask_index
+    if not bool(filled.any()):
+        return after, filled, after.new_zeros(0, dtype=commit.dtype)
+    rows = logit_rows(model, x, sigma, filled) if p_x0 is None else p_x0[filled].log()
+    if rule is None:
+        rule = StepRule(banned_ids=(int(model.mask_index),), score="logit")
+    tokens, scores = draw_rows(rows, filled, rule, seeds, noise, step, backend)
+    after[filled] = tokens.to(x.dtype)
+    return after, filled, scores
+
+
+def fall(before: Any, after: Any) -> Any:
+    """(B, 1) chances to be filled in as those to be masked go down, float64."""
+    step, after = (before - after).double(), after.double().clamp(min=0)
+    return (step / (step + after))[:, None]
+
+
+def _sigmas(model: Any, t: Any, dt: Any) -> tuple[Any, Any]:
+    return model.noise(t)[0], model.noise(t - dt)[0]

@@ -1,0 +1,22 @@
+"""viiika/Meissonic: `Scheduler.step`, a copy of aMUSEd's.
+
+python tests/golden/record/meissonic.py --source <checkout>
+"""
+
+from amused import record, scheduler_module
+from common import source_argument
+
+
+def main():
+    source = source_argument()
+    code = scheduler_module(source / "src/scheduler.py")
+    for name, known, temperature, rule in (
+        ("meissonic", (0, 0), (2, 0), "amused"),
+        ("meissonic-known", (3, 12, 15), (1, 0), {"preset": "amused", "choice_temperature": 1.0}),
+    ):
+        record(code, code.Scheduler, source, name, rule, codebase="viiika/Meissonic", known=known,
+               function="Scheduler.step", temperature=temperature, seed=len(name), steps=8)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

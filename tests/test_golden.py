@@ -1,0 +1,115 @@
+"""Replays what other codebases' own sampling code did, step by step, on every backend.
+
+tests/golden/*.npz were recorded by tests/golden/record/ with the codebases' own functions, a stub
+model and recorded noise; record/common.py describes the format, rules.json says which rule each follows.
+"""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BACKENDS
+from helpers import native
+
+import maskgit
+from maskgit import StepNoise, StepRule
+
+FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+RULES = json.loads((Path(__file__).parent / "golden" / "rules.json").read_text())
+
+
+def rule_of(name):
+    """The rule that a golden file is replayed with: a preset, or a preset and the fields that differ."""
+    given = RULES[name]
+    if isinstance(given, str):
+        return StepRule.preset(given)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    start = StepRule.preset(fields.pop("preset")) if "preset" in fields else StepRule()
+    return dataclasses.replace(start, **fields)
+
+
+@contextlib.contextmanager
+def as_single_operations(backend, compiled):
+    """jax compiles a program for every step of every rule: only `make test-all` has that time."""
+    if backend != "jax" or compiled:
+        yield
+        return
+    import jax
+
+    with jax.disable_jit():
+        yield
+
+
+def replay(golden, meta, rule, s, backend):
+    """(next_tokens, candidate_tokens) of step s."""
+    kind = {"torch": "torch", "jax": "jax"}.get(backend, "numpy")
+    dtype = meta["dtype"]
+    if kind == "numpy" and dtype == "bfloat16":
+        kind = "torch"
+
+    def array(name, to=None):
+        return native(golden[name][s], kind, to) if name in golden else None
+
+    names = ("token_gumbel", "choice_gumbel")
+    out = maskgit.decode_step(
+        array("logits", dtype),
+        array("tokens", "int32"),
+        rule=rule,
+        mask_token_id=meta["mask_token_id"],
+        step=int(golden["step"][s]),
+        num_steps=int(golden["num_steps"][s]),
+        num_masked_at_start=array("num_masked_at_start"),
+        noise=StepNoise(*(array(name, "float32") for name in names)),
+        uncond_logits=array("uncond_logits", dtype),
+        guidance_scale=meta["guidance_scale"],
+        eligible=array("eligible"),
+        scores=array("scores", "float32") if rule.score == "given" else None,
+        num_commit=array("num_commit") if rule.count == "given" else None,
+        backend=backend,
+    )
+    return np.asarray(out.next_tokens), np.asarray(out.candidate_tokens)
+
+
+def meta_of(path):
+    with np.load(path, allow_pickle=False) as file:
+        return json.loads(str(file["meta"]))
+
+
+def first_of_each_function():
+    """One recording of each function of each codebase."""
+    found = {}
+    for path in FILES:
+        meta = meta_of(path)
+        found.setdefault((meta["codebase"], meta["function"]), path.stem)
+    return set(found.values())
+
+
+CASES = [
+    pytest.param(
+        path,
+        backend,
+        id=f"{backend}-{path.stem}",
+        marks=[pytest.mark.slow] if backend == "jax" and path.stem not in QUICK else [],
+    )
+    for QUICK in [first_of_each_function()]
+    for path in FILES
+    for backend in BACKENDS
+]
+
+
+@pytest.mark.parametrize(("path", "backend"), CASES)
+def test_tokens_are_those_of_the_codebase_itself(path, backend, request):
+    with np.load(path, allow_pickle=False) as file:
+        golden = {name: file[name] for name in file.files}
+    meta = json.loads(str(golden["meta"]))
+    for s in range(len(golden["step"])):
+        with as_single_operations(backend, request.config.getoption("--all")):
+            next_tokens, candidates = replay(golden, meta, rule_of(path.stem), s, backend)
+        np.testing.assert_array_equal(next_tokens, golden["expected"][s], f"after step {s}")
+        if "candidates" in golden:
+            np.testing.assert_array_equal(candidates, golden["candidates"][s], f"in step {s}")
