@@ -99,6 +99,7 @@ PYBIND11_MODULE(_C, m) {
   MASKGIT_NUMBER(commit_below);
   MASKGIT_NUMBER(threshold);
   MASKGIT_NUMBER(factor);
+  MASKGIT_NUMBER(factor_tail);
   MASKGIT_NUMBER(num_threads);
 #undef MASKGIT_NUMBER
   c.def_property(

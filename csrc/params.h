@@ -59,7 +59,7 @@ struct StepParams {
   float commit_fraction = 0.f;
   double commit_below = 0.0, remask_below = 0.0, threshold = 0.0, factor = 0.0;
   double low_threshold = 0.0, threshold_slack = 0.0, edit_threshold = 0.0;
-  int threshold_strict = 0, has_slack = 0, min_is_quota = 0;
+  int factor_tail = 1, threshold_strict = 0, has_slack = 0, min_is_quota = 0;
 
   int64_t* next_tokens = nullptr;  // (B, N); null in sample_tokens
   int64_t* candidates = nullptr;   // (B, N)

@@ -86,7 +86,7 @@ int64_t num_confident(const StepParams& p, const std::vector<double>& falling) {
   }
   i = 1;  // the first always passes
   while (i < n && falling[i] >= rounded(1 - p.factor / double(i + 2))) ++i;
-  return n <= 2 || i == n - 1 ? n : i;  // as in Fast-dLLM, a failure at the last index still commits it
+  return p.factor_tail && (n <= 2 || i == n - 1) ? n : i;  // as in Fast-dLLM, a failure at the last index still commits it
 }
 
 struct Ranked {

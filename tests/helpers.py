@@ -27,6 +27,18 @@ BACKENDS = [
     n for n, why in maskgit.available_backends().items() if why is None and n != "reference"
 ]
 DTYPES = ("float32", "bfloat16", "float16")
+# Presets that need nothing from the caller and leave known tokens alone; and the first of them, which
+# between them use every mechanism, for the tests that multiply.
+FREE = [
+    name
+    for name in StepRule.presets()
+    for rule in [StepRule.preset(name)]
+    if "given" not in (rule.score, rule.count) and not rule.touches_known
+]
+CORE = [
+    "maskgit", "amused", "open-muse", "titok", "llada", "llada-fp64", "threshold", "factor", "random",
+    "dream-maskgit-plus", "dream-margin", "dream-entropy", "dream-origin",
+]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------
 # helpers
@@ -299,7 +311,7 @@ def _audit_row(
         if token != wanted and not gap <= allowed:
             complaints.append(f"candidate {token}, not {wanted}: key gap {gap:.3g} > {allowed:.3g}")
             continue
-        base = filtered if plan.rule.score_filtered else row
+        base = _scored_tokens(filtered if plan.rule.score_filtered else row, plan.rule)
         share = _confidence_share(base, token, variant, case.dtype, confidence, extra, error, eps)
         if not share <= 1:
             complaints.append(f"confidence {confidence!r} is {share:.3g} tolerances off")
@@ -331,6 +343,13 @@ def _reference_row(
         close = np.isfinite(row) & np.isfinite(sizes) & (row > row.max() - 60)
         error = 2 * eps * float(sizes[close].max(initial=0.0))
     return row, error
+
+
+def _scored_tokens(row: np.ndarray, rule: StepRule) -> np.ndarray:
+    """The row without what is outside the score's softmax."""
+    start = rule.vocab_slice[0] if rule.vocab_slice else 0
+    out = np.isin(np.arange(row.size) + start, rule.score_banned_ids)
+    return np.where(out, -np.inf, row)
 
 
 def _nearby(plan: Any, eps: float) -> list[Any]:

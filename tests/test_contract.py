@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from helpers import (
     BACKENDS,
+    CORE,
     DTYPES,
+    FREE,
     Case,
     check,
     compare,
@@ -40,6 +42,25 @@ FIELDS = {
         f"count-{c}": {"count": c}
         for c in ("masked", "quota", "fraction", "bernoulli", "threshold", "factor")
     },
+    "count-lower-clamp": {"clamps": ("keep_one",), "count_ratio": "linspace_ends", "count_base": "positions"},
+    "count-clamps-reversed": {"clamps": ("keep_one", "commit_one"), "schedule": "sine"},
+    "count-sum": {"count_rows": "sum", "cut": "strict", "count_ratio": "linspace"},
+    "fraction-mean": {"count": "fraction", "count_rows": "mean"},
+    "threshold-strict": {"count": "threshold", "threshold": 0.3, "threshold_strict": True, "score": "prob", "score_dtype": "logits"},
+    "threshold-slack": {"count": "threshold", "threshold": 0.99, "threshold_slack": 0.2, "score": "prob"},
+    "threshold-quota": {"count": "threshold", "threshold": 0.9, "min_commit": "quota", "score": "prob", "count_base": "positions"},
+    "entropy-bound": {"count": "entropy_bound", "threshold": 6.0, "score": "neg_entropy"},
+    "runs": {"count": "runs", "threshold": 0.7, "low_threshold": 0.2, "score": "prob"},
+    "factor-fixed": {"count": "factor", "factor": 1.5, "score": "prob", "factor_tail": False},
+    "bernoulli-grids": {"count": "bernoulli", "score": "random", "time_grid": "cosine", "time_clip": 0.01},
+    "bernoulli-ancestral": {"count": "bernoulli", "score": "random", "time_grid": "ancestral"},
+    "anneal-before": {"sample_anneal": "before", "sample_temperature_end": 0.3, "choice_anneal": "before", "choice_temperature": 1.0},
+    "greedy-last": {"greedy_last": True, "sample_temperature": 0.8, "score_temperature": None},
+    "draw-until": {"draw_until": 0.5, "filters": ("top_p",), "top_p": 0.6, "score_filtered": True, "score_temperature": None, "sample_temperature": 0.7},
+    "top-p-below": {"filters": ("top_p",), "top_p": 0.7, "top_p_keep": "below", "score_filtered": True},
+    "score-bans": {"score": "prob", "score_banned_ids": (0, 1, 2, 3, 50, 9999)},
+    "score-bans-filtered": {"score": "log_prob", "score_banned_ids": (5,), "filters": ("top_k",), "top_k": 20, "score_filtered": True},
+    "guidance-rounded": {"guidance_dtype": "logits", "sample_temperature": 0.0, "score": "prob"},
     "count-first": {"count_rows": "first", "cut": "inclusive"},
     "count-positions": {"count_base": "positions", "count_rounding": "round"},
     "count-ceil64": {"count_rounding": "ceil", "count_dtype": "float64", "schedule": "pow1.5"},
@@ -93,10 +114,11 @@ FIELDS = {
 
 @pytest.mark.parametrize("noise", ["seeds", "injected"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("preset", StepRule.presets())
+@pytest.mark.parametrize("preset", FREE)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_preset(request: Any, backend: str, preset: str, dtype: str, noise: str) -> None:
-    if backend == "jax" and dtype != "float32" and not request.config.getoption("--all"):
+    is_usual = dtype == "float32" and preset in CORE
+    if backend == "jax" and not is_usual and not request.config.getoption("--all"):
         pytest.skip("slow: run with --all (make test-all)")
     rule = StepRule.preset(preset)
     for step in (0, 3, 7):
@@ -154,7 +176,7 @@ def test_every_vocabulary_size(backend: str, name: str, vocab: int) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 1), (1, 257), (5, 2), (2, 3)])
 @pytest.mark.parametrize("masked", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("preset", StepRule.presets())
+@pytest.mark.parametrize("preset", CORE)
 @pytest.mark.parametrize("backend", SLOW_ON_JAX)
 def test_every_shape(backend: str, preset: str, masked: float, shape: tuple[int, int]) -> None:
     batch, length = shape
@@ -191,13 +213,11 @@ def spoil(case: Case, seed: int) -> Case:
 
 
 @pytest.mark.parametrize("noise", ["seeds", "injected"])
-@pytest.mark.parametrize("name", [*StepRule.presets(), "score-margin-logits", "score-neg_entropy-float32",
+@pytest.mark.parametrize("name", [*CORE, "score-margin-logits", "score-neg_entropy-float32",
                                   "score-cold", "all-filters", "typical", "top-p", "greedy-probs-32"])  # fmt: skip
 @pytest.mark.parametrize("backend", SLOW_ON_JAX)
 def test_bad_entries(backend: str, name: str, noise: str) -> None:
-    rule = (
-        StepRule.preset(name) if name in StepRule.presets() else StepRule(name=name, **FIELDS[name])
-    )
+    rule = StepRule.preset(name) if name in CORE else StepRule(name=name, **FIELDS[name])
     for dtype, guidance in itertools.product(DTYPES, (None, 1.5)):
         case = make_case(rule, dtype=dtype, noise=noise, length=40, vocab=150, guidance=guidance)
         check(spoil(case, 5), backend)
@@ -217,7 +237,7 @@ def test_ties_of_tokens_and_positions(backend: str, cut: str, count: str) -> Non
         assert not report.token_ties
 
 
-@pytest.mark.parametrize("preset", StepRule.presets())
+@pytest.mark.parametrize("preset", CORE)
 @pytest.mark.parametrize("backend", SLOW_ON_JAX)
 def test_uneven_rows_and_eligibility(backend: str, preset: str) -> None:
     rng = np.random.default_rng(1)
@@ -275,7 +295,7 @@ def test_large_vocabulary(backend: str) -> None:
         )
 
 
-@pytest.mark.parametrize("preset", StepRule.presets())
+@pytest.mark.parametrize("preset", CORE)
 def test_jax_traces(preset: str) -> None:
     jax = pytest.importorskip("jax")
     from maskgit.kernels.decode_step import jax_ref

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers import FREE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +34,7 @@ def problems(draw):
     logits = np.where(rng.random(logits.shape) < share, odd, logits).astype(np.float32)
     known = rng.random((batch, length)) < draw(st.sampled_from([0.0, 0.4, 1.0]))
     tokens = np.where(known, rng.integers(0, vocab, (batch, length)), vocab)
-    rule = draw(st.sampled_from(StepRule.presets()))
+    rule = draw(st.sampled_from(FREE))
     steps = draw(st.integers(1, 6))
     return {
         "logits": logits,

@@ -240,5 +240,5 @@ def _numbers(plan: ResolvedStep, dtype: str) -> Any:
     p.min_is_quota = rule.min_commit == "quota"
     p.commit_all = plan.commit_all
     p.commit_fraction, p.commit_below = plan.commit_fraction, plan.commit_below
-    p.threshold, p.factor = rule.threshold, rule.factor
+    p.threshold, p.factor, p.factor_tail = rule.threshold, rule.factor, rule.factor_tail
     return p

@@ -356,7 +356,8 @@ def _confident(
     first = jnp.where(failing, rank, now).min(-1, keepdims=True, initial=size)
     first = jnp.minimum(first, now)
     # Fast-dLLM's off-by-one: a failure at the last index is committed all the same.
-    return jnp.where((now <= 2) | (first == now - 1), now, first)
+    ends = (now <= 2) | (first == now - 1)
+    return jnp.where(ends, now, first) if rule.factor_tail else first
 
 
 def _best_of_runs(

@@ -145,7 +145,7 @@ def resolve(rule: StepRule, step: int, num_steps: int, size: int) -> ResolvedSte
         commit_fraction=share,
         commit_below=gumbel_below(share),
         remask_chance=chance,
-        commit_all=last and rule.last_step == "all" and rule.revise == "no",
+        commit_all=last and rule.last_step == "all",
         count_rows=rule.count_rows,
         count_base=rule.count_base,
         clamps=rule.clamps,

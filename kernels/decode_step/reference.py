@@ -285,7 +285,8 @@ def confident(ranked: npt.NDArray[Any], plan: ResolvedStep, dtype: str) -> int:
     bounds = np.array([1 - rule.factor / (i + 2) for i in range(size)], kind)
     failing = np.flatnonzero(ranked[1:] < bounds[1:]) + 1  # the first always passes
     first = int(failing[0]) if failing.size else size
-    return size if size <= 2 or first == size - 1 else first  # Fast-dLLM's off-by-one at the end
+    ends = rule.factor_tail and (size <= 2 or first == size - 1)  # Fast-dLLM's off-by-one
+    return size if ends else first
 
 
 def threshold_in(value: float, score_dtype: str, logits_dtype: str, kind: Any) -> Any:

@@ -75,6 +75,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "score_dtype": ("logits", "float32", "float64"),
 }
 _FLAGS = (
+    "factor_tail",
     "threshold_strict",
     "skip_mask_token",
     "greedy_last",
@@ -109,7 +110,7 @@ class StepRule:
         threshold, threshold_strict, threshold_slack, min_commit: confidence >= (or >) the threshold,
             or >= min(threshold, row's maximum - slack); at least one, or at least the quota.
         low_threshold: what the best of a run must exceed ("runs").
-        factor: of count "factor".
+        factor, factor_tail: of count "factor"; a failure at the very last position commits it too.
         time_grid, time_eps, time_clip: the times of "bernoulli" and "fraction".
         remask, remask_eta, remask_on, remask_off, remask_alpha: ReMDM's chance to mask a known token
             again, for count "bernoulli".
@@ -165,6 +166,7 @@ class StepRule:
     min_commit: Literal["one", "quota"] = "one"
     low_threshold: float = 0.0
     factor: float = 1.0
+    factor_tail: bool = True
     time_grid: Literal["linspace", "uniform", "cosine", "ancestral"] = "linspace"
     time_eps: float = 1e-3
     time_clip: float = 0.0

@@ -360,7 +360,8 @@ def _confident(
     first = torch.where(failing, rank, now)
     first = first.amin(-1, keepdim=True) if first.shape[-1] else now
     # Fast-dLLM's off-by-one: a failure at the last index is committed all the same.
-    return torch.where((now <= 2) | (first == now - 1), now, first)
+    ends = (now <= 2) | (first == now - 1)
+    return torch.where(ends, now, first) if rule.factor_tail else first
 
 
 def _best_of_runs(
