@@ -9,6 +9,7 @@ random numbers of its own: its tokens have to be the argmax, or drawn with the r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,8 @@ def _check_ours(
         return Verdict(False, detail, len(tokens), len(differ))
     if mode == "step":
         eligible = (x.tokens == x.mask_token_id).numpy()
-        commit = reference.select(out[2], eligible, eligible.sum(1), None, plan)
+        counts: Any = SimpleNamespace(num_masked_at_start=eligible.sum(1), num_commit=None)
+        commit = reference.select(out[2], eligible, counts, None, plan, "float32")
         if not np.array_equal(np.where(commit, out[1], x.tokens.numpy()), out[0]):
             return Verdict(False, "the committed positions differ", len(tokens), len(differ))
     return Verdict(True, "tokens, confidences equal the reference's", len(tokens), len(differ))

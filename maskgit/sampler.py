@@ -12,6 +12,7 @@ from .kernels.common.selection import check_name
 from .kernels.decode_step import StepNoise, StepResult, StepRule, as_rule, decode_step
 from .kernels.decode_step.checks import check_integer
 from .kernels.decode_step.plan import check_num_steps
+from .kernels.decode_step.spec import Score
 from .kernels.head_sample import decode_step_from_hidden
 
 
@@ -194,7 +195,8 @@ class _Log:
         trajectory.confidence.append(result.confidence)
         noise = options["noise"]
         bare = options | {"noise": None if noise is None else StepNoise(noise.token_gumbel)}
-        for score, column in (("log_prob", "log_probs"), ("neg_entropy", "entropies")):
+        columns: dict[Score, str] = {"log_prob": "log_probs", "neg_entropy": "entropies"}
+        for score, column in columns.items():
             found = decode(output, tokens, rule.scoring(score), **bare).confidence
             drawn = (found - found) == 0  # neither known (+inf) nor without a candidate (-inf)
             sign = -1 if score == "neg_entropy" else 1

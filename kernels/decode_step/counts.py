@@ -95,7 +95,8 @@ def done_ratio(rule: StepRule, step: int, num_steps: int) -> np.floating[Any]:
     """Share of the steps that are done when `step` ends, in the rule's arithmetic."""
     dt: np.dtype[Any] = np.dtype(np.float64 if rule.schedule == "sine" else rule.count_dtype)
     if rule.count_ratio == "step":
-        return np.minimum(dt.type(step + 1) / dt.type(num_steps), dt.type(1))
+        done: np.floating[Any] = np.minimum(dt.type(step + 1) / dt.type(num_steps), dt.type(1))
+        return done
     if rule.count_ratio == "linspace":
         return np.float32(linspace(0.0, 1.0, num_steps + 1)[step + 1])
     return np.float32(linspace(0.0, 1.0, num_steps)[min(step + 1, num_steps - 1)])
@@ -142,15 +143,15 @@ def commit_share(rule: StepRule, step: int, num_steps: int) -> float:
         if last:
             return 1.0
         return (num_steps - 1) / (num_steps * (num_steps - 1 - step))
-    t, s = ((num_steps - i) / num_steps for i in (step, step + 1))
+    before, after = ((num_steps - i) / num_steps for i in (step, step + 1))
     if rule.time_grid == "cosine":
-        t, s = (math.cos(math.pi / 2 * (1 - x)) for x in (t, s))
+        before, after = (math.cos(math.pi / 2 * (1 - x)) for x in (before, after))
     clip = rule.time_clip
 
     def masked(time: float) -> float:
         return (1 - 2 * clip) * float(gamma(1 - time, rule.schedule)) + clip
 
-    return 1.0 - masked(s) / masked(t)
+    return 1.0 - masked(after) / masked(before)
 
 
 def mask_times(rule: StepRule, step: int, num_steps: int) -> tuple[np.float32, np.float32]:

@@ -107,6 +107,14 @@ def _block_refinement(name: str, **changes: object) -> StepRule:
     return StepRule(name=name, **(fields | changes))  # type: ignore[arg-type]
 
 
+_REMDM: dict[str, dict[str, object]] = {
+    "cap": {"remask_eta": 0.04},
+    "rescale": {"remask_eta": 0.04},
+    "forward_backward": {},
+    "conf": {"score": "given"},
+    "loop": {"remask_eta": 0.02, "remask_on": 0.55, "remask_off": 0.05, "remask_alpha": 0.9},
+}
+
 # A filter that depends on V (the best tenth, say) is the codebase's own setting and not in here.
 _RULES = (
     StepRule(
@@ -368,18 +376,7 @@ _RULES = (
             top_p_keep="below",
             **changes,
         )
-        for kind, changes in {
-            "cap": {"remask_eta": 0.04},
-            "rescale": {"remask_eta": 0.04},
-            "forward_backward": {},
-            "conf": {"score": "given"},
-            "loop": {
-                "remask_eta": 0.02,
-                "remask_on": 0.55,
-                "remask_off": 0.05,
-                "remask_alpha": 0.9,
-            },
-        }.items()
+        for kind, changes in _REMDM.items()
     ),
 )
 

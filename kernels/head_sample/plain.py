@@ -48,7 +48,10 @@ def decode_step(
         wanted = wanted & _chosen(x, plan, hidden, backend)
     drawn, score = sample_rows(x, plan, hidden, weight, bias, wanted, backend)
     scores = x.scores if plan.rule.score == "given" else score
-    return run.call("decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend)
+    out: tuple[Any, Any, Any] = run.call(
+        "decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend
+    )
+    return out
 
 
 def chooses_first(plan: ResolvedStep) -> bool:

@@ -20,6 +20,9 @@ ADAPTERS = {
     "mdlm": "a Diffusion object of kuleshov-group/mdlm",
     "remdm": "a Diffusion object of kuleshov-group/remdm",
     "titok": "an ImageBert or UViTBert of bytedance/1d-tokenizer",
+    "maskgit_jax": "the module maskgit.libml.parallel_decode of google-research/maskgit",
+    "maskbit": "the module of markweberdev/maskbit's modeling/modules/sampling.py",
+    "muse": "a MaskGit of lucidrains/muse-maskgit-pytorch",
 }
 _MARK = "_maskgit_handle"
 
@@ -196,7 +199,7 @@ def linear_head(model: Any) -> Any:
         if getattr(config, name, None):
             return None
     find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
+    head: Any = find() if callable(find) else None
     kind = type(head)
     is_plain = kind.__module__ == "torch.nn.modules.linear" and kind.__name__ == "Linear"
     if not is_plain or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:

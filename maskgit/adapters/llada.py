@@ -180,7 +180,7 @@ def generate(
         else "works on hidden states: the head is applied to masked rows of the block alone"
     )
     forward = _Forward(model, x != mask_id, mask_id, attention_mask, float(cfg_scale), head)
-    quiet = ()
+    quiet: tuple[int, ...] = ()
     if confidence_eos_eot_inf:
         quiet = (_EOS, _EOT) if temperature == 0 else (_EOT,)
     banned = (_EOS,) if logits_eos_inf else ()
