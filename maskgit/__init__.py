@@ -5,7 +5,9 @@
 are used where the arrays or the machine bring them.
 """
 
+from . import layouts
 from ._version import __version__
+from .audit import TieReport, audit_ties
 from .kernels.common.selection import available_backends
 from .kernels.decode_step import (
     StepNoise,
@@ -26,15 +28,18 @@ __all__ = [
     "StepNoise",
     "StepResult",
     "StepRule",
+    "TieReport",
     "TokenStats",
     "Trajectory",
     "__version__",
+    "audit_ties",
     "available_backends",
     "commit_tokens",
     "decode_step",
     "decode_step_from_hidden",
     "gamma",
     "generate",
+    "layouts",
     "plan_masked_counts",
     "sample_tokens",
 ]

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maskgit import cli_common as common
+from maskgit.cli_audit import audit
 from maskgit.cli_edit import edit
 from maskgit.cli_train import evaluate, train_app
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.command("edit")(edit)
+app.command("audit")(audit)
 app.command("evaluate")(evaluate)
 
 STRIP_COLUMNS = 12

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,21 @@ CORE = [
     "maskgit", "amused", "open-muse", "titok", "llada", "llada-fp64", "threshold", "factor", "random",
     "dream-maskgit-plus", "dream-margin", "dream-entropy", "dream-origin",
 ]  # fmt: skip
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_rule(name: str) -> StepRule:
+    """The rule that a recorded run is replayed with: a preset, or a preset and the fields that differ."""
+    given = json.loads((GOLDEN / "rules.json").read_text())[name]
+    if isinstance(given, str):
+        return StepRule.preset(given)
+    layout = ("layout", "span", "reduce")  # what is not the rule's: tests/test_layouts.py
+    fields = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k not in layout
+    }
+    return dataclasses.replace(StepRule.preset(fields.pop("preset")), **fields)
+
 
 # ---------------------------------------------------------------------------------------------
 # helpers

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import golden_rule
 
 import maskgit
 from maskgit import StepNoise, adapters
@@ -26,7 +27,6 @@ GOLDEN = {  # what their own `generate` was called with
     "llada-fp64-drawn": {"score_dtype": "float64", "temperature": True},
 }
 BACKENDS = [n for n in ("cpp", "torch", "reference") if maskgit.available_backends()[n] is None]
-RULES = json.loads((Path(__file__).parent / "golden" / "rules.json").read_text())
 
 
 class Recorded:
@@ -56,8 +56,7 @@ def test_tokens_of_their_own_runs(name, backend):
     if "cfg_scale" in options:
         options["cfg_scale"] = meta["guidance_scale"] - 1
     if options.get("temperature") is True:
-        rule = RULES[name]
-        options["temperature"] = rule.get("sample_temperature", 0) if isinstance(rule, dict) else 0
+        options["temperature"] = golden_rule(name).sample_temperature
 
     def noise(s):
         return StepNoise(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import golden_rule
 
 torch = pytest.importorskip("torch")
 
@@ -13,7 +14,6 @@ from maskgit import StepNoise, StepRule, adapters  # noqa: E402
 from maskgit.adapters import AdapterError, mdlm  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
-RULES = json.loads((GOLDEN / "rules.json").read_text())
 V, MASK, N = 17, 16, 12
 
 
@@ -159,7 +159,7 @@ def test_what_the_codebase_itself_did(name):
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
         golden = {k: torch.from_numpy(file[k]) for k in file.files if k != "meta"}
         meta = json.loads(str(file["meta"]))
-    model, eps = Diffusion(), RULES[name]["time_eps"]
+    model, eps = Diffusion(), golden_rule(name).time_eps
     model.mask_index = meta["mask_token_id"]
     for s in range(len(golden["step"])):
         step, steps = int(golden["step"][s]), int(golden["num_steps"][s])

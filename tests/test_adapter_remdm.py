@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import golden_rule
 
 torch = pytest.importorskip("torch")
 
-from test_adapter_mdlm import GOLDEN, MASK, RULES, Diffusion, N, Other, Recorded, V, choice_of_race  # noqa: E402
+from test_adapter_mdlm import GOLDEN, MASK, Diffusion, N, Other, Recorded, V, choice_of_race  # noqa: E402
 
 from maskgit import StepNoise, adapters  # noqa: E402
 from maskgit.adapters import AdapterError, mdlm, remdm  # noqa: E402
@@ -75,7 +76,7 @@ def recorded(name):
 def test_what_the_codebase_itself_did(name):
     golden, meta = recorded(f"remdm-{name}")
     model = Remasking(**meta["remask"])
-    model.mask_index, eps = meta["mask_token_id"], RULES[f"remdm-{name}"]["time_eps"]
+    model.mask_index, eps = meta["mask_token_id"], golden_rule(f"remdm-{name}").time_eps
     dtype, remasked = getattr(torch, meta["dtype"]), 0
     for s in range(len(golden["step"])):
         steps = int(golden["num_steps"][s])

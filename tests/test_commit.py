@@ -145,6 +145,24 @@ def test_two_halves_make_a_step(backend, name):
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_editing_replaces_known_tokens_above_its_threshold(backend):
+    p = problem(2, batch=1, length=6)
+    p["tokens"][0] = [0, 1, 2, 3, MASK, 5]
+    p["eligible"][0] = [True, True, True, False, True, True]
+    p["scores"][0] = [0.9, 0.1, 0.9, 0.9, 0.5, 0.9]
+    p["logits"][0] = 0
+    p["logits"][0, :, 7] = 5
+    p["logits"][0, 5, :] = 0
+    p["logits"][0, 5, 5] = 5
+    rule = StepRule(score="given", count="threshold", edit_threshold=0.5, sample_temperature=0.0)
+    out = step(backend, p, rule, scores=True)
+    np.testing.assert_array_equal(out[0][0], [7, 1, 7, 3, 7, 5])
+    rule = StepRule(score="prob", count="threshold", edit_threshold=0.5, sample_temperature=0.0)
+    out = step(backend, p, rule)
+    np.testing.assert_array_equal(out[0][0], [7, 7, 7, 3, 7, 5])
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_candidates_that_are_missing_stay_masked(backend):
     kind = kind_for(backend, "float32")
     candidates = native(np.array([[3, -1, 5, 6]]), kind)

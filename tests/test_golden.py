@@ -5,32 +5,20 @@ model and recorded noise; record/common.py describes the format, rules.json says
 """
 
 import contextlib
-import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import BACKENDS
-from helpers import native
+from helpers import GOLDEN, golden_rule, native
 
 import maskgit
-from maskgit import StepNoise, StepRule
+from maskgit import StepNoise
 
-FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
-
-
-RULES = json.loads((Path(__file__).parent / "golden" / "rules.json").read_text())
-
-
-def rule_of(name):
-    """The rule that a golden file is replayed with: a preset, or a preset and the fields that differ."""
-    given = RULES[name]
-    if isinstance(given, str):
-        return StepRule.preset(given)
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    start = StepRule.preset(fields.pop("preset")) if "preset" in fields else StepRule()
-    return dataclasses.replace(start, **fields)
+RULES = json.loads((GOLDEN / "rules.json").read_text())
+FILES = [  # those in another layout are replayed by tests/test_layouts.py
+    path for path in sorted(GOLDEN.glob("*.npz")) if "layout" not in RULES[path.stem]
+]
 
 
 @contextlib.contextmanager
@@ -109,7 +97,7 @@ def test_tokens_are_those_of_the_codebase_itself(path, backend, request):
     meta = json.loads(str(golden["meta"]))
     for s in range(len(golden["step"])):
         with as_single_operations(backend, request.config.getoption("--all")):
-            next_tokens, candidates = replay(golden, meta, rule_of(path.stem), s, backend)
+            next_tokens, candidates = replay(golden, meta, golden_rule(path.stem), s, backend)
         np.testing.assert_array_equal(next_tokens, golden["expected"][s], f"after step {s}")
         if "candidates" in golden:
             np.testing.assert_array_equal(candidates, golden["candidates"][s], f"in step {s}")

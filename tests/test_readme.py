@@ -1,13 +1,17 @@
 """The documents: every command and snippet runs, every table is its result file, every link leads."""
 
+import dataclasses
+import json
 import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+import maskgit
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,7 +64,7 @@ def test_snippets_run():
         "forward": lambda tokens: torch.randn(*tokens.shape, 1024),
         "tokens": torch.full((2, 16), 1024),
     }
-    first, second = blocks("python")
+    first, second, _, hidden = blocks("python")
     exec(first, names)
     assert (names["result"].tokens < 1024).all()
     names |= {
@@ -70,6 +74,43 @@ def test_snippets_run():
     }
     exec(second, names)
     assert names["step"].next_tokens.shape == (2, 16)
+    names |= {"hidden": torch.randn(2, 16, 8), "head": torch.nn.Linear(8, 126464)}
+    with torch.no_grad():
+        exec(hidden, names)
+    assert (names["step"].next_tokens != 126336).sum() == 2
+
+
+def test_the_adapter_snippet_runs(monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+
+    def generate(model, prompt, attention_mask=None, steps=128, gen_length=128, block_length=128,
+                 temperature=0.0, cfg_scale=0.0, remasking="low_confidence", mask_id=126336,
+                 logits_eos_inf=False, confidence_eos_eot_inf=False):  # fmt: skip
+        raise AssertionError("the published loop ran")
+
+    theirs = types.ModuleType("generate")
+    theirs.generate = generate
+    theirs.add_gumbel_noise = theirs.get_num_transfer_tokens = lambda *_: None
+    monkeypatch.setitem(sys.modules, "generate", theirs)
+    logits = torch.randn(64)
+
+    def model(tokens, **_):
+        return types.SimpleNamespace(logits=logits.expand(*tokens.shape, 64))
+
+    names = {"maskgit": maskgit, "model": model, "prompt": torch.zeros(1, 4, dtype=torch.long)}
+    exec(blocks("python")[2], names)
+    assert (names["out"] < 64).all()
+    assert theirs.generate is generate
+    assert "llada" in capsys.readouterr().out
+
+
+def test_all_adapters_are_named():
+    from maskgit.adapters import supported
+
+    listed = (ROOT / "docs" / "adapters.md").read_text()
+    for name in supported():
+        assert f"`{name}`" in README
+        assert f"## {name}\n" in listed
 
 
 def test_tables_are_their_result_files():
@@ -92,10 +133,21 @@ def test_every_preset_and_schedule_is_documented():
     from maskgit.schedule import SCHEDULES
 
     semantics = (ROOT / "docs" / "semantics.md").read_text()
+    table = semantics.split("\n## Presets\n")[1]
+    rows = re.findall(r"^\| `([\w-]+)` \|", table, flags=re.MULTILINE)
     for name in StepRule.presets():
-        assert f"`{name}`" in semantics
-        assert f"`{name}`" in README
+        assert name in rows
+    assert f"{len(StepRule.presets())} presets\n([table](docs/semantics.md#presets))" in README
+    assert f"{len(StepRule.presets())} presets." in semantics
     assert all(name in semantics for name in SCHEDULES)
-    assert np.all(
-        [field in semantics for field in ("cut", "count_rows", "block_scope", "greedy_on")]
-    )
+    for field in dataclasses.fields(StepRule):
+        assert field.name in semantics
+
+
+def test_every_recorded_run_is_in_the_row_of_its_preset():
+    semantics = (ROOT / "docs" / "semantics.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (.*) \|$", semantics, flags=re.MULTILINE))
+    rules = json.loads((ROOT / "tests" / "golden" / "rules.json").read_text())
+    for name, rule in rules.items():
+        run, preset = (name, rule) if isinstance(rule, str) else (f"*{name}*", rule["preset"])
+        assert run in rows[preset].split(", "), f"{run} is not in the row of {preset}"

@@ -40,9 +40,9 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     candidates = np.where(alive & ~known, drawn, x.tokens)
     noise = _choice_noise(x, plan)
     if plan.rule.score == "random":
-        score = np.where(alive, noise, -np.inf)
+        score = np.asarray(noise, np.float64)
     elif plan.rule.score == "given":
-        score = np.where(alive, x.scores, -np.inf).astype(np.float64)
+        score = np.asarray(x.scores, np.float64)
     if plan.rule.score != "random" and plan.choice_temperature > 0:
         with np.errstate(invalid="ignore"):
             score = score + plan.choice_temperature * noise

@@ -34,7 +34,15 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..kernels.decode_step import StepNoise, StepRule, decode_step, sample_tokens
-from .common import AdapterError, Handle, Report, check_attributes, check_signature, linear_head
+from .common import (
+    AdapterError,
+    Handle,
+    Report,
+    check_attributes,
+    check_signature,
+    draw_seeds,
+    linear_head,
+)
 
 if TYPE_CHECKING:
     AmusedScheduler: Any
@@ -390,14 +398,8 @@ def _num_commit(self: Any, tokens: Any, step: int, num_steps: int, start: Any) -
 
 def _seeds(self: Any, seeds: Any, batch: int, generator: Any, device: Any) -> Any:
     """(B,) seeds: the caller's, those of `install`, or drawn from the generator."""
-    import torch
-
     seeds = self.maskgit_options["seeds"] if seeds is None else seeds
-    if seeds is not None:
-        return seeds
-    where = device if generator is None else generator.device
-    top = 2**63 - 1
-    return torch.randint(-top, top, (batch,), generator=generator, device=where).to(device)
+    return draw_seeds(batch, generator, device) if seeds is None else seeds
 
 
 def _count_call(self: Any, backend: str | None) -> str:

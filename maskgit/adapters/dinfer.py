@@ -26,7 +26,7 @@ from typing import Any
 
 from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, decode_step, sample_tokens
-from .common import AdapterError, Handle, Report, check_attributes, check_signature
+from .common import AdapterError, Handle, Report, check_attributes, check_signature, draw_seeds
 
 _CODEBASE = (
     "inclusionAI/dInfer@fce4e32804103baa5d55230dff0352da0cdd6ceb "
@@ -157,7 +157,7 @@ def decode(
         key = (int(block_start), int(block_end))
         logits = _credited(decoder, logits, tokens == mask_id, credits, key, backend)
     if seeds is None and rule.needs_seeds:
-        seeds = _draw_seeds(logits, generator)
+        seeds = draw_seeds(logits.shape[0], generator, logits.device)
     result = decode_step(
         logits,
         tokens,
@@ -239,13 +239,3 @@ def _credited(
     values = torch.cat([values, gained[..., None] * is_new], -1)
     credits[key] = ids, values
     return logits.float().scatter_add(-1, ids, decoder.credit_alpha * torch.log(values + 1))
-
-
-def _draw_seeds(logits: Any, generator: Any) -> Any:
-    """(B,) 64-bit seeds from the generator, on the device of the logits."""
-    import torch
-
-    device = generator.device if generator is not None else logits.device
-    shape = (logits.shape[0],)
-    seeds = torch.randint(-(2**63), 2**63 - 1, shape, generator=generator, device=device)
-    return seeds.to(logits.device)

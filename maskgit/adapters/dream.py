@@ -36,7 +36,15 @@ from typing import Any
 from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, commit_tokens, decode_step
 from ..kernels.head_sample import decode_step_from_hidden
-from .common import AdapterError, Handle, Report, check_attributes, linear_head, without_head
+from .common import (
+    AdapterError,
+    Handle,
+    Report,
+    check_attributes,
+    draw_seeds,
+    linear_head,
+    without_head,
+)
 
 _CODEBASE = (
     "NVlabs/Fast-dLLM@5332e2fc0edad553a5ac4fae6d6ec7b8cefc410a dream/model/generation_utils.py"
@@ -180,7 +188,7 @@ def sample(
     note("works on logits" if head is None else _HIDDEN_NOTE)
     steps, mask_id = int(generation_config.steps), int(generation_config.mask_token_id)
     if seeds is None and rule.needs_seeds:
-        seeds = _draw_seeds(input_ids, generator)
+        seeds = draw_seeds(input_ids.shape[0], generator, input_ids.device)
     histories: list[Any] | None = [] if wants_class and generation_config.output_history else None
     with torch.no_grad():
         x, masks, places = _padded(input_ids, attention_mask, generation_config.max_length, mask_id)
@@ -321,13 +329,3 @@ def _shifted(out: Any) -> Any:
     import torch
 
     return torch.cat([out[:, :1], out[:, :-1]], dim=1)
-
-
-def _draw_seeds(ids: Any, generator: Any) -> Any:
-    """(B,) 64-bit seeds from the generator, on the device of the tokens."""
-    import torch
-
-    device = generator.device if generator is not None else ids.device
-    shape = (ids.shape[0],)
-    seeds = torch.randint(-(2**63), 2**63 - 1, shape, generator=generator, device=device)
-    return seeds.to(ids.device)

@@ -28,7 +28,7 @@ from typing import Any
 
 from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, commit_tokens, decode_step
-from .common import Handle, Report, check_signature
+from .common import Handle, Report, check_signature, draw_seeds
 
 _CODEBASE = "NVlabs/Fast-dLLM@5332e2fc0edad553a5ac4fae6d6ec7b8cefc410a llada/generate.py"
 _ARGUMENTS = "logits, temperature, remasking, mask_index, x, num_transfer_tokens"
@@ -177,7 +177,7 @@ def _step(
         raise ValueError(f"remasking: expected low_confidence or random, got {remasking!r}")
     is_random = remasking == "random"
     if seeds is None and (rule.draws_tokens or is_random):
-        seeds = _draw_seeds(logits, generator)
+        seeds = draw_seeds(logits.shape[0], generator, logits.device)
     tokens = x.masked_fill(mask_index, _MASKED)
     common: dict[str, Any] = {"mask_token_id": _MASKED, "step": 0, "num_steps": 1}
     common["backend"] = backend
@@ -214,13 +214,3 @@ def _at_random(
         **common,
     )
     return result.candidate_tokens, (-(-result.confidence.double()).exp()).exp()
-
-
-def _draw_seeds(logits: Any, generator: Any) -> Any:
-    """(B,) 64-bit seeds from the generator, on the device of the logits."""
-    import torch
-
-    device = generator.device if generator is not None else logits.device
-    shape = (logits.shape[0],)
-    seeds = torch.randint(-(2**63), 2**63 - 1, shape, generator=generator, device=device)
-    return seeds.to(logits.device)

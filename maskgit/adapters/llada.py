@@ -34,7 +34,15 @@ from typing import Any
 from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule
 from ..sampler import generate as run_steps
-from .common import AdapterError, Handle, Report, check_signature, linear_head, without_head
+from .common import (
+    AdapterError,
+    Handle,
+    Report,
+    check_signature,
+    draw_seeds,
+    linear_head,
+    without_head,
+)
 
 _CODEBASE = "ML-GSAI/LLaDA@b7e6c3565f194352da44b38dd12b6970597309f3 generate.py"
 _OLD = "model, prompt, steps, gen_length, block_length, temperature, cfg_scale, remasking, mask_id"
@@ -172,7 +180,7 @@ def generate(
         more = torch.ones((batch, gen_length), dtype=attention_mask.dtype, device=device)
         attention_mask = torch.cat([attention_mask.to(device), more], dim=-1)
     if seeds is None and noise is None:
-        seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64).to(device)
+        seeds = draw_seeds(batch, None, device)
     head = linear_head(model) if hidden_states and cfg_scale >= 0 else None
     report.note(
         "works on logits: the model has no plain linear head"

@@ -28,7 +28,7 @@ from typing import Any
 from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, sample_tokens
 from ..kernels.decode_step.api import seeds_like
-from .common import AdapterError, Handle, Report, check_attributes, check_signature
+from .common import AdapterError, Handle, Report, check_attributes, check_signature, draw_seeds
 
 _CODEBASE = "kuleshov-group/mdlm@c112c526d193436838c98d81455ee51f90309470 diffusion.py"
 _NEEDED = (
@@ -191,15 +191,6 @@ def choice_gumbel(seeds: Any, shape: Any, step: int, device: Any) -> Any:
 
     place = torch.arange(shape[1], device=device).expand(shape)
     return gumbel(_key_words(seeds, shape[0]), place, step, STREAM_CHOICE, 1)[..., 0]
-
-
-def draw_seeds(batch: int, generator: Any, device: Any) -> Any:
-    """(B,) 64-bit integers from a torch generator, or from torch's own."""
-    import torch
-
-    where = device if generator is None else generator.device
-    top = 2**63 - 1
-    return torch.randint(-top, top, (batch,), generator=generator, device=where).to(device)
 
 
 def happens(chance: Any, gumbels: Any) -> Any:

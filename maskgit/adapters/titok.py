@@ -1,0 +1,188 @@
+"""bytedance/1d-tokenizer (TiTok) at 942a96fb: `generate` of an ImageBert or UViTBert instance.
+
+    generator = ImageBert.from_pretrained("yucornetto/generator_titok_l32_imagenet")
+
+    with maskgit.adapters.fast_sampler(generator) as handle:
+        tokens = generator.generate(labels, guidance_scale=4.5, randomize_temperature=9.5)
+    print(handle.report)
+
+Replaced: `generate`, the whole loop, on this instance, with its arguments.  What stays: the network,
+called as theirs calls it.  The last linear layer is left out of the forward pass and applied to the
+masked rows alone, unless a hook or autocast is on it: `report.notes` says which.
+
+What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
+generator: the same law, other tokens (the network's own `rand_like` comes after it).  Guidance is in
+float32.  The unconditional pass is left out wherever its weight is 0, as at the first step of
+guidance_decay="power-cosine".  A row of logits without a finite value stays masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from ..kernels.common.selection import check_name
+from ..kernels.decode_step import StepNoise, StepRule, decode_step
+from ..kernels.head_sample import decode_step_from_hidden
+from .common import (
+    Handle,
+    Report,
+    check_attributes,
+    check_signature,
+    draw_seeds,
+    usable_head,
+    without_head,
+)
+
+_CODEBASE = "bytedance/1d-tokenizer@942a96fbdd873780179d1b78d5462911528bf8c8 modeling/maskgit.py"
+_ARGUMENTS = (
+    "condition, guidance_scale, guidance_decay, guidance_scale_pow, randomize_temperature, "
+    "softmax_temperature_annealing, num_sample_steps"
+)
+_ATTRIBUTES = ("forward", "generate", "image_seq_len", "mask_token_id")
+_DECAYS = ("constant", "linear", "power-cosine")
+
+
+def matches(target: Any) -> bool:
+    """Whether the target is an object with ImageBert's attributes."""
+    names = (*_ATTRIBUTES, "masking_input_tokens", "target_codebook_size")
+    return not isinstance(target, type) and all(hasattr(target, name) for name in names)
+
+
+def install(
+    target: Any,
+    *,
+    generator: Any = None,
+    noise: Callable[[int], StepNoise] | None = None,
+    hidden_states: bool = True,
+    backend: str = "auto",
+) -> Handle:
+    """Replace `generate` of the model `target`.
+
+    Args:
+        target: the model.
+        generator: the torch.Generator that seeds are drawn from; by default torch's own.
+        noise: called with the number of the step, returns the noise to use instead.
+        hidden_states: whether the last layer may be left out of the forward pass.
+        backend: as in `maskgit.decode_step`.
+    """
+    check_name(backend)
+    check_attributes(target, _ATTRIBUTES, "ImageBert")
+    check_signature(target.generate, _ARGUMENTS, "generate")
+    report = Report("titok", _CODEBASE, type(target).__name__)
+    report.note("random numbers: one seed per sequence and call, drawn from torch's generator")
+    handle = Handle(target, report)
+    options: dict[str, Any] = {"generator": generator, "noise": noise, "backend": backend}
+    options |= {"hidden_states": hidden_states, "note": report.note}
+
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return generate(model, *args, **(options | kwargs))
+
+    call.__doc__ = generate.__doc__
+    handle.replace_method("generate", call)
+    return handle
+
+
+def generate(
+    model: Any,
+    condition: Any,
+    guidance_scale: float = 3.0,
+    guidance_decay: str = "constant",
+    guidance_scale_pow: float = 3.0,
+    randomize_temperature: float = 4.5,
+    softmax_temperature_annealing: bool = False,
+    num_sample_steps: int = 8,
+    *,
+    seeds: Any = None,
+    generator: Any = None,
+    noise: Callable[[int], StepNoise] | None = None,
+    hidden_states: bool = True,
+    backend: str = "auto",
+    note: Callable[[str], None] = lambda sentence: None,
+) -> Any:
+    """TiTok's loop from nothing: (B, image_seq_len) tokens.
+
+    Args:
+        model: called as model.forward(tokens, condition, cond_drop_prob=), gives logits (B, N, V).
+        condition: (B,) or (B, ...) classes.
+        guidance_scale, guidance_decay, guidance_scale_pow: as theirs; decays are "constant",
+            "linear" (the scale of a step is its share of the steps), "power-cosine".
+        randomize_temperature: of the draw and of the noise on its logit, falling to 0.
+        softmax_temperature_annealing: whether logits are divided by 0.5 + 0.8 (steps left / steps).
+        num_sample_steps: T.
+        seeds: (B,) 64-bit integers; by default drawn from `generator`, or torch's own.
+        generator, noise, hidden_states, backend: see `install`.
+        note: called with sentences on what was done.
+
+    Raises:
+        ValueError: an unknown decay; and as `decode_step`.
+    """
+    import torch
+
+    if guidance_decay not in _DECAYS:
+        raise ValueError(
+            f"guidance_decay: expected one of {', '.join(_DECAYS)}, got {guidance_decay!r}"
+        )
+    batch, device, mask_id = len(condition), condition.device, int(model.mask_token_id)
+    if seeds is None and randomize_temperature > 0:
+        seeds = draw_seeds(batch, generator, device)
+    head = usable_head(_head_of(model), device) if hidden_states else None
+    note("works on logits" if head is None else "works on hidden states: masked rows alone")
+    ids = torch.full((batch, int(model.image_seq_len)), mask_id, device=device)
+    for step in range(num_sample_steps):
+        scale = _scale(guidance_decay, guidance_scale, guidance_scale_pow, step, num_sample_steps)
+        left = 1 - (step + 1) / num_sample_steps
+        divisor = 0.5 + 0.8 * left if softmax_temperature_annealing else 1.0
+        options = {
+            "rule": _rule(float(randomize_temperature) * divisor),
+            "mask_token_id": mask_id,
+            "step": step,
+            "num_steps": num_sample_steps,
+            "seeds": seeds,
+            "noise": None if noise is None else noise(step),
+            "backend": backend,
+        }
+        with torch.no_grad():
+            ids = _step(model, ids, condition, head, scale, options)
+    return ids
+
+
+@lru_cache(maxsize=256)
+def _rule(temperature: float) -> StepRule:
+    """Their step: l / c + t g and (l / c) + t g rank as l + c t g does."""
+    preset = StepRule.preset("titok")
+    return replace(preset, sample_temperature=temperature, choice_temperature=temperature)
+
+
+def _scale(decay: str, scale: float, power: float, step: int, steps: int) -> float:
+    """s in u + s (c - u) at a step; theirs is c + (s - 1) (c - u) save for the power cosine."""
+    if decay == "constant":
+        return 1.0 + scale
+    if decay == "linear":
+        return 1.0 + scale * step / steps
+    return 1.0 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
+
+
+def _head_of(model: Any) -> Any:
+    """The last layer: ImageBert's is inside its BertModel, UViTBert's its own."""
+    return getattr(getattr(model, "model", model), "lm_head", None)
+
+
+def _step(
+    model: Any, ids: Any, condition: Any, head: Any, scale: float, options: dict[str, Any]
+) -> Any:
+    """The tokens after one step."""
+    with without_head(head):
+        cond = model.forward(ids, condition, cond_drop_prob=0.0)
+        uncond = model.forward(ids, condition, cond_drop_prob=1.0) if scale != 1 else None
+    options = options | {"guidance_scale": None if uncond is None else scale}
+    if head is None:
+        return decode_step(cond, ids, uncond_logits=uncond, **options).next_tokens
+    bias = None if head.bias is None else head.bias.detach()
+    weight = head.weight.detach()
+    return decode_step_from_hidden(
+        cond, weight, ids, head_bias=bias, uncond_hidden=uncond, **options
+    ).next_tokens

@@ -1,0 +1,579 @@
+"""Layouts of the field as the (B, N, V) of `decode_step`, and back, as views where strides allow it.
+
+B is the batch, N positions, V columns.  Nothing here copies logits, with three exceptions that are
+named where they apply: `pair_factors` (a sum), arrays whose strides do not allow the view, and jax,
+where every view is an operation that the compiler fuses or copies as it likes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from .kernels.common.arrays import dtype_name, kind_of, to_kind, to_numpy
+from .kernels.decode_step import (
+    StepNoise,
+    StepResult,
+    StepRule,
+    as_rule,
+    commit_tokens,
+    decode_step,
+)
+from .kernels.decode_step.checks import (
+    check_floating,
+    check_integers,
+    check_logits,
+    check_same_kind,
+    check_shape,
+    raise_on_dead_rows,
+)
+from .kernels.decode_step.reference import round_to
+
+
+class PaddedBatch(NamedTuple):
+    """Sequences of several lengths as one batch; arrays (B, L), L the longest length.
+
+    tokens: padding, prompt, then what is to be generated.
+    eligible: bool, False at the padding: `eligible` of `decode_step`, and an attention mask.
+    positions: where each token stands in its own sequence, 0 at the padding.
+    """
+
+    tokens: Any
+    eligible: Any
+    positions: Any
+
+
+# ---------------------------------------------------------------------------------------------
+# axes
+
+
+def from_v_major(logits: Any) -> Any:
+    """Logits with the vocabulary before the positions, as (B, N, V) with N = H W, row by row.
+
+    Args:
+        logits: (B, V, H, W) or (B, V, N), torch, NumPy or jax.
+
+    Returns:
+        A strided view of the same memory; a copy only where H and W do not merge (a crop).
+
+    Raises:
+        TypeError: no array.  ValueError: another rank.
+
+    Source: the [B, V, H, W] that huggingface/diffusers hands to `AmusedScheduler.step`, and 1xgpt.
+    """
+    _check_array("logits", logits)
+    if len(logits.shape) not in (3, 4):
+        raise ValueError(
+            f"logits: expected shape (B, V, N) or (B, V, H, W), got {tuple(logits.shape)}"
+        )
+    if len(logits.shape) == 4:
+        batch, vocab, height, width = logits.shape
+        logits = logits.reshape(batch, vocab, height * width)
+    return _library(logits).swapaxes(logits, 1, 2)
+
+
+def to_grid(tokens: Any, height: int, width: int) -> Any:
+    """(B, N) tokens, confidences or masks as (B, H, W), row by row; a view.
+
+    Raises:
+        TypeError: no array.  ValueError: N is not height x width.
+    """
+    _check_array("tokens", tokens)
+    if len(tokens.shape) != 2 or tokens.shape[1] != height * width:
+        raise ValueError(
+            f"tokens: expected shape (B, {height * width}) for a grid of {height} x {width}, "
+            f"got {tuple(tokens.shape)}"
+        )
+    return tokens.reshape(tokens.shape[0], height, width)
+
+
+def flatten_factors(x: Any) -> Any:
+    """F factor tokens at each of N positions as one sequence of N F tokens, factors fastest.
+
+    Args:
+        x: logits (B, N, F, V), or tokens, confidences and masks (B, N, F).
+
+    Returns:
+        (B, N F, V) or (B, N F), a view of contiguous memory.  Each factor is drawn, ranked and
+        committed by itself; position and random numbers of factor f at n are those of n F + f.
+
+    Raises:
+        TypeError: no array.  ValueError: another rank.
+
+    Source: markweberdev/maskbit `sample`.
+    """
+    _check_array("x", x)
+    if len(x.shape) not in (3, 4):
+        raise ValueError(f"x: expected shape (B, N, F) or (B, N, F, V), got {tuple(x.shape)}")
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
+def unflatten_factors(x: Any, factors: int) -> Any:
+    """The inverse of `flatten_factors`: (B, N F) to (B, N, F), or (B, N F, V) to (B, N, F, V).
+
+    Raises:
+        TypeError: no array.  ValueError: another rank, or a length that F does not divide.
+    """
+    _check_array("x", x)
+    if len(x.shape) not in (2, 3) or factors < 1 or x.shape[1] % factors:
+        raise ValueError(
+            f"x: expected shape (B, N * {factors}) or (B, N * {factors}, V), got {tuple(x.shape)}"
+        )
+    return x.reshape(x.shape[0], x.shape[1] // factors, factors, *x.shape[2:])
+
+
+def pair_factors(slow: Any, fast: Any) -> Any:
+    """Logits (or Gumbel noise) of two independent factors as those of the pair, id = a C + b.
+
+    The logit of a pair is the sum of its factors', so its probability is their product, and with
+    noise paired in the same way the pair that wins is the pair of the winners.  This forms A C
+    columns in float32, so it suits small factors (6 x 6, 32 x 32); for large ones draw the factors
+    with `flatten_factors`, add up their log-probabilities and call `commit_tokens`.
+
+    Args:
+        slow: (B, N, A) floating, the factor a.
+        fast: (B, N, C) floating, the factor b.
+
+    Returns:
+        (B, N, A C) float32.
+
+    Raises:
+        TypeError: no floating arrays of one library.  ValueError: other ranks, or B, N that differ.
+
+    Source: 1x-technologies/1xgpt `STMaskGIT.maskgit_generate`, where the second factor is the slow one.
+    """
+    for name, x in (("slow", slow), ("fast", fast)):
+        _check_array(name, x)
+        if len(x.shape) != 3:
+            raise ValueError(f"{name}: expected shape (B, N, V), got {tuple(x.shape)}")
+        check_floating(name, x)
+    check_same_kind("fast", fast, slow)
+    check_shape("fast", fast, (*slow.shape[:2], fast.shape[2]))
+    total = _float32(slow)[:, :, :, None] + _float32(fast)[:, :, None, :]
+    return total.reshape(*slow.shape[:2], slow.shape[2] * fast.shape[2])
+
+
+def split_pairs(tokens: Any, fast_size: int) -> tuple[Any, Any]:
+    """Ids a C + b as the factors (a, b), C being `fast_size`; negative ids (none) stay negative in both.
+
+    The mask token has no factors: split a finished sequence.
+    """
+    _check_array("tokens", tokens)
+    check_integers("tokens", tokens)
+    if fast_size < 1:
+        raise ValueError(f"fast_size: expected an integer >= 1, got {fast_size!r}")
+    where, none = _library(tokens).where, tokens < 0
+    return where(none, tokens, tokens // fast_size), where(none, tokens, tokens % fast_size)
+
+
+def rvq_level(logits: Any, tokens: Any, level: int, *, axis: Literal[1, 2] = 1) -> tuple[Any, Any]:
+    """One residual-quantizer level: views (B, N, V) of the logits and (B, N) of the tokens.
+
+    Args:
+        logits: (B, Q, N, V), or (B, N, Q, V) with axis=2 (SoundStorm's interleaved levels).
+        tokens: (B, Q, N), or (B, N, Q) with axis=2.
+        level: 0 .. Q - 1.
+        axis: where Q is.
+
+    Returns:
+        (logits, tokens) of the level, sharing memory with what was given.  `with_level` puts the
+        level's next tokens back.
+
+    Raises:
+        TypeError: no arrays of one library.  ValueError: shapes that do not fit, no such level.
+
+    Source: facebookresearch/audiocraft MAGNeT, hugofloresgarcia/vampnet and Amphion MaskGCT
+    (axis 1), lucidrains/soundstorm-pytorch (axis 2).
+    """
+    _check_array("logits", logits)
+    if len(logits.shape) != 4:
+        raise ValueError(f"logits: expected shape (B, Q, N, V), got {tuple(logits.shape)}")
+    check_same_kind("tokens", tokens, logits)
+    check_shape("tokens", tokens, tuple(logits.shape[:3]))
+    index = _level_index(tokens, level, axis)
+    return logits[index], tokens[index]
+
+
+def with_level(tokens: Any, level: int, level_tokens: Any, *, axis: Literal[1, 2] = 1) -> Any:
+    """`tokens` (B, Q, N) with one level replaced by (B, N) ids; a new array, the input stays.
+
+    Raises: as `rvq_level`.
+    """
+    _check_array("tokens", tokens)
+    index = _level_index(tokens, level, axis)
+    check_same_kind("level_tokens", level_tokens, tokens)
+    check_shape("level_tokens", level_tokens, tuple(tokens[index].shape))
+    if kind_of(tokens) == "jax":
+        return tokens.at[index].set(level_tokens)
+    out = tokens.clone() if kind_of(tokens) == "torch" else tokens.copy()
+    out[index] = level_tokens
+    return out
+
+
+def pad_left(
+    prompts: Sequence[Any],
+    pad_id: int,
+    *,
+    num_new: int = 0,
+    mask_token_id: int | None = None,
+) -> PaddedBatch:
+    """Prompts of several lengths as one batch, padded on the left, with room to generate.
+
+    Args:
+        prompts: B sequences of ids: lists, or 1-D integer arrays of one library.
+        pad_id: what stands before the shorter ones; not the mask token.
+        num_new: how many masked positions follow each prompt.
+        mask_token_id: what they hold; needed with num_new.
+
+    Returns:
+        `PaddedBatch`, of the library and on the device of the prompts (NumPy for lists), int64
+        tokens (in jax the default integer).  Given `eligible` and `positions`, a row draws what it
+        draws alone; the model must leave the padding out of its attention itself.
+
+    Raises:
+        TypeError: ids that are no integers.  ValueError: no prompts, or no 1-D ones.
+
+    Source: left-padded batches of ML-GSAI/LLaDA, Dream and ZHZisZZ/dllm.
+    """
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise ValueError(f"prompts: expected at least one sequence of ids, got {prompts!r}")
+    if num_new < 0 or (num_new > 0) != (mask_token_id is not None):
+        raise ValueError(
+            f"mask_token_id: expected exactly with num_new > 0, got {mask_token_id!r} with {num_new}"
+        )
+    if num_new and mask_token_id == pad_id:
+        raise ValueError(f"pad_id: expected another id than the mask token, got {pad_id}")
+    rows = [_ids(prompt, i) for i, prompt in enumerate(prompts)]
+    length = max(row.size for row in rows) + num_new
+    tokens = np.full((len(rows), length), pad_id, np.int64)
+    eligible = np.zeros(tokens.shape, bool)
+    positions = np.zeros(tokens.shape, np.int64)
+    for i, row in enumerate(rows):
+        start = length - num_new - row.size
+        tokens[i, start : length - num_new] = row
+        eligible[i, start:] = True
+        positions[i, start:] = np.arange(length - start)
+    if num_new:
+        tokens[:, length - num_new :] = mask_token_id
+    kind = kind_of(prompts[0]) or "numpy"
+    device = prompts[0].device if kind == "torch" else None
+    return PaddedBatch(*(to_kind(x, kind, device) for x in (tokens, eligible, positions)))
+
+
+# ---------------------------------------------------------------------------------------------
+# steps
+
+
+def decode_shifted(
+    logits: Any,
+    tokens: Any,
+    *,
+    rule: StepRule | str,
+    mask_token_id: int,
+    step: int,
+    num_steps: int,
+    num_masked_at_start: Any = None,
+    seeds: Any = None,
+    noise: StepNoise | None = None,
+    uncond_logits: Any = None,
+    guidance_scale: float | None = None,
+    eligible: Any = None,
+    scores: Any = None,
+    num_commit: Any = None,
+    positions: Any = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> StepResult:
+    """`decode_step` where position i is predicted by row i - 1 of the logits, and position 0 by row 0.
+
+    The same result, bit for bit, as shifting the logits by a copy and calling `decode_step`: the
+    candidates come from `tokens[:, 1:]` against `logits[:, :-1]` and from the first column, as
+    views; the count and the cut are taken over whole sequences.
+
+    Args:
+        logits, uncond_logits: (B, N, V) as the model gives them, not shifted.
+        All others: as `decode_step`, in the order of the tokens (noise, positions and eligibility
+            too: those of position i belong to the token there, not to its row of logits).
+
+    Returns, raises and semantics: as `decode_step`.
+
+    Source: Dream-org/Dream `diffusion_generate`, its copies in Fast-dLLM, dllm and Open-dLLM.
+    """
+    step_rule = as_rule(rule)
+    _check_step(logits, tokens)
+    batch, length = tokens.shape
+    if positions is None:
+        positions = _positions(tokens)
+    token_gumbel, choice_gumbel = (None, None) if noise is None else noise
+    given = {
+        "uncond_logits": (uncond_logits, tuple(logits.shape)),
+        "eligible": (eligible, (batch, length)),
+        "scores": (scores, (batch, length)),
+        "positions": (positions, (batch, length)),
+        "noise.token_gumbel": (token_gumbel, None),
+        "noise.choice_gumbel": (choice_gumbel, (batch, length)),
+    }
+    for name, (array, shape) in given.items():
+        if array is not None:
+            check_same_kind(name, array, logits)
+            check_shape(name, array, shape or (batch, length, *array.shape[2:]))
+
+    def part(rows: slice, columns: slice) -> StepResult:
+        """The candidates of some columns of the tokens, from some rows of the logits."""
+
+        def cut(x: Any) -> Any:
+            return None if x is None else x[:, columns]
+
+        return decode_step(
+            logits[:, rows], tokens[:, columns], rule=_candidates_rule(step_rule),
+            mask_token_id=mask_token_id, step=step, num_steps=num_steps, seeds=seeds,
+            noise=StepNoise(cut(token_gumbel), cut(choice_gumbel)),
+            uncond_logits=None if uncond_logits is None else uncond_logits[:, rows],
+            guidance_scale=guidance_scale, eligible=cut(eligible), scores=cut(scores),
+            positions=cut(positions), backend=backend,
+        )  # fmt: skip
+
+    parts = [part(slice(0, 1), slice(0, 1))]
+    if length > 1:
+        parts.append(part(slice(0, length - 1), slice(1, length)))
+    library = _library(logits)
+    filled = library.concatenate([p.candidate_tokens for p in parts], 1)
+    confidence = library.concatenate([p.confidence for p in parts], 1)
+    dead = (filled == mask_token_id) & (confidence == -np.inf)
+    if check or os.environ.get("MASKGIT_CHECK", "") == "1":
+        taking_part = tokens == mask_token_id
+        raise_on_dead_rows(
+            to_numpy(dead & (taking_part if eligible is None else eligible & taking_part))
+        )
+    return commit_tokens(
+        library.where(dead, -1, _signed(filled)),
+        scores if step_rule.score == "given" else confidence,
+        tokens,
+        rule=_commit_rule(step_rule, dtype_name(logits), ranked=step_rule.score != "given"),
+        mask_token_id=mask_token_id, step=step, num_steps=num_steps,
+        num_masked_at_start=num_masked_at_start, seeds=seeds, choice_gumbel=choice_gumbel,
+        eligible=eligible, num_commit=num_commit, positions=positions, backend=backend,
+    )  # fmt: skip
+
+
+def decode_spans(
+    logits: Any,
+    tokens: Any,
+    *,
+    span: int,
+    reduce: Literal["max", "sum"] = "max",
+    rule: StepRule | str,
+    mask_token_id: int,
+    step: int,
+    num_steps: int,
+    num_masked_at_start: Any = None,
+    seeds: Any = None,
+    noise: StepNoise | None = None,
+    uncond_logits: Any = None,
+    guidance_scale: float | None = None,
+    eligible: Any = None,
+    scores: Any = None,
+    num_commit: Any = None,
+    positions: Any = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> StepResult:
+    """One step that commits whole spans: every token is drawn by itself, spans are ranked and kept.
+
+    Positions 0 .. span - 1 are the first span, and so on.  A span is masked while any of its
+    eligible positions is; only those of its positions are scored and filled in.
+
+    Args:
+        span: length of a span; it divides N.
+        reduce: the score of a span, from its positions': "max", or "sum" (with score "log_prob"
+            the product of the probabilities).
+        num_masked_at_start, num_commit: counted in spans.
+        noise: `StepNoise(token_gumbel (B, N, V), choice_gumbel (B, N / span))`.
+        All others: as `decode_step`.  The rule's count, cut, threshold and choice noise are about
+            spans; its draws and scores are about tokens.
+
+    Returns:
+        `StepResult`, each (B, N); the confidence of a masked position is that of its span.
+
+    Raises:
+        TypeError, ValueError: as `decode_step`; also for a span that does not divide N, and for
+        rules that change known tokens.
+
+    Source: facebookresearch/audiocraft MAGNeT `_generate_stage` (span_arrangement "nonoverlap",
+    span_scoring "max" and "prod").
+    """
+    step_rule = as_rule(rule)
+    _check_step(logits, tokens)
+    batch, length = tokens.shape
+    if step_rule.touches_known:
+        raise ValueError(f"rule: expected one that keeps known tokens, got {step_rule.name!r}")
+    if not isinstance(span, int) or span < 1 or length % span:
+        raise ValueError(f"span: expected a divisor of the {length} positions, got {span!r}")
+    if reduce not in ("max", "sum"):
+        raise ValueError(f"reduce: expected max or sum, got {reduce!r}")
+    token_gumbel, choice_gumbel = (None, None) if noise is None else noise
+    drawn = decode_step(
+        logits, tokens, rule=_span_rule(step_rule), mask_token_id=mask_token_id, step=step,
+        num_steps=num_steps, seeds=seeds,
+        noise=None if token_gumbel is None else StepNoise(token_gumbel),
+        uncond_logits=uncond_logits, guidance_scale=guidance_scale, eligible=eligible,
+        scores=scores, positions=positions, backend=backend, check=check,
+    )  # fmt: skip
+    library, units = _library(logits), (batch, length // span)
+    masked = tokens == mask_token_id
+    takes_part = masked if eligible is None else masked & eligible
+    alive = takes_part & (drawn.candidate_tokens != mask_token_id)
+    if not step_rule.skip_mask_token:  # then a mask token that was drawn is a candidate too
+        alive = alive | (takes_part & (drawn.confidence > -np.inf))
+
+    def grouped(x: Any) -> Any:
+        return x.reshape(*units, span)
+
+    def expanded(x: Any) -> Any:
+        return library.broadcast_to(x[:, :, None], (*units, span)).reshape(batch, length)
+
+    if reduce == "max":
+        score = library.amax(grouped(library.where(alive, drawn.confidence, -np.inf)), -1)
+    else:
+        score = grouped(library.where(alive, drawn.confidence, 0.0)).sum(-1)
+    is_open = grouped(takes_part).any(-1)
+    out = commit_tokens(
+        grouped(alive).any(-1) * 1 - 1,  # id 0 for a span with candidates, else -1
+        score,
+        is_open * 1,  # id 0 for a known span, 1 for a masked one
+        rule=_commit_rule(step_rule, dtype_name(logits), ranked=False),
+        mask_token_id=1, step=step, num_steps=num_steps,
+        num_masked_at_start=num_masked_at_start, seeds=seeds, choice_gumbel=choice_gumbel,
+        num_commit=num_commit, positions=None if positions is None else positions[:, ::span] // span,
+        backend=backend,
+    )  # fmt: skip
+    committed = expanded(is_open & (out.next_tokens == 0)) & alive
+    others = library.where(masked, -np.inf, np.inf)
+    return StepResult(
+        library.where(committed, drawn.candidate_tokens, tokens),
+        library.where(alive, drawn.candidate_tokens, tokens),
+        library.where(takes_part, expanded(out.confidence), _like_dtype(others, out.confidence)),
+    )
+
+
+def _candidates_rule(rule: StepRule) -> StepRule:
+    """A rule with the same candidates and confidences, whatever it commits."""
+    return dataclasses.replace(
+        rule, count="quota", count_rows="each", min_commit="one", threshold_slack=None,
+        remask="none", skip_mask_token=False,
+    )  # fmt: skip
+
+
+def _span_rule(rule: StepRule) -> StepRule:
+    """The rule's candidates and scores, without the noise, which is the spans'."""
+    score = "prob" if rule.score == "random" else rule.score
+    return dataclasses.replace(_candidates_rule(rule), score=score, choice_temperature=0.0)
+
+
+def _commit_rule(rule: StepRule, dtype: str, *, ranked: bool) -> StepRule:
+    """What is left of the rule for `commit_tokens`; `ranked`: the scores have their noise already.
+
+    Without logits a threshold in their dtype would not be rounded, so it is here.
+    """
+    changes: dict[str, Any] = {}
+    if ranked:
+        changes = {"choice_temperature": 0.0}
+        changes |= {"score": "given"} if rule.score == "random" else {}
+    if rule.score_dtype == "logits":
+        for field in ("threshold", "low_threshold"):
+            changes[field] = float(round_to(np.array(getattr(rule, field)), "logits", dtype))
+    return dataclasses.replace(rule, **changes)
+
+
+# ---------------------------------------------------------------------------------------------
+# arrays
+
+
+def _library(x: Any) -> Any:
+    """torch, jax.numpy or NumPy, whichever `x` is of."""
+    kind = kind_of(x)
+    if kind == "torch":
+        import torch
+
+        return torch
+    if kind == "jax":
+        import jax.numpy as jnp
+
+        return jnp
+    return np
+
+
+def _check_array(name: str, x: Any) -> None:
+    if kind_of(x) is None:
+        raise TypeError(f"{name}: expected a torch, jax or NumPy array, got {type(x).__name__}")
+
+
+def _check_step(logits: Any, tokens: Any) -> None:
+    """Logits (B, N, V) and tokens (B, N) of one library."""
+    check_logits(logits, 3)
+    check_same_kind("tokens", tokens, logits)
+    check_shape("tokens", tokens, tuple(logits.shape[:2]))
+
+
+def _level_index(tokens: Any, level: int, axis: int) -> Any:
+    if axis not in (1, 2):
+        raise ValueError(f"axis: expected 1 or 2, got {axis!r}")
+    if len(tokens.shape) != 3:
+        raise ValueError(f"tokens: expected shape (B, Q, N), got {tuple(tokens.shape)}")
+    if not isinstance(level, int) or not 0 <= level < tokens.shape[axis]:
+        raise ValueError(f"level: expected an integer in [0, {tokens.shape[axis]}), got {level!r}")
+    return (slice(None), level) if axis == 1 else (slice(None), slice(None), level)
+
+
+def _positions(tokens: Any) -> Any:
+    """0 .. N - 1 for every sequence, in the library and on the device of `tokens`."""
+    library, length = _library(tokens), tokens.shape[1]
+    on = {"device": tokens.device} if kind_of(tokens) == "torch" else {}
+    return library.broadcast_to(library.arange(length, **on), tuple(tokens.shape))
+
+
+def _signed(tokens: Any) -> Any:
+    """Tokens in a dtype that holds -1."""
+    if not dtype_name(tokens).startswith("uint"):
+        return tokens
+    library = _library(tokens)
+    return tokens.to(library.int64) if kind_of(tokens) == "torch" else tokens.astype(int)
+
+
+def _float32(x: Any) -> Any:
+    library = _library(x)
+    return x.to(library.float32) if kind_of(x) == "torch" else x.astype(library.float32)
+
+
+def _like_dtype(x: Any, model: Any) -> Any:
+    return x.to(model.dtype) if kind_of(x) == "torch" else x.astype(model.dtype)
+
+
+def _ids(prompt: Any, index: int) -> Any:
+    """One prompt as a 1-D NumPy array of integers."""
+    array = np.asarray(prompt) if kind_of(prompt) is None else to_numpy(prompt)
+    if array.ndim != 1:
+        raise ValueError(f"prompts[{index}]: expected one dimension, got shape {array.shape}")
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"prompts[{index}]: expected integers, got dtype {array.dtype}")
+    return array.astype(np.int64)
+
+
+__all__ = [
+    "PaddedBatch",
+    "decode_shifted",
+    "decode_spans",
+    "flatten_factors",
+    "from_v_major",
+    "pad_left",
+    "pair_factors",
+    "rvq_level",
+    "split_pairs",
+    "to_grid",
+    "unflatten_factors",
+    "with_level",
+]
