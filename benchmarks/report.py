@@ -72,7 +72,34 @@ def digits_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"decode_step": decode_step_table, "digits": digits_table}
+def llada_loop_table(report: dict[str, Any]) -> str:
+    """One row per loop, as `python -m maskgit.benchmarks.llada_loop` gave it; MDLM's where measured."""
+    lines = ["| loop | seconds | times faster | extra MB |", "|---|---|---|---|"]
+    slow = report["seconds"]["published loop"]
+    for name, seconds in report["seconds"].items():
+        cells = [name, f"{seconds:.2f}", f"{slow / seconds:.1f}x"]
+        lines.append(f"| {' | '.join(cells)} | {report['extra_bytes'][name] / 1e6:.0f} |")
+    chance = report.get("positions_first")
+    if chance is not None:
+        slow = chance["seconds_all_logits"]
+        for name, seconds in (("all logits", slow), ("positions first", chance["seconds"])):
+            cells = [f"rule {chance['rule']}, {name}", f"{seconds:.2f}", f"{slow / seconds:.1f}x"]
+            lines.append(f"| {' | '.join(cells)} | - |")
+    given = ", ".join(f"{key} {value:g}" for key, value in report["settings"].items())
+    lines += [
+        "",
+        f"Batch {report['batch']}, width {report['width']}, {report['dtype']}, {given}; "
+        f"{report['threads']} threads, torch {report['torch']}; at temperature 0 "
+        f"{100 * report['same_tokens_greedy']:.0f} % of the tokens are the same.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "decode_step": decode_step_table,
+    "digits": digits_table,
+    "llada_loop": llada_loop_table,
+}
 
 
 def _time(row: dict[str, Any]) -> str:

@@ -353,21 +353,30 @@ static inline vu16 lower(vu16 a, vu16 b) {
 #endif
 }
 
+static inline vu16 higher_signed(vu16 a, vu16 b) {
+#if defined(__AVX512F__)
+  return (vu16)_mm512_max_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vu16)_mm256_max_epi16((__m256i)a, (__m256i)b);
+#else
+  typedef int16_t vs16 __attribute__((vector_size(W * 4), aligned(2), may_alias));
+  return (vs16)a > (vs16)b ? a : b;
+#endif
+}
+
 // The bits of the largest of n bfloat16, n a multiple of 4 W, none of them widened.  As signed
 // integers the positive ones are in order and above the negative ones, which are in reverse order as
-// unsigned integers.  Above 0x7f80 and 0xff80 a NaN was in the way.
+// unsigned integers and looked at only where they are all.  Above 0x7f80 and 0xff80 a NaN was in the way.
 static inline uint16_t largest_bits(const uint16_t* x, int n) {
-  const vu16 flip = vu16{} + 0x7fff;  // flip - x: the signed order, reversed, as unsigned integers
-  vu16 positive[2], negative[2];
-  for (int k = 0; k < 2; ++k) positive[k] = negative[k] = vu16{} + 0xffff;
-  for (int i = 0; i < n; i += 4 * W)
-    for (int k = 0; k < 2; ++k) {
-      const vu16 v = *reinterpret_cast<const vu16*>(x + i + 2 * W * k);
-      positive[k] = lower(positive[k], flip - v);
-      negative[k] = lower(negative[k], v);
-    }
-  const uint16_t top = uint16_t(0x7fff - smallest(lower(positive[0], positive[1])));
-  return top < 0x8000 ? top : smallest(lower(negative[0], negative[1]));
+  auto at = [&](int i) { return *reinterpret_cast<const vu16*>(x + i); };
+  const vu16 flip = vu16{} + 0x7fff;  // flip - v: the signed order, reversed, as unsigned integers
+  vu16 a = at(0), b = a;
+  for (int i = 0; i < n; i += 4 * W) a = higher_signed(a, at(i)), b = higher_signed(b, at(i + 2 * W));
+  const uint16_t top = uint16_t(0x7fff - smallest(flip - higher_signed(a, b)));
+  if (top < 0x8000) return top;
+  a = b = at(0);
+  for (int i = 0; i < n; i += 4 * W) a = lower(a, at(i)), b = lower(b, at(i + 2 * W));
+  return smallest(lower(a, b));
 }
 
 // Index of the first x[i] == bits, which is there; n is a multiple of 2 W.

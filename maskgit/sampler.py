@@ -38,8 +38,9 @@ class GenerateResult(NamedTuple):
     """What `generate` returns.
 
     tokens: (B, N), the last step's candidates under rules with a schedule (count="masked", MaskGIT's
-        final image), else the state after it.  With the presets nothing is masked in it, save where
-        a row had no finite logit or the model predicted the mask token itself.
+        final image), else the state after it.  Masks may be left where a row had no finite logit,
+        where the model predicted the mask token itself, and under rules that stop short of it by
+        chance or by a mean over the batch (mdlm, remdm-*, dream-* with uneven rows).
     num_forwards: how often `forward` was called.
     trajectory: the steps, with record=True, else None.
     """
@@ -106,7 +107,7 @@ def generate(
         TypeError, ValueError: as `decode_step`; also for lengths and steps that do not divide.
 
     Semantics: a sequence's tokens depend on its own seed and logits only, not on the batch, except
-    under the rules whose counts are taken over the batch (titok: the first row's; dream-*: the mean).  On
+    under rules whose counts are taken over the batch (titok, maskbit, dream-*, vampnet).  On
     the host, steps are skipped once nothing of a block is masked, which changes no token; on an
     accelerator every step runs, so that the loop never waits for the device.
     """

@@ -90,7 +90,7 @@ def to_kind(x: Any, kind: str, device: Any = None) -> Any:
     if kind == "torch":
         import torch
 
-        if any(stride < 0 for stride in array.strides):
+        if min(array.strides, default=0) < 0:
             array = np.ascontiguousarray(array)
         array = array.view(np.int16) if is_bfloat16 else array
         if array.flags.writeable:

@@ -70,10 +70,12 @@ def decode_step(
         TypeError, ValueError: a wrong kind, shape, dtype, device, count or name; the message
             names the argument, what was expected and what was got.
 
-    Semantics: known tokens never change.  Equal logits draw the lowest id.  NaN counts as -inf,
-    +inf as the largest float32.  A row without a finite logit stays masked with confidence -inf.
-    A candidate depends on its own sequence's seed, position, step and logits only; what is committed
-    too, except under rules whose count is taken over the batch (titok, dream-*).  See
+    Semantics: known tokens never change, save under rules that revise, edit or re-mask them
+    (`rule.touches_known`), and then only where `eligible`.  Equal logits draw the lowest id.  NaN
+    counts as -inf, +inf as the largest float32.  A row without a finite logit stays masked with
+    confidence -inf.  A candidate depends on its own sequence's seed, position, step and logits only;
+    what is committed too, except under rules whose count is taken over the batch (titok, maskbit,
+    dream-*, vampnet).  See
     docs/semantics.md; the loop is that of MaskGIT (arXiv 2202.04200, section 3.2).
     """
     step_rule, token_gumbel, choice_gumbel = rule_and_noise(rule, noise, backend)

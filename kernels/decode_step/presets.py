@@ -174,6 +174,16 @@ _RULES = (
         choice_anneal="linspace",
     ),
     StepRule(
+        name="halton-confidence",
+        source="valeoai/Halton-MaskGIT@f61b0a13 ConfidenceSampler",
+        count="given",
+        cut="strict",
+        edit_threshold=-1e30,  # known tokens are drawn anew at every step
+        score_temperature=None,
+        choice_temperature=4.5,
+        choice_anneal="linspace",
+    ),
+    StepRule(
         name="halton",
         source="valeoai/Halton-MaskGIT@f61b0a13 HaltonSampler",
         count="given",

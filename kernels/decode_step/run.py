@@ -226,9 +226,9 @@ def sample_tokens(
     check_positions(positions, logits)
     x = StepInputs(
         logits=columns(logits, rule),
-        tokens=np.full((batch, length), -1),
-        eligible=np.ones((batch, length), bool),
-        num_masked_at_start=np.zeros(batch, np.int64),
+        tokens=_all_masked(batch, length),
+        eligible=_everywhere(batch, length),
+        num_masked_at_start=_zeros(batch),
         seeds=_key_words(seeds, batch),
         positions=positions,
         token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
@@ -273,17 +273,35 @@ def _jitted(name: str) -> Any:
     return jax.jit(call, static_argnames=("mask_token_id", "plan", "dtype"))
 
 
+def _read_only(array: Any) -> Any:
+    array.flags.writeable = False
+    return array
+
+
 @lru_cache(maxsize=64)
 def _rows_of_positions(batch: int, length: int) -> Any:
     """0..N-1 for every sequence, (B, N) uint32, read-only."""
-    rows = np.tile(np.arange(length, dtype=np.uint32), (batch, 1))
-    rows.flags.writeable = False
-    return rows
+    return _read_only(np.tile(np.arange(length, dtype=np.uint32), (batch, 1)))
+
+
+@lru_cache(maxsize=64)
+def _all_masked(batch: int, length: int) -> Any:
+    return _read_only(np.full((batch, length), -1))
+
+
+@lru_cache(maxsize=64)
+def _everywhere(batch: int, length: int) -> Any:
+    return _read_only(np.ones((batch, length), bool))
+
+
+@lru_cache(maxsize=64)
+def _zeros(batch: int) -> Any:
+    return _read_only(np.zeros(batch, np.int64))
 
 
 def _to_host(x: StepInputs, chosen: str, dtype: str) -> StepInputs:
     """The inputs as NumPy arrays; bfloat16 logits as bits, for the reference as float32."""
-    fields = {k: to_numpy(v) for k, v in x._asdict().items() if k not in _SCALARS}
+    fields = {k: to_numpy(v) for k, v in zip(x._fields, x, strict=True) if k not in _SCALARS}
     for name in ("token_gumbel", "choice_gumbel", "scores"):
         given = getattr(x, name)
         if given is not None:

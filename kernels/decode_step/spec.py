@@ -227,6 +227,10 @@ class StepRule:
         _check_numbers(self)
         _check_filters(self)
         object.__setattr__(self, "_encoded", json.dumps(dataclasses.asdict(self)))
+        object.__setattr__(self, "_hash", hash(self._encoded))  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined,no-any-return]
 
     @property
     def encoded(self) -> str:
