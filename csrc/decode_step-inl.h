@@ -112,7 +112,10 @@ static double score_of(const StepParams& p, const Stats& s, float logit) {
       double other = s.second == kNegInf ? 0.0 : __builtin_exp((double(s.second) - s.top) * scale) / z;
       return round_to(1.0 / z, p.score_rounding) - round_to(other, p.score_rounding);
     }
-    case kNegEntropy: return s.tz / z - __builtin_log(z);
+    case kNegEntropy: {
+      const double value = s.tz / z - __builtin_log(z);
+      return value > -1e-30 ? 0.0 : value;  // what counts as nothing in the sums
+    }
     case kLogit: return logit;
     default: return 0.0;
   }

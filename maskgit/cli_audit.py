@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,6 +157,13 @@ def _pick(arrays: dict[str, tuple[Any, str]], name: str, path: Path) -> tuple[An
     raise ValueError(f"{path}: expected an array {name!r}, got {', '.join(arrays) or 'none'}")
 
 
+# What a damaged file can raise on its way through NumPy, zip and JSON.
+_UNREADABLE = (
+    ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError, MemoryError,
+    RecursionError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
 def read_arrays(path: Path) -> dict[str, tuple[Any, str]]:
     """The arrays of a .npy (under the name ""), .npz or .safetensors file, each with its dtype's name.
 
@@ -176,7 +184,7 @@ def read_arrays(path: Path) -> dict[str, tuple[Any, str]]:
             return {"": _named(found)}
         with found as file:
             return {name: _named(file[name]) for name in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path}: not a readable {path.suffix} file ({error})") from error
 
 
@@ -202,7 +210,7 @@ def _read_safetensors(path: Path) -> dict[str, tuple[Any, str]]:
             header.pop("__metadata__", None)
             data = file.read()
             return {name: _tensor(entry, data) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except _UNREADABLE as error:
             raise ValueError(f"{path}: not a readable .safetensors file ({error})") from error
 
 

@@ -250,7 +250,13 @@ def test_bad_arguments():
         "block_length: expected a divisor of gen_length 16, got 5": {"block_length": 5},
         "steps: expected a multiple of the 2 blocks, got 7": {"steps": 7},
         "remasking: expected low_confidence or random, got 'no'": {"remasking": "no"},
+        "gen_length: expected an integer >= 1, got 0": {"gen_length": 0},
+        "steps: expected an integer >= 1, got None": {"steps": None},
+        "cfg_scale: expected a finite number, got nan": {"cfg_scale": float("nan")},
+        "attention_mask: expected the prompt's shape": {"attention_mask": prompt[:, :2]},
     }.items():
         given = {"gen_length": 16, "block_length": 8, "steps": 8, "mask_id": 59} | options
         with pytest.raises(ValueError, match=message):
             llada.generate(model, prompt, **given)
+    with pytest.raises(TypeError, match="prompt: expected a torch tensor, got list"):
+        llada.generate(model, [1, 2])

@@ -254,3 +254,50 @@ def test_noise_replaces_seeds():
         a = step(backend, changed, rule, scores=True, noise=given)
         b = step("reference", changed, rule, scores=True, noise=noise)
         np.testing.assert_array_equal(a[0], b[0])
+
+
+CORNERS = {
+    # the first row's quota for all rows
+    "quota-first": (
+        StepRule(count="threshold", min_commit="quota", count_rows="first", threshold=2.0,
+                 sample_temperature=0.0),
+        np.broadcast_to(np.arange(4.0, dtype=np.float32), (2, 4, 4)),
+        [[9, 0, 0, 0], [9, 9, 9, 9]],
+        [[3, 0, 0, 0], [3, 9, 9, 9]],
+    ),
+    # a candidate outside the score's softmax, with nothing else in it, has probability 0
+    "nothing-scored": (
+        StepRule(count="threshold", threshold=0.0, score="prob", score_banned_ids=(0,), score_filtered=True,
+                 filters=("top_k",), top_k=1, sample_temperature=0.0),
+        np.array([[[5.0, 0, 0], [0, 5.0, 0]]], np.float32),
+        [[9, 9]],
+        [[0, 1]],
+    ),
+    # the entropy of one token is 0, not nearly 0
+    "no-entropy": (
+        StepRule(count="entropy_bound", threshold=0.0, score="neg_entropy", sample_temperature=0.0,
+                 score_filtered=True, filters=("top_k",), top_k=1),
+        np.eye(4, 300, dtype=np.float32)[None] * 5,
+        [[999] * 4],
+        [[0, 1, 2, 3]],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("name", CORNERS)
+def test_corners(name, backend):
+    rule, logits, tokens, want = CORNERS[name]
+    kind = kind_for(backend, "float32")
+    mask = max(max(row) for row in tokens)
+    out = maskgit.decode_step(
+        native(logits, kind, "float32"), native(np.array(tokens), kind), rule=rule,
+        mask_token_id=mask, step=0, num_steps=1, backend=backend,
+    )  # fmt: skip
+    assert np.asarray(out.next_tokens).tolist() == want
+
+
+@pytest.mark.parametrize("fields", [{"revise": "held"}, {"edit_threshold": 0.5}])
+def test_remasking_does_not_mix_with_revision(fields):
+    with pytest.raises(ValueError, match=r"StepRule.remask: expected with revise='no'"):
+        StepRule(count="bernoulli", score="random", remask="cap", **fields)

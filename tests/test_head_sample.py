@@ -108,6 +108,21 @@ def test_half_precision(dtype):
     assert (out.next_tokens == full.next_tokens).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp", "torch"])
+def test_a_dead_row_does_not_use_up_the_quota(backend):
+    if backend not in ("reference", *BACKENDS):
+        pytest.skip(f"{backend} cannot run here")
+    torch = pytest.importorskip("torch")
+    hidden, weight, tokens = torch.ones(1, 2, 3), torch.eye(3), torch.full((1, 2), 3)
+    hidden[0, 0] = torch.nan
+    rule = StepRule(score="given", count="quota", sample_temperature=0.0)
+    options = {"rule": rule, "mask_token_id": 3, "step": 0, "num_steps": 2, "backend": backend}
+    options["scores"] = torch.tensor([[2.0, 1.0]])
+    out = maskgit.decode_step_from_hidden(hidden, weight, tokens, **options)
+    full = maskgit.decode_step(hidden @ weight.T, tokens, **options)
+    assert out.next_tokens.tolist() == full.next_tokens.tolist() == [[3, 0]]
+
+
 def test_empty_batches_and_known_rows():
     p = problem()
     for tokens in (p["tokens"][:0], np.where(p["tokens"] == MASK, 1, p["tokens"])):

@@ -85,7 +85,9 @@ def test_v_major_decodes_as_its_copy(name, dtype):
     for one, other in zip(a[:2], b[:2], strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     # torch adds up a strided row in another order
-    np.testing.assert_allclose(np.asarray(a.confidence), np.asarray(b.confidence), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(a.confidence), np.asarray(b.confidence), rtol=1e-6, atol=4e-6
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -215,17 +215,17 @@ def next_masked_counts(
         return np.asarray(np.maximum(now - int(mean * share), 0))
     start = np.asarray(masked_at_start, dtype=np.int64)
     if plan.count == "quota":
-        return np.asarray(np.maximum(now - plan.table[_bases(plan, start)], 0))
+        return np.asarray(np.maximum(now - plan.table[count_bases(plan, start)], 0))
     limit = now
     if plan.count_rows == "first":
         limit = np.full_like(now, now[0])
-    target = plan.table[_bases(plan, start)].astype(np.int64)
+    target = plan.table[count_bases(plan, start)].astype(np.int64)
     for clamp in plan.clamps:
         target = np.minimum(target, limit - 1) if clamp == "commit_one" else np.maximum(target, 1)
     return np.asarray(np.clip(target, 0, now))
 
 
-def _bases(plan: Any, start: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def count_bases(plan: Any, start: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """What each row's count is formed from: an index into the table."""
     if plan.count_base == "positions":
         return np.full_like(start, plan.table.size - 1)

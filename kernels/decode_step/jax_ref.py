@@ -93,6 +93,8 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     if ids:
         base = base.at[..., np.array(ids)].set(-jnp.inf)
     score, log_z = _score(base, token, plan, dtype)
+    if ids:  # where nothing is left in the score's softmax
+        score = jnp.where(jnp.isnan(score), 0.0 if plan.rule.score == "prob" else -jnp.inf, score)
     drawn = jnp.where(alive, token + start, -1)
     return (
         jnp.where(known, x.tokens, drawn) if plan.rule.revise == "held" else drawn,

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common import philox
-from .counts import next_masked_counts
+from .counts import count_bases, next_masked_counts
 from .plan import ResolvedStep
 from .spec import StepInputs
 
@@ -167,7 +167,9 @@ def draw(
 def row_score(row: F64, token: int, plan: ResolvedStep, dtype: str) -> float:
     """The rule's score of a candidate, rounded to the rule's score dtype."""
     kind = plan.rule.score
-    if kind == "logit":
+    if np.isneginf(row).all():  # nothing is in the score's softmax
+        value = 0.0 if kind == "prob" else -np.inf
+    elif kind == "logit":
         value = row[token]
     elif kind in ("random", "given"):
         value = 0.0
@@ -258,7 +260,7 @@ def select(
         elif plan.count in ("threshold", "factor", "entropy_bound"):
             least = 1
             if plan.rule.min_commit == "quota":
-                least = int(plan.table[-1 if plan.count_base == "positions" else start[b]])
+                least = int(plan.table[count_bases(plan, start)[b]])
             commit[b, order[: max(confident(ranked, plan, dtype), least)]] = True
         elif cut == "exact" or stay[b] == 0:
             commit[b, order[: order.size - stay[b]]] = True

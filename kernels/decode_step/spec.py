@@ -392,6 +392,11 @@ def _check_combinations(rule: StepRule) -> None:
         raise ValueError(
             f"StepRule.score_banned_ids: expected with score prob or log_prob, got {rule.score!r}"
         )
+    if rule.remask != "none" and (rule.revise != "no" or rule.edit_threshold is not None):
+        raise ValueError(
+            "StepRule.remask: expected with revise='no' and edit_threshold=None, "
+            f"got {rule.revise!r} and {rule.edit_threshold!r}"
+        )
     if rule.edit_threshold is not None and rule.revise != "no":
         raise ValueError(
             "StepRule.edit_threshold: expected with revise='no' (known positions do not compete), "

@@ -98,6 +98,8 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
         base = base.clone()
         base[..., ids] = -math.inf
     score, log_z = _score(base, token, plan, dtype)
+    if ids:  # where nothing is left in the score's softmax
+        score = torch.where(score.isnan(), 0.0 if plan.rule.score == "prob" else -math.inf, score)
     drawn = torch.where(alive, token + start, -1)
     return (
         torch.where(known, x.tokens, drawn) if plan.rule.revise == "held" else drawn,

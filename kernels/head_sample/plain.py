@@ -14,7 +14,8 @@ Guidance is mixed on the hidden states, u + s (c - u): its coefficients sum to 1
 the guided logits with the bias intact, for one product instead of two.  That would be wrong for a
 head that caps its logits (tanh); such models must pass logits.
 
-Where counting the rows would wait for a device or break a trace, all rows take part.
+Where counting the rows would wait for a device or break a trace, all rows take part; there, under a
+rule that chooses positions first, a chosen row without a finite logit is not made up for by another.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def decode_step(
     if chooses_first(plan):
         wanted = wanted & _chosen(x, plan, hidden, backend)
     drawn, score = sample_rows(x, plan, hidden, weight, bias, wanted, backend)
+    if wanted is not x.eligible and _has_dead_rows(drawn, wanted):
+        drawn, score = sample_rows(x, plan, hidden, weight, bias, x.eligible, backend)
     scores = x.scores if plan.rule.score == "given" else score
     out: tuple[Any, Any, Any] = run.call(
         "decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend
@@ -60,6 +63,13 @@ def chooses_first(plan: ResolvedStep) -> bool:
     rule = plan.rule
     needs_tokens = rule.revise != "no" or rule.edit_threshold is not None or rule.skip_mask_token
     return by_chance and not needs_tokens
+
+
+def _has_dead_rows(drawn: Any, wanted: Any) -> bool:
+    """Whether a chosen row has no candidate, so that another position is committed in its place."""
+    if kind_of(wanted) == "jax" or not is_on_host(wanted):
+        return False
+    return bool((to_numpy(wanted) & (to_numpy(drawn) < 0)).any())
 
 
 def _chosen(x: StepInputs, plan: ResolvedStep, hidden: Any, backend: str) -> Any:
@@ -171,6 +181,7 @@ def _assemble(
         stop = first + len(some)
         rows = slice(first, stop) if at is None else at[first:stop]
         drawn[rows] = like(some, hidden)[:, 0]
-        score[rows] = like(values, hidden)[:, 0]
+        column = like(values, hidden)[:, 0]
+        score[rows] = column.to(score.dtype) if kind == "torch" else column
         first = stop
     return drawn.reshape(batch, length), score.reshape(batch, length)

@@ -82,6 +82,11 @@ class Handle:
         method.__doc__, method.__name__ = function.__doc__, name
         self.replace(name, method, owner)
 
+    @property
+    def is_active(self) -> bool:
+        """Whether the patch is still in place."""
+        return self._active
+
     def undo(self) -> None:
         """Restore everything; AdapterError if that has been done."""
         if not self._active:
@@ -163,7 +168,8 @@ def fast_sampler(target: Any, adapter: str | None = None, **options: Any) -> Ite
     try:
         yield handle
     finally:
-        handle.undo()
+        if handle.is_active:  # not undone in the block
+            handle.undo()
 
 
 def check_signature(function: Any, expected: str, what: str) -> None:

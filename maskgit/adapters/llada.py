@@ -27,10 +27,12 @@ which raises NameError there, works.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from ..kernels.common.arrays import kind_of
 from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule
 from ..sampler import generate as run_steps
@@ -170,7 +172,8 @@ def generate(
     """
     import torch
 
-    _check(steps, gen_length, block_length, remasking)
+    _check_tensors(prompt, attention_mask)
+    _check(steps, gen_length, block_length, remasking, temperature, cfg_scale)
     report = Report("llada", _CODEBASE, "called directly") if report is None else report
     batch, length = prompt.shape
     device = getattr(model, "device", prompt.device)
@@ -247,13 +250,38 @@ def _positions(attention_mask: Any, x: Any) -> Any:
     return ((attention_mask != 0).long().cumsum(1) - 1).clamp(min=0)
 
 
-def _check(steps: int, gen_length: int, block_length: int, remasking: str) -> None:
+def _check_tensors(prompt: Any, attention_mask: Any) -> None:
+    for name, x in (("prompt", prompt), ("attention_mask", attention_mask)):
+        if name == "attention_mask" and x is None:
+            continue
+        if kind_of(x) != "torch":
+            raise TypeError(f"{name}: expected a torch tensor, got {type(x).__name__}")
+        if x.ndim != 2 or x.shape != prompt.shape:
+            like = (
+                "shape (B, L)" if name == "prompt" else f"the prompt's shape {tuple(prompt.shape)}"
+            )
+            raise ValueError(f"{name}: expected {like}, got {tuple(x.shape)}")
+
+
+def _check(
+    steps: int, gen_length: int, block_length: int, remasking: str, temperature: float, scale: float
+) -> None:
+    for name, count in {
+        "steps": steps,
+        "gen_length": gen_length,
+        "block_length": block_length,
+    }.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
+    for name, number in {"temperature": temperature, "cfg_scale": scale}.items():
+        if not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ValueError(f"{name}: expected a finite number, got {number!r}")
     if remasking not in _REMASKING:
         raise ValueError(f"remasking: expected {' or '.join(_REMASKING)}, got {remasking!r}")
-    if block_length < 1 or gen_length % block_length:
+    if gen_length % block_length:
         raise ValueError(
             f"block_length: expected a divisor of gen_length {gen_length}, got {block_length}"
         )
     blocks = gen_length // block_length
-    if steps < 1 or steps % blocks:
+    if steps % blocks:
         raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
