@@ -240,8 +240,14 @@ def test_unknown_version_is_refused_and_left_alone():
         adapters.patch(types.ModuleType("empty"))
     with pytest.raises(adapters.AdapterError, match="nothing: expected one of the options"):
         adapters.patch(module(NEW), nothing=1)
-    with pytest.raises(adapters.AdapterError, match="adapter: expected one of"):
-        adapters.patch(target, adapter="nothing")
+    for adapter in ("nothing", []):
+        with pytest.raises(adapters.AdapterError, match="adapter: expected one of"):
+            adapters.patch(target, adapter=adapter)
+    fresh = module(NEW)
+    for option in ({"noise": 5}, {"backend": "triton"}):
+        with pytest.raises(adapters.AdapterError, match=f"{next(iter(option))}: expected"):
+            adapters.patch(fresh, **option)
+    assert not any(name.startswith("_maskgit") for name in vars(fresh))
 
 
 def test_bad_arguments():

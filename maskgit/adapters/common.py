@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from ..kernels.common.selection import available_backends
+
 # One line per adapter: the module, and what `target` is.
 ADAPTERS = {
     "diffusers_schedulers": "a diffusers pipeline with an AmusedScheduler or BlockRefinementScheduler",
@@ -135,7 +137,7 @@ def patch(target: Any, adapter: str | None = None, **options: Any) -> Handle:
     """
     if is_patched(target):
         raise AdapterError(f"target: {_name(target)} is patched already; undo that first")
-    if adapter is not None and adapter not in ADAPTERS:
+    if adapter is not None and (not isinstance(adapter, str) or adapter not in ADAPTERS):
         raise AdapterError(f"adapter: expected one of {', '.join(ADAPTERS)}, got {adapter!r}")
     names = list(ADAPTERS) if adapter is None else [adapter]
     for name in names:
@@ -152,6 +154,7 @@ def _install(module: ModuleType, target: Any, options: dict[str, Any]) -> Handle
     for name in options:
         if name not in legal:
             raise AdapterError(f"{name}: expected one of the options {', '.join(legal)}")
+    _check_options(options)
     try:
         handle: Handle = module.install(target, **options)
     except BaseException:
@@ -159,6 +162,17 @@ def _install(module: ModuleType, target: Any, options: dict[str, Any]) -> Handle
             vars(target)[_MARK].undo()
         raise
     return handle
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """What would otherwise fail only when something is sampled."""
+    noise, backend = options.get("noise"), options.get("backend", "auto")
+    if noise is not None and not callable(noise):
+        raise AdapterError(f"noise: expected a callable or None, got {noise!r}")
+    backends = available_backends()
+    if isinstance(backend, str) and backends.get(backend) is not None:  # unknown names: check_name
+        able = ", ".join(["auto", *(name for name, why in backends.items() if why is None)])
+        raise AdapterError(f"backend: expected one that can run here ({able}), got {backend!r}")
 
 
 @contextlib.contextmanager
