@@ -1,4 +1,4 @@
-// Python module maskgit._C: numbers and addresses in, nothing of any framework.
+// Python module maskgit._C: numbers and arrays (anything with a buffer) in, nothing of any framework.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,21 +11,37 @@ using maskgit::Strided;
 
 namespace {
 
-// A property that takes an address as an integer; kernels/decode_step/cpu.py keeps the array alive.
-template <class T>
-void pointer(py::class_<StepParams>& c, const char* name, T* StepParams::* member) {
-  c.def_property(
-      name, [member](const StepParams& p) { return reinterpret_cast<uintptr_t>(p.*member); },
-      [member](StepParams& p, uintptr_t address) { p.*member = reinterpret_cast<T*>(address); });
+// The memory behind an array; kernels/decode_step/cpu.py keeps it alive.
+Py_buffer buffer_of(py::handle array, int flags) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(array.ptr(), &view, flags) != 0) throw py::error_already_set();
+  PyBuffer_Release(&view);
+  return view;
 }
 
-// A property that takes (address, stride of b, of n, of v) with strides in elements.
+// A property that takes a C-contiguous array.
+template <class T>
+void array(py::class_<StepParams>& c, const char* name, T* StepParams::* member) {
+  c.def_property(
+      name, [](const StepParams&) { return py::none(); },
+      [member](StepParams& p, py::handle given) {
+        p.*member = static_cast<T*>(buffer_of(given, PyBUF_SIMPLE).buf);
+      });
+}
+
+// A property that takes a (B, N, V) array of any strides that are whole elements.
 void strided(py::class_<StepParams>& c, const char* name, Strided StepParams::* member) {
   c.def_property(
       name, [](const StepParams&) { return py::none(); },
-      [member](StepParams& p, const std::tuple<uintptr_t, int64_t, int64_t, int64_t>& a) {
-        p.*member = Strided{reinterpret_cast<const void*>(std::get<0>(a)), std::get<1>(a), std::get<2>(a),
-                            std::get<3>(a)};
+      [member](StepParams& p, py::handle given) {
+        Py_buffer view;
+        if (PyObject_GetBuffer(given.ptr(), &view, PyBUF_STRIDES) != 0) throw py::error_already_set();
+        const bool fits = view.ndim == 3;
+        if (fits)
+          p.*member = Strided{view.buf, view.strides[0] / view.itemsize, view.strides[1] / view.itemsize,
+                              view.strides[2] / view.itemsize};
+        PyBuffer_Release(&view);
+        if (!fits) throw py::value_error("expected an array of three dimensions");
       });
 }
 
@@ -39,22 +55,22 @@ PYBIND11_MODULE(_C, m) {
   strided(c, "logits", &StepParams::logits);
   strided(c, "uncond", &StepParams::uncond);
   strided(c, "token_gumbel", &StepParams::token_gumbel);
-  pointer(c, "tokens", &StepParams::tokens);
-  pointer(c, "eligible", &StepParams::eligible);
-  pointer(c, "masked_at_start", &StepParams::masked_at_start);
-  pointer(c, "seeds", &StepParams::seeds);
-  pointer(c, "positions", &StepParams::positions);
-  pointer(c, "choice_noise", &StepParams::choice_noise);
-  pointer(c, "score_banned", &StepParams::score_banned);
-  pointer(c, "num_commit", &StepParams::num_commit);
-  pointer(c, "remask_bounds", &StepParams::remask_bounds);
-  pointer(c, "scores", &StepParams::scores);
-  pointer(c, "banned", &StepParams::banned);
-  pointer(c, "table", &StepParams::table);
-  pointer(c, "next_tokens", &StepParams::next_tokens);
-  pointer(c, "candidates", &StepParams::candidates);
-  pointer(c, "confidence", &StepParams::confidence);
-  pointer(c, "log_z", &StepParams::log_z);
+  array(c, "tokens", &StepParams::tokens);
+  array(c, "eligible", &StepParams::eligible);
+  array(c, "masked_at_start", &StepParams::masked_at_start);
+  array(c, "seeds", &StepParams::seeds);
+  array(c, "positions", &StepParams::positions);
+  array(c, "choice_noise", &StepParams::choice_noise);
+  array(c, "score_banned", &StepParams::score_banned);
+  array(c, "num_commit", &StepParams::num_commit);
+  array(c, "remask_bounds", &StepParams::remask_bounds);
+  array(c, "scores", &StepParams::scores);
+  array(c, "banned", &StepParams::banned);
+  array(c, "table", &StepParams::table);
+  array(c, "next_tokens", &StepParams::next_tokens);
+  array(c, "candidates", &StepParams::candidates);
+  array(c, "confidence", &StepParams::confidence);
+  array(c, "log_z", &StepParams::log_z);
 #define MASKGIT_NUMBER(name) c.def_readwrite(#name, &StepParams::name)
   MASKGIT_NUMBER(batch);
   MASKGIT_NUMBER(length);

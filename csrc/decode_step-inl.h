@@ -17,7 +17,7 @@
 // NaN counts as -inf, yet stays in the chunk: every maximum takes its other operand beside a NaN,
 // add_exp2 counts it 2^-126, and comparisons with NaN are false.  +inf becomes the largest float.
 //
-// What it costs.  Greedy float32, AVX-512: 1 vector operation for the maximum and 11 for the
+// What it costs.  Greedy float32, AVX-512: 1 vector operation for the maximum and 9 for the
 // exponential and its sum per 16 logits; bfloat16 1 more to widen.  Two such operations start a cycle.
 //
 // Limits: V < 2^31; tokens less likely than e^-87 of their row do not enter sums (nor could they win:

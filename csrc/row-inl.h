@@ -206,11 +206,15 @@ static float load_chunk(Row& r, int64_t begin, int n, const Conditions& keep) {
 }
 
 // Fetches as much of what will be read next as `count` logits from the i-th on take, while the
-// exponentials of these keep the core busy; without it memory idles for as long.
+// exponentials of these keep the core busy; without it memory idles for as long.  The next chunk
+// into L1, what lies a chunk further into L2: L1 alone cannot keep enough lines in flight.
 static inline void prefetch_ahead(const Row& r, int i, int count) {
   if (r.cursor) return r.cursor->fetch(r.cursor->per_leaf * count / kLeaf);
   const int size = r.p->dtype == kFloat32 ? 4 : 2;
-  for (int b = 0; b < count * size; b += 64) __builtin_prefetch(r.ahead + i * size + b);
+  for (int b = 0; b < count * size; b += 64) {
+    const char* at = r.ahead + i * size + b;
+    __builtin_prefetch(at), __builtin_prefetch(at + kChunk * 4, 0, 2);
+  }
 }
 
 static inline int span_at(const Row& r, int64_t begin, int most) {

@@ -136,61 +136,88 @@ static inline void interleave(vf& even, vf& odd) {
 #endif
 }
 
-// 2^y as power * rest for y in [-126, 128], relative error 2e-7: y = n + i / kParts + f, the power of
-// two and the i-th root from a table in registers, 2^f by a minimax polynomial.  y + magic keeps n and
-// i in its low bits; the table's entries are reduced by i, which the shift puts under the exponent.
-struct Exp2 { vf power, rest; };
+// Sums of 2^(x * scale - r), r near the largest x * scale.  With y = x * scale - r = n + i / kParts + f,
+// 2^y is the power of two and the i-th root, from a table in registers, times a polynomial near 2^f.
+//
+// r is a multiple of 1 / kParts, so that t = x * scale + (kMagic - r) is a float whose last bits are n
+// and i, and f = x * scale + (kMagic - r - t) costs one rounding: no subtraction of r comes first,
+// save where a product is rounded before it is added (kFused is false).
+// The table's entries are reduced by i, which the shift puts under the exponent.
+//
+// AVX-512 has room for 32 roots, and for these a parabola of one fma does, g = f + 23 / 16:
+// 2^f is 0.2411 (g g + 2.08126) within 1.3e-7, and the constant falls away.  AVX2 has 8 roots and a
+// cubic, scalar code 1 and degree 5: relative errors below 2e-7.
 #if defined(__AVX512F__)
-constexpr float kMagic = 393216.f;  // 1.5 * 2^23 / kParts
+constexpr float kParts = 32.f, kCentre = 1.4375f;
 alignas(64) static const int32_t kRoots[32] = {
     0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
     0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
     0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
-static inline Exp2 exp2_parts(vf d, vf scale) {  // of d * scale
-  const vf t = fma(d, scale, splat(kMagic)), f = fma(d, scale, splat(kMagic) - t);
+static inline vf power_of(vf t) {
   const __m512i low = _mm512_load_si512(kRoots), high = _mm512_load_si512(kRoots + 16);
-  const vi root = (vi)_mm512_permutex2var_epi32(low, (__m512i)t, high);
-  const vf p = fma(f, splat(0.24022676050662994f), splat(0.6931573152542114f));
-  return {as_float(root + (as_int(t) << 18)), fma(f, p, splat(1.f))};
+  return as_float((vi)_mm512_permutex2var_epi32(low, (__m512i)t, high) + (as_int(t) << 18));
 }
+static inline vf curve(vf g) { return fma(g, g, splat(2.08126f)); }
 #elif defined(__AVX2__)
-constexpr float kMagic = 1572864.f;
+constexpr float kParts = 8.f, kCentre = 0.f;
 alignas(32) static const int32_t kRoots[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                                               0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
-static inline Exp2 exp2_parts(vf d, vf scale) {
-  const vf t = fma(d, scale, splat(kMagic)), f = fma(d, scale, splat(kMagic) - t);
-  const vi root = (vi)_mm256_permutevar8x32_epi32(*reinterpret_cast<const __m256i*>(kRoots), (__m256i)t);
+static inline vf power_of(vf t) {
+  const __m256i roots = *reinterpret_cast<const __m256i*>(kRoots);
+  return as_float((vi)_mm256_permutevar8x32_epi32(roots, (__m256i)t) + (as_int(t) << 20));
+}
+static inline vf curve(vf f) {
   vf p = fma(f, splat(0.0554962232708931f), splat(0.2402576357126236f));
   p = fma(f, p, splat(0.6931472420692444f));
-  return {as_float(root + (as_int(t) << 20)), fma(f, p, splat(1.f))};
+  return fma(f, p, splat(1.f));
 }
 #else
-constexpr float kMagic = 12582912.f;  // kParts = 1
-static inline Exp2 exp2_parts(vf d, vf scale) {
-  const vf t = d * scale + splat(kMagic), f = d * scale - (t - splat(kMagic));
+constexpr float kParts = 1.f, kCentre = 0.f;
+static inline vf power_of(vf t) { return as_float((as_int(t) << 23) + splat_i(0x3f800000)); }
+static inline vf curve(vf f) {
   vf p = splat(1.326472731307149e-3f);
   p = fma(p, f, splat(9.671512991189957e-3f));
   p = fma(p, f, splat(5.550733581185341e-2f));
   p = fma(p, f, splat(0.24022242426872253f));
   p = fma(p, f, splat(0.6931470036506653f));
-  return {as_float((as_int(t) << 23) + splat_i(0x3f800000)), fma(p, f, splat(1.f))};
+  return fma(p, f, splat(1.f));
 }
 #endif
+constexpr float kMagic = 12582912.f / kParts;  // 1.5 * 2^23 / kParts
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
 
-// sum += 2^(d * scale) without a product of its own.  Everything below -126 counts 2^-126, NaN too,
-// which is nothing beside a term of 1; above 128 (kSaturating) it is infinity.
 struct Exponent {
-  vf scale, low, high;
-  explicit Exponent(float s) : scale(splat(s)), low(splat(-126.f / s)), high(splat(128.f / s)) {}
+  vf scale, start, centre, low, high, from;
+  // exp2((x - top) * scale); `reaches(top, scale)` must hold.
+  explicit Exponent(float s, float top = 0) : scale(splat(s)), from(splat(top)) {
+    if (!kFused) top = 0;
+    const double whole = 6755399441055744.0 / kParts, r = (double(top) * s + whole) - whole;
+    start = splat(float(kMagic - r)), centre = splat(float(kMagic - r) + kCentre);
+    low = splat(float((r - 126) / s)), high = splat(float((r + 127.9) / s));
+  }
+  // What sums are divided by: the term of the top, which so counts 1 exactly.
+  inline double unit(float top) const;
+  // Further away the constants would lose the bits of i.
+  static bool reaches(float top, float s) { return __builtin_fabs(double(top) * s) <= 65536; }
 };
+
+// sum += 2^(x * scale - r).  Everything below -126 counts 2^-126, NaN too, which is nothing beside a
+// term of 1; above 127 (kSaturating) the term is huge.
 template <bool kSaturating = false>
-static inline vf add_exp2(vf sum, vf d, const Exponent& e) {
-  d = vmax(d, e.low);
-  if (kSaturating) d = vmin(d, e.high);
-  const Exp2 x = exp2_parts(d, e.scale);
-  return fma(x.power, x.rest, sum);
+static inline vf add_exp2(vf sum, vf x, const Exponent& e) {
+  if (!kFused) x = x - e.from;
+  x = vmax(x, e.low);
+  if (kSaturating) x = vmin(x, e.high);
+  const vf t = fma(x, e.scale, e.start), g = fma(x, e.scale, e.centre - t);
+  return fma(power_of(t), curve(g), sum);
 }
+
+inline double Exponent::unit(float top) const { return add_exp2(vf{}, splat(top), *this)[0]; }
 
 // Natural logarithm of normal positive floats, relative error 1e-7 also around 1.
 static inline vf vlog(vf x) {

@@ -6,29 +6,30 @@ namespace MASKGIT_ISA {
 
 // Sum of exp((x - top) * scale) over the buffer, and of t exp(t) where asked.
 static double sum_exp(const Row& r, int n, float top, float scale, double* tz) {
-  const Exponent s(scale * kLog2e), one(kLog2e);
-  const vf m = splat(top);
-  vf z0 = {}, z1 = {}, z2 = {}, z3 = {}, sum_tz = {};
   int i = 0;
   if (!tz) {
+    const Exponent s(scale * kLog2e, top);
+    vf z0 = {}, z1 = {}, z2 = {}, z3 = {};
     for (; i + 4 * W <= n; i += 4 * W) {
       prefetch_ahead(r, i, 4 * W);
-      z0 = add_exp2(z0, load(r.x + i) - m, s);
-      z1 = add_exp2(z1, load(r.x + i + W) - m, s);
-      z2 = add_exp2(z2, load(r.x + i + 2 * W) - m, s);
-      z3 = add_exp2(z3, load(r.x + i + 3 * W) - m, s);
+      z0 = add_exp2(z0, load(r.x + i), s);
+      z1 = add_exp2(z1, load(r.x + i + W), s);
+      z2 = add_exp2(z2, load(r.x + i + 2 * W), s);
+      z3 = add_exp2(z3, load(r.x + i + 3 * W), s);
     }
-    for (; i < n; i += W) z0 = add_exp2(z0, load(r.x + i) - m, s);
-    return hsum((z0 + z1) + (z2 + z3));
+    for (; i < n; i += W) z0 = add_exp2(z0, load(r.x + i), s);
+    return hsum((z0 + z1) + (z2 + z3)) / s.unit(top);
   }
+  const Exponent one(kLog2e);
+  vf z = {}, sum_tz = {};
   for (; i < n; i += W) {
-    vf t = vmax((load(r.x + i) - m) * splat(scale), splat(-87.f));
+    vf t = vmax((load(r.x + i) - splat(top)) * splat(scale), splat(-87.f));
     vf e = add_exp2(vf{}, t, one);
-    z0 += e;
+    z += e;
     sum_tz = fma(t, e, sum_tz);
   }
-  *tz = hsum(sum_tz);
-  return hsum(z0);
+  *tz = hsum(sum_tz) / one.unit(0);
+  return hsum(z) / one.unit(0);
 }
 
 // The same in float64.
@@ -66,8 +67,7 @@ static inline void store_groups(const Pair* sum, float* out) {
 template <bool kSplit, class At>
 static inline double sum_leaves(Row& r, int64_t c, int n, float top, float scale, At at) {
   constexpr int pairs = kGroups / (2 * W) > 1 ? kGroups / (2 * W) : 1;  // until the groups repeat
-  const Exponent s(scale * kLog2e);
-  const vf m = splat(top);
+  const Exponent s(scale * kLog2e, top);
   const bool keeps_groups = r.p->vocab <= kChunk;
   float* out = r.leaf_sum + c * kLeaves;
   const int leaves = round_up(n, kLeaf) / kLeaf;
@@ -81,7 +81,7 @@ static inline double sum_leaves(Row& r, int64_t c, int n, float top, float scale
         for (int j = 0; j < kLeaf / (2 * W); ++j) {
           const Pair x = at(leaf * kLeaf + 2 * W * j);
           Pair& z = sum[j % pairs];
-          z = {add_exp2<true>(z.a, x.a - m, s), add_exp2<true>(z.b, x.b - m, s)};
+          z = {add_exp2<true>(z.a, x.a, s), add_exp2<true>(z.b, x.b, s)};
         }
         if (keeps_groups) store_groups<kSplit>(sum, r.group_sum + leaf * kGroups);
         for (int j = 1; j < pairs; ++j) sum[0].a += sum[j].a, sum[0].b += sum[j].b;
@@ -94,8 +94,14 @@ static inline double sum_leaves(Row& r, int64_t c, int n, float top, float scale
       break;
     }
   }
-  for (int leaf = 0; leaf < kLeaves; leaf += W) total += load(out + leaf);
-  return hsum(total);
+  const double unit = s.unit(top);
+  const vf share = splat(float(1 / unit));
+  for (int leaf = 0; leaf < kLeaves; leaf += W) {
+    const vf sum = load(out + leaf);
+    store(out + leaf, sum * share);
+    total += sum;
+  }
+  return hsum(total) / unit;
 }
 
 struct Wanted {
@@ -111,6 +117,13 @@ struct Stats {
   double noisy = kNegInf;
   int64_t noisy_at = -1;  // where no noise is finite or +inf
 };
+
+// Takes `top` off the loaded chunk, into the buffer; returns what its maximum then is.
+static float lowered(Row& r, int n, float top) {
+  for (int i = 0; i < round_up(n, kLeaf); i += W) store(r.buffer + i, load(r.x + i) - splat(top));
+  r.x = r.buffer, r.loaded = -1;
+  return 0.f;
+}
 
 static inline void top_two(const Row& r, int n, float* first, float* second) {
   for (int i = 0; i < n; i += W) {
@@ -147,7 +160,7 @@ static bool walk_once(Row& r, float scale, Stats& out) {
     most = vmax(x.b, vmax(x.a, most));
   }
   const float top = hmax(most);
-  if (!(top > kNegInf && top <= kFloatMax)) return false;
+  if (!(top > kNegInf && top <= kFloatMax) || !Exponent::reaches(top, scale * kLog2e)) return false;
   const int64_t chunks = num_chunks(r.p->vocab);
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t begin = c * kChunk;
@@ -179,17 +192,16 @@ static bool walk_once(Row& r, const Conditions& keep, const Wanted& want, Stats&
 
 // Sum of exp((x - top) * scale) over n bfloat16, n a multiple of 2 W.
 static double sum_exp_bits(const Row& r, const uint16_t* x, int n, float top, float scale) {
-  const Exponent s(scale * kLog2e);
-  const vf m = splat(top);
+  const Exponent s(scale * kLog2e, top);
   vf z[4] = {};
   for (int i = 0; i < n; i += 2 * W) {
     const vu bits = *reinterpret_cast<const vu*>(x + i);
     const int k = i / W % 4;
     if (k == 0) prefetch_ahead(r, i, 4 * W);
-    z[k] = add_exp2(z[k], even_bfloat16(bits) - m, s);
-    z[k + 1] = add_exp2(z[k + 1], odd_bfloat16(bits) - m, s);
+    z[k] = add_exp2(z[k], even_bfloat16(bits), s);
+    z[k + 1] = add_exp2(z[k + 1], odd_bfloat16(bits), s);
   }
-  return hsum((z[0] + z[1]) + (z[2] + z[3]));
+  return hsum((z[0] + z[1]) + (z[2] + z[3])) / s.unit(top);
 }
 
 // Greedy rows of plain bfloat16 need no buffer and no widening for the maximum.  Returns false where
@@ -209,6 +221,7 @@ static bool walk_bits(Row& r, const Conditions& keep, const Wanted& want, Stats&
     if (bits == 0 || (bits >= 0x7f7f && bits <= 0x8000) || bits >= 0xff7f) return false;
     const vu wide = vu{} + (uint32_t(bits) << 16);
     const float top = ((vf)wide)[0];
+    if (want.z && !Exponent::reaches(top, float(want.z_scale) * kLog2e)) return false;
     r.chunk_max[c] = top;
     r.ahead = r.logits + (c * kChunk + n) * 2;
     r.chunk_z[c] = want.z ? sum_exp_bits(r, logits + c * kChunk, n, top, float(want.z_scale)) : 0;
@@ -237,22 +250,23 @@ static Stats walk(Row& r, const Conditions& keep, const Wanted& want) {
     if (top > out.top) out.top = top, out.top_chunk = c;
     if (want.noise && r.p->noise_is_double) race_with_noise<double>(r, c * kChunk, n, want.noise_scale, out);
     else if (want.noise) race_with_noise<float>(r, c * kChunk, n, want.noise_scale, out);
-    const bool empty = top == kNegInf;
-    if (want.leaves) {
-      if (empty)
-        for (int i = 0; i < kLeaves; ++i) r.leaf_sum[c * kLeaves + i] = 0.f;
-      else
-        r.chunk_z[c] = sum_leaves<false>(r, c, n, top, want.leaf_scale, [&](int i) {
-          return Pair{load(r.x + i), load(r.x + i + W)};
-        });
+    if (top == kNegInf) {
+      for (int i = 0; want.leaves && i < kLeaves; ++i) r.leaf_sum[c * kLeaves + i] = 0.f;
+      continue;
     }
-    if (empty) continue;
     const int padded = round_up(n, W);
+    double* tz = want.tz ? r.chunk_tz + c : nullptr;
     if (want.second) top_two(r, padded, first, second);
-    if (want.z_double)
-      r.chunk_z[c] = sum_exp_double(r, padded, top, want.z_scale, want.tz ? r.chunk_tz + c : nullptr);
-    else if (want.z)
-      r.chunk_z[c] = sum_exp(r, padded, top, float(want.z_scale), want.tz ? r.chunk_tz + c : nullptr);
+    if (want.z_double) r.chunk_z[c] = sum_exp_double(r, padded, top, want.z_scale, tz);
+    const float scale = want.leaves && want.leaf_scale > want.z_scale ? want.leaf_scale : float(want.z_scale);
+    const float from = Exponent::reaches(top, scale * kLog2e) ? top : lowered(r, n, top);
+    if (want.leaves) {
+      const double z = sum_leaves<false>(r, c, n, from, want.leaf_scale, [&](int i) {
+        return Pair{load(r.x + i), load(r.x + i + W)};
+      });
+      if (!want.z_double) r.chunk_z[c] = z;
+    }
+    if (want.z && !want.z_double) r.chunk_z[c] = sum_exp(r, padded, from, float(want.z_scale), tz);
   }
   const double scale = want.z || want.z_double ? want.z_scale : double(want.leaf_scale);
   for (int64_t c = 0; c < chunks; ++c) {

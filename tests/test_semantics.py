@@ -324,3 +324,42 @@ def test_bfloat16_rows_with_odd_values(backend, vocab, temperature):
     np.testing.assert_array_equal(got.candidate_tokens.numpy(), want.candidate_tokens)
     np.testing.assert_allclose(got.confidence.numpy(), want.confidence, rtol=3e-6, atol=1e-30)
     np.testing.assert_allclose(got.log_z.numpy(), want.log_z, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab", [64, 1024, 2176, 5000])
+def test_certain_tokens_have_probability_one(backend, vocab):
+    """Rules compare such probabilities for equality; so they are exact, wherever the logits lie."""
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(0, 3, (1, 40, vocab)).astype(np.float32)
+    height = (rng.uniform(-2e3, 2e3, 40) + 200).astype(np.float32)
+    twins = rng.permuted(np.tile(np.arange(vocab), (40, 1)), axis=1)[:, :2]
+    logits += (height - 200)[:, None]
+    logits[0, np.arange(40), twins[:, 0]] = height + 100
+    logits[0, np.arange(20, 40), twins[20:, 1]] = height[20:] + 100
+    rule = dataclasses.replace(StepRule.preset("llada"), score_dtype="float32")
+    for temperature in (0.0, 1.0):
+        given = dataclasses.replace(rule, score="prob", sample_temperature=temperature)
+        out = maskgit.sample_tokens(logits, rule=given, seeds=np.arange(1), backend=backend)
+        exact = np.where(np.arange(40) < 20, 1.0, 0.5)
+        if temperature == 0:
+            np.testing.assert_array_equal(out.confidence[0], exact)
+        np.testing.assert_allclose(out.confidence[0], exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_logits_far_from_zero_and_small_temperatures(backend, dtype):
+    rng = np.random.default_rng(5)
+    for vocab, offset, temperature in ((3000, 64000, 1.0), (3000, -64000, 0.9), (256, 3, 1e-5)):
+        near = rng.normal(0, 100 if dtype == "float16" else 3, (1, 30, vocab))
+        logits = np.clip(near + offset, -65504, 65504).astype(dtype)
+        rule = dataclasses.replace(StepRule.preset("maskgit"), sample_temperature=temperature)
+        given = {"rule": rule, "seeds": np.arange(1)}
+        ours = maskgit.sample_tokens(logits, backend=backend, **given)
+        judge = maskgit.sample_tokens(logits, backend="reference", **given)
+        assert (ours.candidate_tokens == judge.candidate_tokens).mean() > 0.9
+        same = ours.candidate_tokens == judge.candidate_tokens
+        np.testing.assert_allclose(
+            ours.confidence[same], judge.confidence[same], rtol=1e-6, atol=2e-6
+        )

@@ -40,18 +40,18 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     keep += [next_tokens, noise]
     if x.num_commit is not None:
         num_commit = np.ascontiguousarray(x.num_commit, dtype=np.int64)
-        params.num_commit = _address(num_commit)
+        params.num_commit = num_commit
         keep.append(num_commit)
     if plan.rule.remask == "conf":
         bounds = _remask_bounds(x, plan)
-        params.remask_bounds = _address(bounds)
+        params.remask_bounds = bounds
         keep.append(bounds)
     if x.scores is not None:
         scores = x.scores.astype(np.float64, order="C")
-        params.scores = _address(scores)
+        params.scores = scores
         keep.append(scores)
-    params.next_tokens = _address(next_tokens)
-    params.choice_noise = _address(noise)
+    params.next_tokens = next_tokens
+    params.choice_noise = noise
     _C.decode_step(params)
     candidates, confidence = out
     kind = np.float64 if plan.rule.score_dtype == "float64" else np.float32
@@ -65,7 +65,7 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     params, keep, (candidates, confidence) = _parameters(x, plan, dtype)
     log_z = np.empty(x.tokens.shape)
     keep += [log_z]
-    params.log_z = _address(log_z)
+    params.log_z = log_z
     _C.sample_tokens(params)
     kind = np.float64 if plan.rule.score_dtype == "float64" else np.float32
     return candidates, confidence.astype(kind, copy=False), log_z.astype(kind, copy=False)
@@ -121,16 +121,12 @@ def _uses_choice_noise(plan: ResolvedStep) -> bool:
     return plan.choice_temperature > 0 or plan.rule.score == "random" or plan.count == "bernoulli"
 
 
-def _address(x: Any) -> int:
-    return int(x.__array_interface__["data"][0])  # half the time of x.ctypes.data
-
-
-def _strided(x: Any) -> tuple[Any, tuple[int, int, int, int]]:
-    """The array, copied only where a stride is no whole number of elements, and its address."""
-    if any(stride % x.itemsize for stride in x.strides):
-        x = np.ascontiguousarray(x)
-    b, n, v = (stride // x.itemsize for stride in x.strides)
-    return x, (_address(x), b, n, v)
+def _whole_strides(x: Any) -> Any:
+    """The array, copied only where a stride is no whole number of elements."""
+    size = x.itemsize
+    if any(stride % size for stride in x.strides):
+        return np.ascontiguousarray(x)
+    return x
 
 
 @lru_cache(maxsize=256)
@@ -165,7 +161,7 @@ def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, lis
     p.batch, p.length = x.tokens.shape
     keep = [plan.table]
     if x.logits is not None:
-        logits, p.logits = _strided(x.logits)
+        p.logits = logits = _whole_strides(x.logits)
         p.vocab = logits.shape[2]
         keep.append(logits)
     tokens = np.ascontiguousarray(x.tokens, dtype=np.int64)
@@ -178,27 +174,27 @@ def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, lis
     keep += [tokens, eligible, start, positions]
     if x.logits is not None and (plan.rule.banned_ids or plan.rule.ban_mask_token):
         banned = _banned(plan.rule, x.mask_token_id, x.logits.shape[2])
-        p.banned, p.num_banned = _address(banned), banned.size
+        p.banned, p.num_banned = banned, banned.size
         keep.append(banned)
     if x.logits is not None and plan.rule.score_banned_ids:
         ids = _without_slice(plan.rule.score_banned_ids, plan.rule, x.logits.shape[2])
-        p.score_banned, p.num_score_banned = _address(ids), ids.size
+        p.score_banned, p.num_score_banned = ids, ids.size
         keep.append(ids)
     if x.uncond_logits is not None:
-        uncond, p.uncond = _strided(x.uncond_logits)
+        p.uncond = uncond = _whole_strides(x.uncond_logits)
         p.guidance_scale = x.guidance_scale
         keep.append(uncond)
     if x.token_gumbel is not None:
-        noise, p.token_gumbel = _strided(x.token_gumbel)
+        p.token_gumbel = noise = _whole_strides(x.token_gumbel)
         p.noise_is_double = noise.dtype == np.float64
         keep.append(noise)
     if x.seeds is not None:
         seeds = np.ascontiguousarray(x.seeds, dtype=np.uint32)
-        p.seeds = _address(seeds)
+        p.seeds = seeds
         keep.append(seeds)
-    p.tokens, p.eligible = _address(tokens), _address(eligible)
-    p.masked_at_start, p.positions = _address(start), _address(positions)
-    p.candidates, p.confidence = _address(candidates), _address(confidence)
+    p.tokens, p.eligible = tokens, eligible
+    p.masked_at_start, p.positions = start, positions
+    p.candidates, p.confidence = candidates, confidence
     p.mask_token_id = x.mask_token_id
     p.num_threads = num_threads()
     return p, keep, (candidates, confidence)
@@ -211,7 +207,7 @@ def _numbers(plan: ResolvedStep, dtype: str) -> Any:
 
     rule, p = plan.rule, _C.StepParams()
     p.dtype = _DTYPES[dtype]
-    p.table, p.table_size = _address(plan.table), plan.table.size
+    p.table, p.table_size = plan.table, plan.table.size
     p.vocab_start = rule.vocab_slice[0] if rule.vocab_slice else 0
     p.step = plan.step
     p.sample_temperature = plan.sample_temperature

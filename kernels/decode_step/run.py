@@ -301,14 +301,17 @@ def _zeros(batch: int) -> Any:
 
 def _to_host(x: StepInputs, chosen: str, dtype: str) -> StepInputs:
     """The inputs as NumPy arrays; bfloat16 logits as bits, for the reference as float32."""
-    fields = {k: to_numpy(v) for k, v in zip(x._fields, x, strict=True) if k not in _SCALARS}
+    fields = {
+        k: to_numpy(v)
+        for k, v in zip(x._fields, x, strict=True)
+        if v is not None and k not in _SCALARS
+    }
     for name in ("token_gumbel", "choice_gumbel", "scores"):
-        given = getattr(x, name)
-        if given is not None:
-            fields[name] = widen(fields[name], dtype_name(given))
+        if name in fields:
+            fields[name] = widen(fields[name], dtype_name(getattr(x, name)))
     if chosen == "reference":
         for name in ("logits", "uncond_logits"):
-            fields[name] = widen(fields[name], dtype)
+            fields[name] = widen(fields.get(name), dtype)
     return x._replace(**fields)
 
 
