@@ -18,7 +18,7 @@ from .kernels.common.arrays import dtype_name, kind_of, to_numpy, widen
 from .kernels.decode_step import StepNoise, StepRule, as_rule, reference
 from .kernels.decode_step.checks import LOGIT_DTYPES, check_guidance, check_logits, columns
 from .kernels.decode_step.plan import ResolvedStep
-from .kernels.decode_step.run import inputs
+from .kernels.decode_step.run import complete, inputs
 from .kernels.decode_step.spec import StepInputs
 
 F64 = npt.NDArray[np.float64]
@@ -199,9 +199,7 @@ def _inputs(
         _host(num_masked_at_start), _host(seeds), _host(token_gumbel), _host(choice_gumbel),
         _host(eligible), _host(scores), _host(num_commit), _host(positions),
     )  # fmt: skip
-    if x.positions is None:
-        x = x._replace(positions=np.broadcast_to(np.arange(length), (batch, length)))
-    x = x._replace(
+    x = complete(x, rule)._replace(
         logits=columns(model, rule),
         uncond_logits=columns(_host(uncond_logits), rule),
         guidance_scale=float(guidance_scale or 0.0),

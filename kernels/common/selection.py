@@ -34,9 +34,23 @@ def _cpp() -> str | None:
     return None
 
 
+def is_interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _triton() -> str | None:
+    missing = _needs("torch")() or _needs("triton")()
+    if missing is not None or is_interpreting():
+        return missing
+    import torch
+
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
 # name -> (reason why it cannot run here or None, array kind it computes in)
 BACKENDS: dict[str, tuple[Callable[[], str | None], str]] = {
-    "triton": (lambda: "this version has no CUDA kernels yet", "torch"),
+    "triton": (_triton, "torch"),
     "pallas": (lambda: "this version has no TPU kernels yet", "jax"),
     "cpp": (_cpp, "numpy"),
     "torch": (_needs("torch"), "torch"),
@@ -47,6 +61,7 @@ BACKENDS: dict[str, tuple[Callable[[], str | None], str]] = {
 # What "auto" tries, in order, by (array kind, device type).
 _AUTO = {
     ("torch", "cpu"): ("cpp", "torch"),
+    ("torch", "cuda"): ("triton", "torch"),
     ("torch", "other"): ("torch",),
     ("jax", "cpu"): ("jax",),
     ("jax", "other"): ("jax",),
@@ -80,6 +95,8 @@ def choose(backend: str, kind: str, device: str) -> str:
     """
     check_name(backend)
     place = "cpu" if device == "cpu" else "other"
+    if kind == "torch" and device.startswith("cuda"):
+        place = "cuda"
     if backend == "auto":
         forced = os.environ.get("MASKGIT_BACKEND", "auto")
         if forced not in ("", "auto"):
@@ -90,8 +107,13 @@ def choose(backend: str, kind: str, device: str) -> str:
             return choose(forced, kind, device)
         return next(name for name in _AUTO[kind, place] if why_missing(name) is None)
     reason = why_missing(backend)
-    if reason is None and backend == "cpp" and place == "other":
+    if reason is None and backend == "cpp" and place != "cpu":
         reason = f"it works on CPU arrays, not on {device}"
+    if reason is None and backend == "triton":
+        if kind != "torch":
+            reason = f"it works on torch tensors, not on {kind} arrays"
+        elif place != "cuda" and not is_interpreting():
+            reason = f"it works on CUDA tensors, not on {device}"
     if reason is not None:
         legal = [name for name in BACKENDS if why_missing(name) is None]
         raise ValueError(

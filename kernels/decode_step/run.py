@@ -38,6 +38,7 @@ from .plan import ResolvedStep, constant_plan, resolve, table_size
 from .spec import StepInputs, StepRule
 
 _MODULES = {
+    "triton": ".triton_cuda",
     "cpp": ".cpu",
     "torch": ".torch_ref",
     "jax": ".jax_ref",
@@ -84,7 +85,7 @@ def decode_step(
         uncond_logits=columns(uncond_logits, rule),
         guidance_scale=float(guidance_scale or 0.0),
     )
-    return results(call("decode_step", x, plan, logits, backend), logits, tokens, x.eligible, check)
+    return results(call("decode_step", x, plan, logits, backend), logits, x, rule, check)
 
 
 def inputs(
@@ -104,9 +105,10 @@ def inputs(
     num_commit: Any,
     positions: Any,
 ) -> tuple[StepInputs, ResolvedStep]:
-    """The checked inputs of a step, logits to be filled in, and the rule at this step.
+    """The checked inputs of a step as given, logits to be filled in, and the rule at this step.
 
-    `model` (B, N, ...) is the array whose kind and device the others must have.
+    `model` (B, N, ...) is the array whose kind and device the others must have.  `complete` makes
+    of them what a backend needs that does not derive it from the tokens itself.
     """
     batch, length = model.shape[:2]
     plan = _plan(rule, mask_token_id, step, num_steps, model)
@@ -114,15 +116,14 @@ def inputs(
     check_scores(rule, scores, model, "scores")
     check_positions(positions, model)
     check_noise(model, vocab, rule, plan, seeds, token_gumbel, choice_gumbel, both=True)
-    eligible = _taking_part(rule, tokens, mask_token_id, eligible)
     x = StepInputs(
         logits=None,
         tokens=tokens,
         eligible=eligible,
         num_masked_at_start=_counts(
-            "num_masked_at_start", num_masked_at_start, eligible, batch, length
+            "num_masked_at_start", num_masked_at_start, tokens, batch, length
         ),
-        seeds=_key_words(seeds, batch),
+        seeds=seeds,
         positions=positions,
         token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
         choice_gumbel=choice_gumbel,
@@ -130,9 +131,24 @@ def inputs(
         guidance_scale=0.0,
         mask_token_id=mask_token_id,
         scores=scores,
-        num_commit=_commits(rule, num_commit, eligible, batch, length),
+        num_commit=_commits(rule, num_commit, tokens, batch, length),
     )
     return x, plan
+
+
+def complete(x: StepInputs, rule: StepRule) -> StepInputs:
+    """The inputs with what follows from them filled in: who takes part, U0, key words, positions."""
+    batch, length = (x.tokens if x.logits is None else x.logits).shape[:2]
+    if x.tokens is None:  # rows without a sequence, all to be drawn
+        x = x._replace(tokens=_all_masked(batch, length), eligible=_everywhere(batch, length))
+    eligible = _taking_part(rule, x.tokens, x.mask_token_id, x.eligible)
+    start = x.num_masked_at_start
+    return x._replace(
+        eligible=eligible,
+        num_masked_at_start=eligible.sum(1) if start is None else start,
+        seeds=_key_words(x.seeds, batch),
+        positions=_rows_of_positions(batch, length) if x.positions is None else x.positions,
+    )
 
 
 def commit_tokens(
@@ -157,15 +173,14 @@ def commit_tokens(
     check_positions(positions, scores)
     check_commit_arrays(scores, candidate_tokens, tokens, eligible, mask_token_id)
     check_commit_noise(scores, rule, plan, seeds, choice_gumbel)
-    eligible = _taking_part(rule, tokens, mask_token_id, eligible)
     x = StepInputs(
         logits=None,
         tokens=tokens,
         eligible=eligible,
         num_masked_at_start=_counts(
-            "num_masked_at_start", num_masked_at_start, eligible, batch, length
+            "num_masked_at_start", num_masked_at_start, tokens, batch, length
         ),
-        seeds=_key_words(seeds, batch),
+        seeds=seeds,
         positions=positions,
         token_gumbel=None,
         choice_gumbel=choice_gumbel,
@@ -174,9 +189,9 @@ def commit_tokens(
         mask_token_id=mask_token_id,
         scores=scores,
         drawn=candidate_tokens,
-        num_commit=_commits(rule, num_commit, eligible, batch, length),
+        num_commit=_commits(rule, num_commit, tokens, batch, length),
     )
-    return results(call("decode_step", x, plan, scores, backend), scores, tokens, eligible, False)
+    return results(call("decode_step", x, plan, scores, backend), scores, x, rule, False)
 
 
 def _plan(
@@ -197,10 +212,14 @@ def _taking_part(rule: StepRule, tokens: Any, mask_token_id: int, eligible: Any)
     return is_masked if eligible is None else is_masked & eligible
 
 
-def results(out: Any, model: Any, tokens: Any, eligible: Any, check: bool) -> tuple[Any, Any, Any]:
-    """A backend's arrays in the library of `model` and the dtype of `tokens`."""
+def results(
+    out: Any, model: Any, x: StepInputs, rule: StepRule, check: bool
+) -> tuple[Any, Any, Any]:
+    """A backend's arrays in the library of `model` and the dtype of the tokens."""
+    tokens = x.tokens
     next_tokens, candidates, confidence = (like(array, model) for array in out)
     if check or os.environ.get("MASKGIT_CHECK", "") == "1":
+        eligible = _taking_part(rule, tokens, x.mask_token_id, x.eligible)
         raise_on_dead_rows(to_numpy(eligible) & np.isneginf(to_numpy(confidence)))
     return _cast_like(next_tokens, tokens), _cast_like(candidates, tokens), confidence
 
@@ -216,7 +235,7 @@ def sample_tokens(
     check: bool = False,
 ) -> tuple[Any, Any, Any]:
     """(candidate_tokens, confidence, log_z) of (B, N, V) logits; see `maskgit.sample_tokens`."""
-    batch, length, vocab = check_logits(logits, 3)
+    batch, _, vocab = check_logits(logits, 3)
     plan = constant_plan(rule, step)
     if rule.score in ("random", "given"):
         raise ValueError(
@@ -226,10 +245,10 @@ def sample_tokens(
     check_positions(positions, logits)
     x = StepInputs(
         logits=columns(logits, rule),
-        tokens=_all_masked(batch, length),
-        eligible=_everywhere(batch, length),
+        tokens=None,
+        eligible=None,
         num_masked_at_start=_zeros(batch),
-        seeds=_key_words(seeds, batch),
+        seeds=seeds,
         positions=positions,
         token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
         choice_gumbel=None,
@@ -252,8 +271,9 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
     chosen = choose(backend, kind, device)
     native = BACKENDS[chosen][1]
     dtype = "float32" if x.logits is None else dtype_name(logits)
-    if x.positions is None:
-        x = x._replace(positions=_rows_of_positions(*logits.shape[:2]))
+    if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
+        return getattr(backend_module(chosen), name)(x, plan, dtype)
+    x = complete(x, plan.rule)
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
     if chosen == "jax":
         return _jitted(name)(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
@@ -356,27 +376,27 @@ def _key_words(seeds: Any, batch: int) -> Any:
     return np.stack(seed_words(seeds), axis=1).astype(np.uint32)
 
 
-def _commits(rule: StepRule, given: Any, eligible: Any, batch: int, length: int) -> Any:
+def _commits(rule: StepRule, given: Any, tokens: Any, batch: int, length: int) -> Any:
     """num_commit as (B,) integers, there exactly where the rule's count is given."""
     if (given is not None) != (rule.count == "given"):
         got = "None" if given is None else f"numbers with count={rule.count!r}"
         raise ValueError(
             f"num_commit: expected exactly where the rule has count='given', got {got}"
         )
-    return None if given is None else _counts("num_commit", given, eligible, batch, length)
+    return _counts("num_commit", given, tokens, batch, length)
 
 
-def _counts(name: str, given: Any, eligible: Any, batch: int, length: int) -> Any:
-    """Numbers of positions as (B,) integers; where they are not given, of those that take part."""
+def _counts(name: str, given: Any, tokens: Any, batch: int, length: int) -> Any:
+    """Numbers of positions as (B,) integers, where they are given."""
     if given is None:
-        return eligible.sum(1)
+        return None
     if kind_of(given) is None:
         array = np.asarray(given)
         if array.dtype.kind not in "iu":
             raise TypeError(f"{name}: expected integers, got {given!r}")
         given = np.full(batch, array, np.int64) if array.ndim == 0 else array
     else:
-        check_same_kind(name, given, eligible)
+        check_same_kind(name, given, tokens)
     check_shape(name, given, (batch,))
     check_integers(name, given)
     if is_on_host(given):

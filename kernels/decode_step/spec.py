@@ -447,6 +447,9 @@ class StepInputs(NamedTuple):
     positions (B, N) Philox position words, noise or None, uncond_logits or None.  scores (B, N)
     where the rule's score is "given", num_commit (B,) where its count is.  With `drawn` (B, N),
     candidates or -1, there are no logits and `scores` are those of the candidates.
+
+    `triton` gets the inputs as they were given: eligible, num_masked_at_start and positions may be
+    None, seeds are (B,) 64-bit integers, and so may tokens be in `sample_tokens`.
     """
 
     logits: Any

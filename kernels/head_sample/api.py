@@ -106,8 +106,8 @@ def decode(
         positions,
     )  # fmt: skip
     mixed = mix(hidden, uncond_hidden, guidance_scale)
-    out = plain.decode_step(x, plan, mixed, head_weight, head_bias, backend)
-    return run.results(out, hidden, tokens, x.eligible, check)
+    out = plain.decode_step(run.complete(x, rule), plan, mixed, head_weight, head_bias, backend)
+    return run.results(out, hidden, x, rule, check)
 
 
 def mix(hidden: Any, uncond: Any, scale: float | None) -> Any:

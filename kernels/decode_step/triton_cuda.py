@@ -1,0 +1,373 @@
+"""The decode step on NVIDIA GPUs: what the kernels are compiled for, and their launch.
+
+Two kernels a step: `sample_kernel` (triton_rows.py) reads the logits of the masked positions once and
+leaves a candidate and a score each; `commit_kernel` (triton_commit.py), one program a sequence, counts,
+selects and re-masks.  Between them lies one temporary of two numbers a position, and where few long
+rows are shared between programs nine numbers a program, less than a thousandth of the logits.
+
+Nothing waits for the device, and nothing is computed on the host from its values.  Tables of counts
+are copied once per rule, step and T, so that a step that has run before can be captured in a graph.
+
+With TRITON_INTERPRET=1 set before triton is imported the kernels run on CPU tensors, slowly, in
+Triton's interpreter: that is how they are tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..common.tuning import tuned
+from . import reference
+from .plan import ResolvedStep, gumbel_below
+from .spec import StepInputs, StepRule
+from .triton_commit import MOST_POSITIONS, CommitSpec, commit_kernel, merge_kernel
+from .triton_rows import NUM_PARTS, sample_kernel
+from .triton_tiles import RowSpec
+
+_LOG2E = 1.4426950408889634
+_FILTERS = {"top_k": 1, "top_p": 2, "min_p": 3, "typical_p": 4}
+_NEEDS_NO_Z = ("logit", "random", "given")
+
+
+def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    batch, length = x.tokens.shape
+    if length > MOST_POSITIONS:
+        raise ValueError(
+            f"tokens: backend 'triton' expected at most {MOST_POSITIONS} positions, got {length}"
+        )
+    device, wide = x.tokens.device, plan.rule.score_dtype == "float64"
+    kind = torch.float64 if wide else torch.float32
+    tokens = x.tokens.contiguous()
+    next_tokens, candidates = torch.empty_like(tokens), torch.empty_like(tokens)
+    confidence = torch.empty(tokens.shape, dtype=kind, device=device)
+    if batch * length == 0:
+        return next_tokens, candidates, confidence
+    x = x._replace(tokens=tokens)
+    with _on(device):
+        if x.drawn is None:
+            rows = _rows(x, plan, dtype, False)
+            rows.sample(x, plan, None)
+        else:
+            rows = _given(x, plan)
+        _commit(x, plan, dtype, rows, next_tokens, candidates, confidence)
+    return next_tokens, candidates, confidence
+
+
+def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(candidate or -1, score, log_z), each (B, N)."""
+    batch, length, _ = x.logits.shape
+    kind = torch.float64 if plan.rule.score_dtype == "float64" else torch.float32
+    shape, device = (batch, length), x.logits.device
+    drawn = torch.empty(shape, dtype=torch.int64, device=device)
+    score = torch.empty(shape, dtype=kind, device=device)
+    log_z = torch.empty(shape, dtype=kind, device=device)
+    if batch * length > 0:
+        x = x if x.tokens is None else x._replace(tokens=x.tokens.contiguous())
+        with _on(device):
+            rows = _rows(x, plan, dtype, True)._replace_outputs(drawn, score)
+            rows.sample(x, plan, log_z)
+            rows.merge(x, plan, log_z)
+    return drawn, score, log_z
+
+
+def _on(device: torch.device) -> Any:
+    """The device's own stream and context; nothing in the interpreter."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@dataclass
+class _Rows:
+    """One launch over rows of logits: its specialisation, its outputs, its arguments."""
+
+    spec: RowSpec
+    warps: int
+    drawn: torch.Tensor
+    score: torch.Tensor
+    parts: torch.Tensor | None
+    logits: tuple[Any, ...]
+    num_rows: int
+    length: int
+    vocab: int
+    numbers: tuple[Any, ...]
+
+    def _replace_outputs(self, drawn: torch.Tensor, score: torch.Tensor) -> _Rows:
+        return dataclasses.replace(self, drawn=drawn, score=score)
+
+    def sample(self, x: StepInputs, plan: ResolvedStep, log_z: torch.Tensor | None) -> None:
+        """Launch `sample_kernel`."""
+        pointers, strides, uncond_strides = self.logits
+        noise = x.token_gumbel
+        noise_strides = (0, 0, 0) if noise is None else noise.stride()
+        grid = (-(-self.num_rows // self.spec.rows), self.spec.splits)
+        sample_kernel[grid](
+            *pointers, noise, x.tokens, _bytes(x.eligible), _seeds(x.seeds), _flat(x.positions),
+            self.drawn, self.score, log_z, self.parts, self.num_rows, self.length, self.vocab,
+            *strides, *uncond_strides, *noise_strides, *self.numbers, S=self.spec,
+            num_warps=self.warps,
+        )  # fmt: skip
+
+    def merge(self, x: StepInputs, plan: ResolvedStep, log_z: torch.Tensor) -> None:
+        """Launch `merge_kernel`, where programs shared rows."""
+        if self.spec.splits == 1:
+            return
+        pointers, strides, uncond_strides = self.logits
+        spec = dataclasses.replace(self.spec, rows=4)
+        merge_kernel[(-(-self.num_rows // 4),)](
+            *pointers, x.tokens, _bytes(x.eligible), _seeds(x.seeds), _flat(x.positions),
+            self.drawn, self.score, log_z, self.parts, self.num_rows, self.length, self.vocab,
+            *strides, *uncond_strides, *self.numbers, F=spec, num_warps=4,
+        )  # fmt: skip
+
+
+def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows:
+    """The launch for the rows of (B, N, V) logits."""
+    batch, length, vocab = x.logits.shape
+    wide = plan.rule.score_dtype == "float64"
+    size = x.logits.element_size()
+    vec = 16 // size
+    logits, head = _aligned(x.logits)
+    strides = x.logits.stride()
+    shifted = strides[2] == 1 and bool(head or any(s % vec for s in strides[:2]))
+    tiling = tiles(batch * length, vocab, strides[2] == 1, dtype, x.logits.device)
+    spec = _row_spec(
+        plan.rule, plan.sample_temperature, plan.sample_temperature == plan.score_temperature,
+        x.token_gumbel is not None, x.uncond_logits is not None, dtype, wants_z,
+    )  # fmt: skip
+    splits = tiling["splits"] if spec.quick else 1
+    spec = dataclasses.replace(
+        spec, rows=tiling["rows"], leaves=tiling["leaves"], vec=vec, splits=splits,
+        dense=strides[2] == 1, shifted=shifted, ragged=shifted or vocab % vec != 0,
+    )  # fmt: skip
+    drawn, score, parts = _temporary(batch * length, splits, wide, x.logits.device)
+    uncond_strides = (0, 0, 0) if x.uncond_logits is None else x.uncond_logits.stride()
+    return _Rows(
+        spec, tiling["warps"], drawn, score, parts,
+        ((logits, x.uncond_logits), (*strides, head), uncond_strides), batch * length, length,
+        vocab, _numbers(x, plan, vocab),
+    )  # fmt: skip
+
+
+def _given(x: StepInputs, plan: ResolvedStep) -> _Rows:
+    """Candidates and scores that are there already."""
+    drawn, score = x.drawn.contiguous(), x.scores.contiguous()
+    batch, length = drawn.shape
+    none: tuple[Any, ...] = ((None, None), (0, 0, 0, 0), (0, 0, 0))
+    numbers = _numbers(x, plan, 0)
+    return _Rows(RowSpec(), 4, drawn, score, None, none, batch * length, length, 0, numbers)
+
+
+def _commit(
+    x: StepInputs, plan: ResolvedStep, dtype: str, rows: _Rows, next_tokens: torch.Tensor,
+    candidates: torch.Tensor, confidence: torch.Tensor,
+) -> None:  # fmt: skip
+    """Launch `commit_kernel`."""
+    batch, length = x.tokens.shape
+    block = max(16, 1 << (length - 1).bit_length())
+    spec = _commit_spec(plan, block, dtype)
+    shared = rows.spec.splits > 1
+    finishing = dataclasses.replace(rows.spec, rows=min(block, 32)) if shared else None
+    pointers, strides, uncond_strides = rows.logits
+    table = _device_table(plan, str(x.tokens.device)) if plan.table.size else None
+    commit_kernel[(batch,)](
+        *pointers, x.tokens, _bytes(x.eligible), _seeds(x.seeds), _flat(x.positions), rows.drawn,
+        rows.score, rows.parts, rows.num_rows, length, rows.vocab, *strides, *uncond_strides,
+        *rows.numbers, next_tokens, candidates, confidence, _flat(x.choice_gumbel), _flat(x.scores),
+        _flat(x.num_masked_at_start), _flat(x.num_commit), table, plan.table.size, batch,
+        plan.choice_temperature, float(np.float32(plan.commit_fraction)), plan.commit_below,
+        gumbel_below(plan.remask_chance), plan.remask_chance, F=finishing, S=spec,
+        num_warps=8 if shared else min(16, max(1, block // 128)),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _row_spec(
+    rule: StepRule, temperature: float, same: bool, noise: bool, guided: bool, dtype: str,
+    wants_z: bool,
+) -> RowSpec:  # fmt: skip
+    """What of a RowSpec follows from the rule."""
+    start = rule.vocab_slice[0] if rule.vocab_slice else 0
+    wide = rule.score_dtype == "float64"
+    filters: list[tuple[int, float, bool]] = []
+    scaled = "temperature" not in rule.filters
+    for name in rule.filters:
+        if name == "temperature":
+            scaled = True
+            continue
+        value = getattr(rule, name)
+        if name == "top_k" or value < 1 or name == "min_p":
+            value = min(int(value), 2**31 - 1) if name == "top_k" else float(value)
+            filters.append((_FILTERS[name], value, scaled))
+    draw = "greedy"
+    if temperature > 0:
+        draw = "noise" if noise else "race"
+    elif rule.greedy_on == "probs" and not wide:
+        draw = "greedy_probs"
+    apart = (filters and not rule.score_filtered) or rule.score_banned_ids
+    needs_z = wants_z or rule.score not in _NEEDS_NO_Z
+    return RowSpec(
+        guide=0 if not guided else 2 if rule.guidance_dtype == "logits" else 1,
+        banned=tuple(i - start for i in rule.banned_ids if i >= start),
+        ban_mask=rule.ban_mask_token,
+        filters=tuple(filters),
+        bits=32 if guided else {"bfloat16": 16, "float16": 19, "float32": 32}[dtype],
+        below=rule.top_p_keep == "below",
+        draw=draw,
+        score=rule.score,
+        score_filtered=rule.score_filtered,
+        score_banned=tuple(i - start for i in rule.score_banned_ids if i >= start),
+        needs_z=needs_z,
+        wide=wide,
+        rounding=rule.score_dtype,
+        shared=bool(draw == "race" and same and not apart and not wide),
+        held=rule.revise == "held",
+        touches_known=rule.touches_known,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _commit_spec(plan: ResolvedStep, block: int, dtype: str) -> CommitSpec:
+    """What the commit kernel is compiled for at this step."""
+    rule = plan.rule
+    wide = rule.score_dtype == "float64"
+    kind: Any = np.float64 if wide else np.float32
+
+    def bound(value: float) -> float:
+        return float(reference.threshold_in(value, rule.score_dtype, dtype, kind))
+
+    adds_noise = plan.choice_temperature > 0 and rule.score != "random"
+    by_noise = rule.score == "random" or plan.count == "bernoulli" or rule.remask != "none"
+    return CommitSpec(
+        block=block,
+        count="all" if plan.commit_all else plan.count,
+        cut=rule.cut,
+        count_rows=plan.count_rows,
+        base_is_positions=plan.count_base == "positions",
+        clamps=plan.clamps,
+        source=rule.score if rule.score in ("random", "given") else "drawn",
+        uses_noise=adds_noise or by_noise,
+        adds_noise=adds_noise,
+        threshold=bound(rule.threshold) if plan.count != "entropy_bound" else rule.threshold,
+        threshold_strict=rule.threshold_strict,
+        slack=rule.threshold_slack,
+        least_is_quota=rule.min_commit == "quota",
+        low_threshold=bound(rule.low_threshold),
+        factor=rule.factor,
+        factor_tail=rule.factor_tail,
+        revise=rule.revise != "no",
+        touches_known=rule.touches_known,
+        edits=rule.edit_threshold is not None,
+        edit_threshold=rule.edit_threshold or 0.0,
+        remasks=rule.remask != "none",
+        remasks_by_score=rule.remask == "conf",
+        skip_mask_token=rule.skip_mask_token,
+        wide=wide,
+    )
+
+
+def _numbers(x: StepInputs, plan: ResolvedStep, vocab: int) -> tuple[Any, ...]:
+    """mask_token_id, its column, vocab_start, step, guidance, temperature and the scales."""
+    rule = plan.rule
+    start = rule.vocab_slice[0] if rule.vocab_slice else 0
+    column = int(x.mask_token_id) - start
+    score = 1.0 / plan.score_temperature
+    if rule.score_dtype == "float64":
+        high = float(np.float32(score))
+        low = score - high
+    else:
+        high, low = score * _LOG2E, 0.0
+    draw = _LOG2E / plan.sample_temperature if plan.sample_temperature > 0 else 1.0
+    return (
+        int(x.mask_token_id), column if 0 <= column < vocab else -1, start, plan.step,
+        float(x.guidance_scale), float(plan.sample_temperature), draw, high, low,
+        _LOG2E / plan.filter_temperature,
+    )  # fmt: skip
+
+
+def tiles(
+    num_rows: int, vocab: int, dense: bool, dtype: str, device: torch.device
+) -> dict[str, int]:
+    """rows and leaves of a tile, programs that share a row, warps.
+
+    A tile has about 8192 logits, 64 a thread: few enough for registers, and enough that each thread
+    has no more than one leaf's variate to make.  Few long rows are shared until every
+    multiprocessor has some programs.
+    """
+    leaves = -(-vocab // reference.LEAF)
+    fields = {"rows": 1, "leaves": 64, "splits": 1, "warps": 4, "programs": 4}
+    fields |= tuned("decode_step", device, {"dtype": dtype, "leaves": leaves})
+    wanted = fields.pop("programs") * _multiprocessors(device)
+    if not dense:  # V-major: neighbouring positions are neighbours in memory
+        return fields | {"rows": 32, "leaves": 1, "splits": 1}
+    size = fields["rows"] * fields["leaves"]
+    fields["leaves"] = min(fields["leaves"], 1 << (leaves - 1).bit_length())
+    rows = size // fields["leaves"]
+    while rows > 1 and num_rows // rows < wanted:
+        rows //= 2
+    fields["rows"] = rows
+    fields["warps"] = max(1, fields["warps"] * rows * fields["leaves"] // size)
+    splits = 1
+    while splits < 64 and 2 * splits * fields["leaves"] <= leaves and splits * num_rows < wanted:
+        splits *= 2
+    return fields | {"splits": splits if rows == 1 else 1}
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the interpreter, where few large programs are the fastest
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _temporary(rows: int, splits: int, wide: bool, device: torch.device) -> tuple[Any, Any, Any]:
+    """Candidates, scores and the shares of rows, in one allocation."""
+    kind, integer = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
+    shares = NUM_PARTS * splits if splits > 1 else 0
+    memory = torch.empty((2 + shares) * rows, dtype=kind, device=device)
+    parts = memory[2 * rows :] if shares else None
+    return memory[:rows].view(integer), memory[rows : 2 * rows], parts
+
+
+def _aligned(logits: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The tensor from the last multiple of 16 bytes on, and how many elements before it that is."""
+    size = logits.element_size()
+    head = logits.data_ptr() % 16 // size
+    if head == 0 or logits.stride(2) != 1:
+        return logits, 0
+    if head > logits.storage_offset():
+        raise ValueError("logits: expected memory that starts at a multiple of 16 bytes")
+    return torch.as_strided(logits, (1,), (1,), logits.storage_offset() - head), head
+
+
+def _bytes(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous().view(torch.uint8)
+
+
+def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _seeds(seeds: torch.Tensor | None) -> torch.Tensor | None:
+    """(B,) int64 of seeds, which may come as (B, 2) words."""
+    if seeds is None:
+        return None
+    if seeds.ndim == 2:
+        words = seeds.to(torch.int64)
+        return (words[:, 0] & 0xFFFFFFFF) | (words[:, 1] << 32)
+    return seeds.contiguous()
+
+
+@lru_cache(maxsize=4096)
+def _device_table(plan: ResolvedStep, device: str) -> torch.Tensor:
+    """The table of counts on the device; copied without waiting, and once."""
+    table = torch.from_numpy(plan.table)
+    if torch.device(device).type != "cuda":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,171 @@
+"""How logits get into registers: tiles of whole leaves, 16 bytes a load, whatever the strides.
+
+A tile is [R, C, VEC]: R leaves (of one row or several), each of C chunks of VEC logits, one chunk a
+load of 16 bytes.  A row that does not start at a multiple of 16 bytes (2025 columns of which 1024
+are used) is read from the multiple before it: place p of the tile holds logit p - shift, and the few
+logits of other rows at its ends become -inf.  The aligned 16 bytes around a logit are always there
+to be read.  Unaligned rows thus cost one more chunk, not a load for each logit.
+
+A tuple `source` is (logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column), `at` is
+(row, uncond_row, shift, live), each [R, 1, 1]: where row p = 0 lies, in elements.
+"""
+
+# mypy: ignore-errors
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+LEAF = tl.constexpr(128)
+FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """What a row kernel is compiled for: the tile, the layout of the logits, the rule.
+
+    rows, leaves, vec: rows of a program, leaves of each in a tile, logits of a load; splits:
+        programs that share a row.
+    dense: a row's logits are neighbours; shifted: rows may start at any element; ragged: the last
+        chunk of a row may be partly outside.
+    guide: 0 no guidance, 1 in float32, 2 with each operation rounded to the logits' dtype.
+    banned, ban_mask: columns that are never drawn.
+    filters: of (kind, value, whether the temperature divides first), see triton_filters.py; bits:
+        how many of a key's bits can differ; below: of top_p_keep.
+    draw: "race", "noise" (injected), "greedy" or "greedy_probs".
+    score, score_filtered, score_banned, needs_z, wide, rounding: the score; wide is in float64;
+        rounding is "float32", "float64" or "logits".
+    shared: drawn and scored from one distribution at one temperature.
+    held: known positions are scored by the token that they hold; touches_known: they take part.
+    """
+
+    rows: int = 1
+    leaves: int = 32
+    vec: int = 8
+    splits: int = 1
+    dense: bool = True
+    shifted: bool = False
+    ragged: bool = False
+    guide: int = 0
+    banned: tuple[int, ...] = ()
+    ban_mask: bool = False
+    filters: tuple[tuple[int, float, bool], ...] = ()
+    bits: int = 32
+    below: bool = False
+    draw: str = "race"
+    score: str = "log_prob"
+    score_filtered: bool = False
+    score_banned: tuple[int, ...] = ()
+    needs_z: bool = True
+    wide: bool = False
+    rounding: str = "float32"
+    shared: bool = True
+    held: bool = False
+    touches_known: bool = False
+
+    @property
+    def quick(self) -> bool:
+        """Whether a first walk may look for nothing odd."""
+        return self.draw in ("race", "greedy") and not self.filters and not self.score_banned
+
+
+@triton.jit
+def scalar(value, kind: tl.constexpr):
+    """A number that was passed to the kernel, in the dtype `kind`."""
+    return tl.full((), value, kind)
+
+
+@triton.jit
+def spread(values, leaves: tl.constexpr):
+    """[rows] -> [rows * leaves], each row's value for all its leaves."""
+    rows: tl.constexpr = values.shape[0]
+    return tl.reshape(tl.broadcast_to(values[:, None], [rows, leaves]), [rows * leaves])
+
+
+@triton.jit
+def by_row(values, leaves: tl.constexpr):
+    """[rows * leaves] -> [rows, leaves]."""
+    return tl.reshape(values, [values.shape[0] // leaves, leaves])
+
+
+@triton.jit
+def guided(x, u, guidance, kind: tl.constexpr, S: tl.constexpr):
+    """u + guidance (x - u); where guide is 2, each operation rounded to the dtype `kind`."""
+    if S.guide == 1:
+        return u + guidance * (x - u)
+    else:
+        difference = (x - u).to(kind).to(tl.float32)
+        product = tl.fma(difference, guidance, 0.0).to(kind).to(tl.float32)
+        return (u + product).to(kind).to(tl.float32)
+
+
+@triton.jit
+def cleaned(x):
+    """NaN as -inf, +inf as the largest float."""
+    return tl.minimum(tl.where(x == x, x, -float("inf")), FLOAT_MAX)
+
+
+@triton.jit
+def without(x, index, first, stop, mask_column, S: tl.constexpr):
+    """-inf at what is banned, looked for only where the tile's columns [first, stop) may hold it."""
+    banned: tl.constexpr = S.banned
+    for i in tl.static_range(len(banned)):
+        if (first <= banned[i]) & (banned[i] < stop):
+            x = tl.where(index == banned[i], -float("inf"), x)
+    if S.ban_mask:
+        if (first <= mask_column) & (mask_column < stop):
+            x = tl.where(index == mask_column, -float("inf"), x)
+    return x
+
+
+@triton.jit
+def tile(source, at, leaf, chunks: tl.constexpr, S: tl.constexpr, safe: tl.constexpr):
+    """(logits [R, chunks, VEC] float32, their indices) of `leaves` leaves from `leaf` on.
+
+    Of each leaf the first `chunks` chunks.  Guided and without what is banned; -inf outside the
+    row.  safe: cleaned of NaN and infinity.
+    """
+    leaves: tl.constexpr = S.leaves
+    vec: tl.constexpr = S.vec
+    rows: tl.constexpr = S.rows
+    logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column = source
+    row, uncond_row, shift, live = at
+    within = tl.arange(0, rows * leaves) % leaves
+    chunk = (leaf + within)[:, None, None] * LEAF + (tl.arange(0, chunks) * vec)[None, :, None]
+    p = chunk + tl.arange(0, vec)[None, None, :]
+    index = p - shift
+    inside = live & (chunk < vocab + shift)
+    place = row + p.to(tl.int64) * stride_v
+    if S.dense:  # each chunk starts at a multiple of 16 bytes
+        place = tl.multiple_of(place, [1, 1, vec])
+    raw = tl.load(logits + place, mask=inside, other=-float("inf"))
+    x = raw.to(tl.float32)
+    if S.guide > 0:
+        if S.ragged:
+            inside = inside & (index >= 0) & (index < vocab)
+        place = uncond_row + index.to(tl.int64) * uncond_stride_v
+        u = tl.load(uncond + place, mask=inside, other=0.0)
+        x = guided(x, u.to(tl.float32), guidance, raw.dtype, S)
+    first, stop = leaf * LEAF, (leaf + leaves) * LEAF
+    if S.ragged:
+        if (leaf == 0) | (stop > vocab):
+            x = tl.where((index >= 0) & (index < vocab), x, -float("inf"))
+    if safe:
+        x = cleaned(x)
+    return without(x, index, first - vec, stop, mask_column, S), index
+
+
+@triton.jit
+def elements(source, row, uncond_row, index, wanted, S: tl.constexpr):
+    """Single logits, cleaned: those at `index` of the rows that start at `row`, of any one shape."""
+    logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column = source
+    inside = wanted & (index >= 0) & (index < vocab)
+    raw = tl.load(logits + (row + index.to(tl.int64) * stride_v), mask=inside, other=-float("inf"))
+    x = raw.to(tl.float32)
+    if S.guide > 0:
+        u = tl.load(
+            uncond + (uncond_row + index.to(tl.int64) * uncond_stride_v), mask=inside, other=0.0
+        )
+        x = tl.where(inside, guided(x, u.to(tl.float32), guidance, raw.dtype, S), x)
+    return without(cleaned(x), index, 0, vocab, mask_column, S)
