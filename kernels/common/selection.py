@@ -109,11 +109,6 @@ def choose(backend: str, kind: str, device: str) -> str:
     reason = why_missing(backend)
     if reason is None and backend == "cpp" and place != "cpu":
         reason = f"it works on CPU arrays, not on {device}"
-    if reason is None and backend == "triton":
-        if kind != "torch":
-            reason = f"it works on torch tensors, not on {kind} arrays"
-        elif place != "cuda" and not is_interpreting():
-            reason = f"it works on CUDA tensors, not on {device}"
     if reason is not None:
         legal = [name for name in BACKENDS if why_missing(name) is None]
         raise ValueError(

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..common.arrays import dtype_name, is_on_host, kind_of, like, to_kind, to_numpy, widen
 from ..common.philox import seed_words
-from ..common.selection import BACKENDS, choose
+from ..common.selection import BACKENDS, choose, is_interpreting
 from .checks import (
     check_candidates,
     check_commit_arrays,
@@ -272,7 +272,7 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
     native = BACKENDS[chosen][1]
     dtype = "float32" if x.logits is None else dtype_name(logits)
     if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
-        return getattr(backend_module(chosen), name)(x, plan, dtype)
+        return getattr(backend_module(chosen), name)(_to_gpu(x, logits), plan, dtype)
     x = complete(x, plan.rule)
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
     if chosen == "jax":
@@ -344,6 +344,17 @@ def _to_framework(x: StepInputs, native: str, logits: Any) -> StepInputs:
                 fields[name] = fields[name].astype(np.int64)
     target = logits.device if kind_of(logits) == "torch" else None
     return x._replace(**{k: to_kind(v, native, target) for k, v in fields.items()})
+
+
+def _to_gpu(x: StepInputs, logits: Any) -> StepInputs:
+    """The inputs as torch tensors on the GPU of the logits; what is on the host goes to the first one."""
+    import torch
+
+    device = logits.device if kind_of(logits) == "torch" else torch.device("cpu")
+    if device.type == "cpu" and not is_interpreting():
+        device = torch.device("cuda")
+    fields = {k: v for k, v in x._asdict().items() if v is not None and k not in _SCALARS}
+    return x._replace(**{k: to_kind(v, "torch").to(device) for k, v in fields.items()})
 
 
 def _key_words(seeds: Any, batch: int) -> Any:

@@ -21,22 +21,23 @@ import triton
 import triton.language as tl
 
 from ..common.philox_triton import STREAM_CHOICE, exponential
-from .triton_rows import finish, merged, offsets, stream_of, taking_part
+from .triton_rows import UNSPECIALIZED, finish, merged, offsets, stream_of, taking_part
 from .triton_tiles import scalar
 
 MOST_POSITIONS = 1 << 15
 RANKED = tl.constexpr(1024)  # longest sequence whose cut is found by rank
-AT_A_TIME = tl.constexpr(32)  # positions compared with all others at once
 
 
 @dataclass(frozen=True)
 class CommitSpec:
     """What the commit kernel is compiled for: the second half of a rule at a step (plan.ResolvedStep).
 
-    block: N, to the next power of two; source: where scores come from, "drawn", "random" or "given".
+    block: N, to the next power of two; others: positions compared with all at once; source: where
+    scores come from, "drawn", "random" or "given".
     """
 
     block: int
+    others: int = 32
     count: str = "masked"
     cut: str = "exact"
     count_rows: str = "each"
@@ -147,11 +148,13 @@ def _stay_masked(table, table_size, base, now, now_batch, batch, given, share, S
 @triton.jit
 def _ranks(confidence, tokens, eligible, drawn, mine, b, length, mask_token_id, S: tl.constexpr):
     """(how many surer ones compete, the sum of their negative confidences), [block]."""
-    n = tl.arange(0, S.block)
-    rank = tl.zeros([S.block], tl.int32)
-    before = tl.zeros([S.block], tl.float64)
-    for first in range(0, length, AT_A_TIME):
-        other = first + tl.arange(0, AT_A_TIME)
+    block: tl.constexpr = S.block
+    others: tl.constexpr = S.others
+    n = tl.arange(0, block)
+    rank = tl.zeros([block], tl.int32)
+    before = tl.zeros([block], tl.float64)
+    for first in range(0, length, others):
+        other = first + tl.arange(0, others)
         _, _, _, competes = _competing(tokens, eligible, drawn, b, other, length, mask_token_id, S)
         if _num(competes) > 0:
             key = tl.load(confidence + b * length + other, mask=competes, other=0.0)
@@ -299,8 +302,9 @@ def _finish_shared(
     stream = stream_of(seeds, positions, row, length, live)
     reference, safe, alive, stats = merged(parts, row, num_rows, live, scales[0], scales, F)
     ids, scores, sums = finish(
-        source, offset, uncond_offset, shift, alive, own, is_own, reference, reference, safe, stats,
-        (), stream, (source[0], row, 1), scales, step, vocab_start, F,
+        source, source[0].dtype.element_ty, offset, uncond_offset, shift, alive, own, is_own,
+        reference, reference, safe, stats, (), stream, (source[0], row, 1), scales, step,
+        vocab_start, F,
     )  # fmt: skip
     inside = row < num_rows
     tl.store(drawn + row, ids.to(drawn.dtype.element_ty), mask=inside)
@@ -309,7 +313,7 @@ def _finish_shared(
         tl.store(log_z + row, sums.to(log_z.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["step", "mask_token_id", "mask_column", "vocab_start"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_kernel(
     logits, uncond, tokens, eligible, seeds, positions, drawn, score, log_z, parts, num_rows,
     length, vocab, stride_b, stride_n, stride_v, head, uncond_stride_b, uncond_stride_n,
@@ -327,7 +331,7 @@ def merge_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["step", "mask_token_id", "mask_column", "vocab_start"])
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "table_size", "batch"])
 def commit_kernel(
     logits, uncond, tokens, eligible, seeds, positions, drawn, score, parts, num_rows, length,
     vocab, stride_b, stride_n, stride_v, head, uncond_stride_b, uncond_stride_n, uncond_stride_v,
@@ -337,8 +341,9 @@ def commit_kernel(
     remask_below, remask_chance, F: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Grid (B,): what `decode_step` returns, from candidates and scores."""
+    block: tl.constexpr = S.block
     b = tl.program_id(0)
-    n = tl.arange(0, S.block)
+    n = tl.arange(0, block)
     row, inside = b * length + n, n < length
     if F is not None:
         rows: tl.constexpr = F.rows
@@ -360,7 +365,7 @@ def commit_kernel(
     candidate = tl.load(drawn + row, mask=takes_part, other=-1).to(tl.int64)
     alive = competes & (known | (candidate >= 0))
     filled = tl.where(alive & ~known, candidate, token)
-    noise = tl.zeros([S.block], tl.float32)
+    noise = tl.zeros([block], tl.float32)
     if S.uses_noise:
         if choice_gumbel is not None:
             noise = tl.load(choice_gumbel + row, mask=inside, other=0.0)

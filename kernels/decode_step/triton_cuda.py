@@ -51,7 +51,7 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     if batch * length == 0:
         return next_tokens, candidates, confidence
     x = x._replace(tokens=tokens)
-    with _on(device):
+    with on(device):
         if x.drawn is None:
             rows = _rows(x, plan, dtype, False)
             rows.sample(x, plan, None)
@@ -71,14 +71,14 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     log_z = torch.empty(shape, dtype=kind, device=device)
     if batch * length > 0:
         x = x if x.tokens is None else x._replace(tokens=x.tokens.contiguous())
-        with _on(device):
+        with on(device):
             rows = _rows(x, plan, dtype, True)._replace_outputs(drawn, score)
             rows.sample(x, plan, log_z)
             rows.merge(x, plan, log_z)
     return drawn, score, log_z
 
 
-def _on(device: torch.device) -> Any:
+def on(device: torch.device) -> Any:
     """The device's own stream and context; nothing in the interpreter."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -88,7 +88,7 @@ class _Rows:
     """One launch over rows of logits: its specialisation, its outputs, its arguments."""
 
     spec: RowSpec
-    warps: int
+    options: dict[str, int]
     drawn: torch.Tensor
     score: torch.Tensor
     parts: torch.Tensor | None
@@ -108,10 +108,10 @@ class _Rows:
         noise_strides = (0, 0, 0) if noise is None else noise.stride()
         grid = (-(-self.num_rows // self.spec.rows), self.spec.splits)
         sample_kernel[grid](
-            *pointers, noise, x.tokens, _bytes(x.eligible), _seeds(x.seeds), _flat(x.positions),
+            *pointers, noise, x.tokens, as_bytes(x.eligible), seed_words(x.seeds), flat(x.positions),
             self.drawn, self.score, log_z, self.parts, self.num_rows, self.length, self.vocab,
             *strides, *uncond_strides, *noise_strides, *self.numbers, S=self.spec,
-            num_warps=self.warps,
+            **self.options,
         )  # fmt: skip
 
     def merge(self, x: StepInputs, plan: ResolvedStep, log_z: torch.Tensor) -> None:
@@ -121,9 +121,9 @@ class _Rows:
         pointers, strides, uncond_strides = self.logits
         spec = dataclasses.replace(self.spec, rows=4)
         merge_kernel[(-(-self.num_rows // 4),)](
-            *pointers, x.tokens, _bytes(x.eligible), _seeds(x.seeds), _flat(x.positions),
+            *pointers, x.tokens, as_bytes(x.eligible), seed_words(x.seeds), flat(x.positions),
             self.drawn, self.score, log_z, self.parts, self.num_rows, self.length, self.vocab,
-            *strides, *uncond_strides, *self.numbers, F=spec, num_warps=4,
+            *strides, *uncond_strides, *self.numbers, F=spec, **options(4, 168),
         )  # fmt: skip
 
 
@@ -133,14 +133,12 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows
     wide = plan.rule.score_dtype == "float64"
     size = x.logits.element_size()
     vec = 16 // size
-    logits, head = _aligned(x.logits)
+    head = x.logits.data_ptr() % 16 // size  # logits between a multiple of 16 bytes and the first
     strides = x.logits.stride()
     shifted = strides[2] == 1 and bool(head or any(s % vec for s in strides[:2]))
-    tiling = tiles(batch * length, vocab, strides[2] == 1, dtype, x.logits.device)
-    spec = _row_spec(
-        plan.rule, plan.sample_temperature, plan.sample_temperature == plan.score_temperature,
-        x.token_gumbel is not None, x.uncond_logits is not None, dtype, wants_z,
-    )  # fmt: skip
+    spec = row_spec(x, plan, dtype, x.uncond_logits is not None, wants_z)
+    heavy = shifted or spec.wide or spec.score == "margin" or spec.draw in ("greedy_probs", "noise")
+    tiling = tiles(batch * length, vocab, strides[2] == 1, heavy, dtype, x.logits.device)
     splits = tiling["splits"] if spec.quick else 1
     spec = dataclasses.replace(
         spec, rows=tiling["rows"], leaves=tiling["leaves"], vec=vec, splits=splits,
@@ -149,10 +147,16 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows
     drawn, score, parts = _temporary(batch * length, splits, wide, x.logits.device)
     uncond_strides = (0, 0, 0) if x.uncond_logits is None else x.uncond_logits.stride()
     return _Rows(
-        spec, tiling["warps"], drawn, score, parts,
-        ((logits, x.uncond_logits), (*strides, head), uncond_strides), batch * length, length,
-        vocab, _numbers(x, plan, vocab),
+        spec, options(tiling["warps"], tiling["registers"]), drawn, score, parts,
+        ((x.logits, x.uncond_logits), (*strides, head), uncond_strides), batch * length, length,
+        vocab, numbers(x, plan, vocab),
     )  # fmt: skip
+
+
+def options(warps: int, registers: int) -> dict[str, int]:
+    """How to compile: left alone, ptxas spills a few bytes to fit one more program."""
+    limit = {"maxnreg": registers} if torch.version.hip is None else {}
+    return {"num_warps": warps} | limit
 
 
 def _given(x: StepInputs, plan: ResolvedStep) -> _Rows:
@@ -160,8 +164,9 @@ def _given(x: StepInputs, plan: ResolvedStep) -> _Rows:
     drawn, score = x.drawn.contiguous(), x.scores.contiguous()
     batch, length = drawn.shape
     none: tuple[Any, ...] = ((None, None), (0, 0, 0, 0), (0, 0, 0))
-    numbers = _numbers(x, plan, 0)
-    return _Rows(RowSpec(), 4, drawn, score, None, none, batch * length, length, 0, numbers)
+    return _Rows(
+        RowSpec(), {}, drawn, score, None, none, batch * length, length, 0, numbers(x, plan, 0)
+    )
 
 
 def _commit(
@@ -177,14 +182,21 @@ def _commit(
     pointers, strides, uncond_strides = rows.logits
     table = _device_table(plan, str(x.tokens.device)) if plan.table.size else None
     commit_kernel[(batch,)](
-        *pointers, x.tokens, _bytes(x.eligible), _seeds(x.seeds), _flat(x.positions), rows.drawn,
+        *pointers, x.tokens, as_bytes(x.eligible), seed_words(x.seeds), flat(x.positions), rows.drawn,
         rows.score, rows.parts, rows.num_rows, length, rows.vocab, *strides, *uncond_strides,
-        *rows.numbers, next_tokens, candidates, confidence, _flat(x.choice_gumbel), _flat(x.scores),
-        _flat(x.num_masked_at_start), _flat(x.num_commit), table, plan.table.size, batch,
+        *rows.numbers, next_tokens, candidates, confidence, flat(x.choice_gumbel), flat(x.scores),
+        flat(x.num_masked_at_start), flat(x.num_commit), table, plan.table.size, batch,
         plan.choice_temperature, float(np.float32(plan.commit_fraction)), plan.commit_below,
         gumbel_below(plan.remask_chance), plan.remask_chance, F=finishing, S=spec,
-        num_warps=8 if shared else min(16, max(1, block // 128)),
+        **options(max(8 if shared else 1, min(16, block // 32)), 128),
     )  # fmt: skip
+
+
+def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, guided: bool, wants_z: bool) -> RowSpec:
+    """What of a RowSpec follows from the rule, the step and the noise."""
+    temperature, same = plan.sample_temperature, plan.sample_temperature == plan.score_temperature
+    injected = x.token_gumbel is not None
+    return _row_spec(plan.rule, temperature, same, injected, guided, dtype, wants_z)
 
 
 @lru_cache(maxsize=1024)
@@ -192,7 +204,6 @@ def _row_spec(
     rule: StepRule, temperature: float, same: bool, noise: bool, guided: bool, dtype: str,
     wants_z: bool,
 ) -> RowSpec:  # fmt: skip
-    """What of a RowSpec follows from the rule."""
     start = rule.vocab_slice[0] if rule.vocab_slice else 0
     wide = rule.score_dtype == "float64"
     filters: list[tuple[int, float, bool]] = []
@@ -246,6 +257,7 @@ def _commit_spec(plan: ResolvedStep, block: int, dtype: str) -> CommitSpec:
     by_noise = rule.score == "random" or plan.count == "bernoulli" or rule.remask != "none"
     return CommitSpec(
         block=block,
+        others=max(16, min(32, (1 << 14) // block)),
         count="all" if plan.commit_all else plan.count,
         cut=rule.cut,
         count_rows=plan.count_rows,
@@ -272,7 +284,7 @@ def _commit_spec(plan: ResolvedStep, block: int, dtype: str) -> CommitSpec:
     )
 
 
-def _numbers(x: StepInputs, plan: ResolvedStep, vocab: int) -> tuple[Any, ...]:
+def numbers(x: StepInputs, plan: ResolvedStep, vocab: int) -> tuple[Any, ...]:
     """mask_token_id, its column, vocab_start, step, guidance, temperature and the scales."""
     rule = plan.rule
     start = rule.vocab_slice[0] if rule.vocab_slice else 0
@@ -292,18 +304,20 @@ def _numbers(x: StepInputs, plan: ResolvedStep, vocab: int) -> tuple[Any, ...]:
 
 
 def tiles(
-    num_rows: int, vocab: int, dense: bool, dtype: str, device: torch.device
+    num_rows: int, vocab: int, dense: bool, heavy: bool, dtype: str, device: torch.device
 ) -> dict[str, int]:
-    """rows and leaves of a tile, programs that share a row, warps.
+    """rows and leaves of a tile, programs that share a row, warps, registers of a thread.
 
-    A tile has about 8192 logits, 64 a thread: few enough for registers, and enough that each thread
-    has no more than one leaf's variate to make.  Few long rows are shared until every
-    multiprocessor has some programs.
+    A tile has 16 KB, in 16 bits 64 logits a thread: few enough for registers, and enough that each
+    thread has no more than one leaf's variate to make.  Half of it where a walk keeps more
+    (`heavy`).  Few long rows are shared until every multiprocessor has some programs.
     """
     leaves = -(-vocab // reference.LEAF)
-    fields = {"rows": 1, "leaves": 64, "splits": 1, "warps": 4, "programs": 4}
+    size = (32 if dtype == "float32" else 64) // (2 if heavy else 1)
+    fields = {"rows": 1, "leaves": size, "splits": 1, "warps": 4, "programs": 4}
+    fields["registers"] = 168
     fields |= tuned("decode_step", device, {"dtype": dtype, "leaves": leaves})
-    wanted = fields.pop("programs") * _multiprocessors(device)
+    wanted = fields.pop("programs") * multiprocessors(device)
     if not dense:  # V-major: neighbouring positions are neighbours in memory
         return fields | {"rows": 32, "leaves": 1, "splits": 1}
     size = fields["rows"] * fields["leaves"]
@@ -320,9 +334,10 @@ def tiles(
 
 
 @lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # the interpreter, where few large programs are the fastest
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has; an H100's for tensors without memory."""
+    if device.type != "cuda":  # the interpreter is the fastest with few large programs
+        return 132 if device.type == "meta" else 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -335,33 +350,24 @@ def _temporary(rows: int, splits: int, wide: bool, device: torch.device) -> tupl
     return memory[:rows].view(integer), memory[rows : 2 * rows], parts
 
 
-def _aligned(logits: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The tensor from the last multiple of 16 bytes on, and how many elements before it that is."""
-    size = logits.element_size()
-    head = logits.data_ptr() % 16 // size
-    if head == 0 or logits.stride(2) != 1:
-        return logits, 0
-    if head > logits.storage_offset():
-        raise ValueError("logits: expected memory that starts at a multiple of 16 bytes")
-    return torch.as_strided(logits, (1,), (1,), logits.storage_offset() - head), head
-
-
-def _bytes(x: torch.Tensor | None) -> torch.Tensor | None:
+def as_bytes(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A bool tensor as a kernel reads it."""
     return None if x is None else x.contiguous().view(torch.uint8)
 
 
-def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
+def flat(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A small tensor without gaps."""
     return None if x is None else x.contiguous()
 
 
-def _seeds(seeds: torch.Tensor | None) -> torch.Tensor | None:
+def seed_words(seeds: torch.Tensor | None) -> torch.Tensor | None:
     """(B,) int64 of seeds, which may come as (B, 2) words."""
     if seeds is None:
         return None
     if seeds.ndim == 2:
         words = seeds.to(torch.int64)
         return (words[:, 0] & 0xFFFFFFFF) | (words[:, 1] << 32)
-    return seeds.contiguous()
+    return (seeds.view(torch.int64) if seeds.dtype == torch.uint64 else seeds).contiguous()
 
 
 @lru_cache(maxsize=4096)

@@ -28,16 +28,25 @@ import triton.language as tl
 
 from ..common.philox_triton import STREAM_INNER, STREAM_LEAF, exponential, key_words, over
 from .triton_filters import find_conditions, survivors
-from .triton_tiles import FLOAT_MAX, LEAF, by_row, elements, scalar, spread, tile
+from .triton_tiles import BIG, FLOAT_MAX, LEAF, by_row, elements, rounded_to, scalar, spread, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-BIG = tl.constexpr(2147483647)
+UNSPECIALIZED = [
+    "step",
+    "mask_token_id",
+    "mask_column",
+    "vocab_start",
+    "num_rows",
+    "length",
+    "vocab",
+]
 NUM_PARTS = 9  # numbers that a program writes of its share of a row
 
 
 @triton.jit
-def _top_two(a, a2, b, b2):
+def top_two(a, a2, b, b2):
+    """The two largest of two pairs, for a reduction."""
     return tl.maximum(a, b), tl.maximum(tl.minimum(a, b), tl.maximum(a2, b2))
 
 
@@ -66,7 +75,7 @@ def _scaled(x, reference, scale, safe: tl.constexpr):
 def rounded(value, kind: tl.constexpr, S: tl.constexpr):
     """`value` rounded to the dtype of the logits where the rule scores in that."""
     if S.rounding == "logits":
-        return value.to(kind).to(value.dtype)
+        return rounded_to(value, kind)
     else:
         return value
 
@@ -119,6 +128,10 @@ def _walk(
     second = tl.full([R, C], -float("inf"), tl.float32)
     position, k0, k1 = stream
     position, k0, k1 = spread(position, leaves), spread(k0, leaves), spread(k1, leaves)
+    if S.shifted:
+        shift = at[2]
+        column = (tl.arange(0, C) * vec)[None, :, None] + tl.arange(0, vec)[None, None, :]
+        own = (column >= tl.max(shift, 0)[None, :, :]).to(tl.float32)  # of one row
     for leaf in range(begin, end, leaves):
         x, index = tile(source, at, leaf, C, S, safe)
         xf = survivors(x, index, conditions, filter_scale, S)
@@ -136,8 +149,8 @@ def _walk(
                 tz += tl.sum(tl.where(e > 0, e * t, 0.0), 2)
             if S.score == "margin":
                 nothing = tl.full(y.shape, -float("inf"), tl.float32)
-                one, two = tl.reduce((y, nothing), 2, _top_two)
-                first, second = _top_two(first, second, one, two)
+                one, two = tl.reduce((y, nothing), 2, top_two)
+                first, second = top_two(first, second, one, two)
             if S.score == "top1_prob":
                 first = tl.maximum(first, tl.max(y, 2))
         if S.draw == "race":
@@ -146,13 +159,14 @@ def _walk(
             else:
                 w = tl.exp2(_scaled(xf, r, draw_scale, safe))
             if S.shifted:  # the leaf's last logits lie in the tile's next leaf
-                column, shift = (index + at[2]) % LEAF, at[2]
-                sums = tl.sum(tl.sum(tl.where(column >= shift, w, 0.0), 2), 1)
+                if S.rows > 1:
+                    own = (column >= shift).to(tl.float32)
+                sums = tl.sum(tl.sum(w * own, 2), 1)
                 x, index = tile(source, at, leaf + 1, 1, S, safe)
                 xf = survivors(x, index, conditions, filter_scale, S)
                 w = tl.exp2(_scaled(xf, r, draw_scale, safe))
-                w = tl.where((index + shift) % LEAF < shift, w, 0.0)
-                sums += tl.sum(tl.sum(w, 2), 1)
+                rest = tl.arange(0, vec)[None, None, :] < shift
+                sums += tl.sum(tl.sum(tl.where(rest, w, 0.0), 2), 1)
             else:
                 sums = tl.sum(tl.sum(w, 2), 1)
             mass += sums
@@ -178,8 +192,8 @@ def _walk(
         key, key_at = _best(noisy, noisy_leaf, leaves)
     else:
         key, key_at = top_key, top_at
-    one, two = tl.reduce((first, second), 1, _top_two)
-    one, two = tl.reduce((by_row(one, leaves), by_row(two, leaves)), 1, _top_two)
+    one, two = tl.reduce((first, second), 1, top_two)
+    one, two = tl.reduce((by_row(one, leaves), by_row(two, leaves)), 1, top_two)
     z = tl.sum(by_row(tl.sum(z, 1), leaves), 1)
     tz = tl.sum(by_row(tl.sum(tz, 1), leaves), 1)
     return key, key_at, top_key, top_at, z, tz, one, two, tl.sum(by_row(mass, leaves), 1)
@@ -203,8 +217,9 @@ def _best(keys, at, leaves: tl.constexpr):
 def _maxima(source, at, begin, end, S: tl.constexpr):
     """(largest logit, largest finite logit) of each row, [rows]."""
     leaves: tl.constexpr = S.leaves
-    top = tl.full([S.rows * leaves], -float("inf"), tl.float32)
-    finite = tl.full([S.rows * leaves], -float("inf"), tl.float32)
+    R: tl.constexpr = S.rows * leaves
+    top = tl.full([R], -float("inf"), tl.float32)
+    finite = tl.full([R], -float("inf"), tl.float32)
     for leaf in range(begin, end, leaves):
         x, _ = tile(source, at, leaf, LEAF // S.vec, S, False)
         x = tl.where(x == x, x, -float("inf"))
@@ -218,7 +233,8 @@ def _maxima(source, at, begin, end, S: tl.constexpr):
 @triton.jit
 def _largest_scored(source, at, conditions, begin, end, filter_scale, S: tl.constexpr):
     leaves: tl.constexpr = S.leaves
-    top = tl.full([S.rows * leaves], -float("inf"), tl.float32)
+    R: tl.constexpr = S.rows * leaves
+    top = tl.full([R], -float("inf"), tl.float32)
     for leaf in range(begin, end, leaves):
         x, index = tile(source, at, leaf, LEAF // S.vec, S, True)
         x = _scored(survivors(x, index, conditions, filter_scale, S), x, index, S)
@@ -234,7 +250,8 @@ def _first_of_probs(source, at, conditions, reference, mass, end, filter_scale, 
     r, m = spread(reference, leaves)[:, None, None], spread(mass, leaves)[:, None, None]
     largest = rounded(tl.div_rn(mass * 0.0 + 1.0, mass), kind, S)
     bound = spread(largest, leaves)[:, None, None]
-    token = tl.full([S.rows], BIG, tl.int32)
+    rows: tl.constexpr = S.rows
+    token = tl.full([rows], BIG, tl.int32)
     for leaf in range(0, end, leaves):
         x, index = tile(source, at, leaf, LEAF // S.vec, S, True)
         x = survivors(x, index, conditions, filter_scale, S)
@@ -295,13 +312,15 @@ def _race(x, leaf, stream, step, draw_scale, S: tl.constexpr):
 
 @triton.jit
 def finish(
-    source, offset, uncond_offset, shift, alive, own, is_own, reference, score_reference, safe,
-    stats, conditions, stream, noise, scales, step, vocab_start, S: tl.constexpr,
+    source, kind: tl.constexpr, offset, uncond_offset, shift, alive, own, is_own, reference,
+    score_reference, safe, stats, conditions, stream, noise, scales, step, vocab_start, S: tl.constexpr,
 ):  # fmt: skip
-    """(token id or -1, score, log Z), [rows], from what the walks over each row have found."""
+    """(token id or -1, score, log Z), [rows], from what the walks over each row have found.
+
+    `kind` is the dtype of the logits, which scores may be rounded to.
+    """
     draw_scale, score_scale, _, filter_scale, temperature = scales
     key, key_at, top, top_at, z, tz, one, two = stats
-    kind: tl.constexpr = source[0].dtype.element_ty
     if S.draw == "greedy_probs":
         token = key_at
     else:
@@ -391,15 +410,15 @@ def _quotient(a, b):
 def offsets(row, num_rows, length, places, head, S: tl.constexpr):
     """(where each row starts, where the aligned place before it is, the difference), in elements."""
     stride_b, stride_n = places
-    offset = (row // length).to(tl.int64) * stride_b + (row % length).to(tl.int64) * stride_n + head
+    offset = (row // length).to(tl.int64) * stride_b + (row % length).to(tl.int64) * stride_n
     shift = row * 0
     if S.shifted:
         vec: tl.constexpr = S.vec
-        shift = (offset & (vec - 1)).to(tl.int32)
+        shift = ((offset + head) & (vec - 1)).to(tl.int32)
     return offset, offset - shift, shift
 
 
-@triton.jit(do_not_specialize=["step", "mask_token_id", "mask_column", "vocab_start"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def sample_kernel(
     logits, uncond, noise, tokens, eligible, seeds, positions, drawn, score, log_z, parts,
     num_rows, length, vocab, stride_b, stride_n, stride_v, head, uncond_stride_b, uncond_stride_n,
@@ -474,7 +493,7 @@ def sample_kernel(
         if S.splits == 1:
             noise_at = (noise, noise_offset[:, None, None], noise_stride_v)
             ids, scores, sums = finish(
-                source, offset, uncond_offset, shift, alive, own, is_own, reference,
+                source, logits.dtype.element_ty, offset, uncond_offset, shift, alive, own, is_own, reference,
                 score_reference, safe, (key, key_at, top, top_at, z, tz, one, two), conditions,
                 stream, noise_at, scales, step, vocab_start, S,
             )  # fmt: skip
@@ -531,7 +550,7 @@ def merged(parts, row, num_rows, live, draw_scale, scales, S: tl.constexpr):
     best = tl.max(key, 1)
     at = tl.min(tl.where(key == best[:, None], key_at, BIG), 1)
     is_safe = tl.max(tl.where(reference == top[:, None], safe, 0.0), 1) > 0
-    one, two = tl.reduce((one, two), 1, _top_two)
+    one, two = tl.reduce((one, two), 1, top_two)
     stats = (best, at, best, at, tl.sum(z, 1), tl.sum(tz, 1), one, two)
     return top, is_safe, alive, stats
 

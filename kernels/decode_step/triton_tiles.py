@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 LEAF = tl.constexpr(128)
+BIG = tl.constexpr(2147483647)
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 
 
@@ -90,14 +91,25 @@ def by_row(values, leaves: tl.constexpr):
 
 
 @triton.jit
+def rounded_to(x, kind: tl.constexpr):
+    """Float32 `x` rounded to the dtype `kind`; bfloat16 by its bits, which the interpreter truncates."""
+    if kind == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, up.to(tl.float32, bitcast=True), x)
+    else:
+        return x.to(kind).to(tl.float32)
+
+
+@triton.jit
 def guided(x, u, guidance, kind: tl.constexpr, S: tl.constexpr):
     """u + guidance (x - u); where guide is 2, each operation rounded to the dtype `kind`."""
     if S.guide == 1:
         return u + guidance * (x - u)
     else:
-        difference = (x - u).to(kind).to(tl.float32)
-        product = tl.fma(difference, guidance, 0.0).to(kind).to(tl.float32)
-        return (u + product).to(kind).to(tl.float32)
+        difference = rounded_to(x - u, kind)
+        product = rounded_to(tl.fma(difference, guidance, 0.0), kind)
+        return rounded_to(u + product, kind)
 
 
 @triton.jit
@@ -131,15 +143,16 @@ def tile(source, at, leaf, chunks: tl.constexpr, S: tl.constexpr, safe: tl.const
     rows: tl.constexpr = S.rows
     logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column = source
     row, uncond_row, shift, live = at
+    leaf += vocab * 0  # a tensor in the interpreter too
     within = tl.arange(0, rows * leaves) % leaves
     chunk = (leaf + within)[:, None, None] * LEAF + (tl.arange(0, chunks) * vec)[None, :, None]
     p = chunk + tl.arange(0, vec)[None, None, :]
     index = p - shift
     inside = live & (chunk < vocab + shift)
-    place = row + p.to(tl.int64) * stride_v
+    pointers = logits + (row + p.to(tl.int64) * stride_v)
     if S.dense:  # each chunk starts at a multiple of 16 bytes
-        place = tl.multiple_of(place, [1, 1, vec])
-    raw = tl.load(logits + place, mask=inside, other=-float("inf"))
+        pointers = tl.multiple_of(pointers, [1, 1, 16])
+    raw = tl.load(pointers, mask=inside, other=-float("inf"))
     x = raw.to(tl.float32)
     if S.guide > 0:
         if S.ragged:

@@ -1,0 +1,222 @@
+"""What Triton's compiler makes of the kernels, for a GPU that need not be there.
+
+The launches of a call are recorded on tensors without memory and compiled ahead of time: for NVIDIA
+targets registers, spills and shared memory come from the binary, and from its disassembly (SASS) the
+instructions of the loop that walks the logits, per logit; for AMD targets the registers and spills that
+the assembly states.  Nothing is run and nothing is timed.
+
+An H100 issues 29.7e12 lane-instructions a second (132 multiprocessors, 128 lanes, 1.755 GHz); at 3.0 TB/s
+a bfloat16 logit has arrived every 19.8 instructions, a float32 logit every 39.5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .shapes import Shape
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+BUDGET = {2: 19.8, 4: 39.5}  # instructions per logit by its size, see above
+_POINTERS = {
+    "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "int64": "i64",
+    "int32": "i32", "uint8": "u8", "bool": "i1",
+}  # fmt: skip
+
+
+@dataclass
+class Launch:
+    """One recorded launch: the kernel and its arguments."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def spec(self) -> Any:
+        """What the kernel is specialised for."""
+        return self.arguments.get("S") or self.arguments.get("F")
+
+
+class _Recorder:
+    """Stands in for a kernel and keeps what it would have been launched with."""
+
+    def __init__(self, kernel: Any, into: list[Launch]) -> None:
+        self.kernel, self.into = kernel, into
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            names = ("num_warps", "num_stages", "maxnreg")
+            options = {"num_warps": 4} | {n: kwargs.pop(n) for n in names if n in kwargs}
+            named = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            self.into.append(Launch(self.kernel.fn.__name__, self.kernel, named, options))
+
+        return launch
+
+
+@contextlib.contextmanager
+def recording(*modules: Any) -> Iterator[list[Launch]]:
+    """The launches that the kernels named *_kernel in these modules would have made."""
+    launches: list[Launch] = []
+    kept = []
+    for module in modules:
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            kept.append((module, name, getattr(module, name)))
+            setattr(module, name, _Recorder(getattr(module, name), launches))
+    try:
+        yield launches
+    finally:
+        for module, name, kernel in kept:
+            setattr(module, name, kernel)
+
+
+def step_launches(rule: Any, shape: Shape, dtype: str, noise: str = "seeds") -> list[Launch]:
+    """The launches of one `decode_step`; noise "injected" takes the caller's."""
+    import torch
+    from maskgit.kernels.decode_step import triton_cuda
+    from maskgit.kernels.decode_step.plan import resolve, table_size
+    from maskgit.kernels.decode_step.spec import StepInputs
+
+    def empty(*sizes: int, kind: Any = torch.int64) -> Any:
+        return torch.empty(sizes, dtype=kind, device="meta")
+
+    sizes, kind = (shape.batch, shape.length), getattr(torch, dtype)
+    injected = noise == "injected"
+    plan = resolve(rule, 1, 8, table_size(rule, *sizes))
+    x = StepInputs(
+        logits=empty(*sizes, shape.vocab, kind=kind),
+        tokens=empty(*sizes), eligible=None, num_masked_at_start=empty(shape.batch),
+        seeds=None if injected else empty(shape.batch), positions=None,
+        token_gumbel=empty(*sizes, shape.vocab, kind=torch.float32) if injected else None,
+        choice_gumbel=empty(*sizes, kind=torch.float32) if injected else None,
+        uncond_logits=None, guidance_scale=0.0, mask_token_id=shape.vocab + 5,
+        scores=empty(*sizes, kind=torch.float32) if rule.score == "given" else None,
+        num_commit=empty(shape.batch) if rule.count == "given" else None,
+    )  # fmt: skip
+    with recording(triton_cuda) as launches:
+        triton_cuda.decode_step(x, plan, dtype)
+    return launches
+
+
+def compiled(launch: Launch, target: str) -> dict[str, Any]:
+    """What the compiler says of a launch: registers, spills, shared memory, instructions per logit."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if hasattr(triton, "knobs") and triton.knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET: expected unset to compile kernels")
+    signature, constants, attributes = _signature(launch)
+    source = ASTSource(
+        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
+    is_amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if is_amd else GPUTarget("cuda", int(target[3:]), 32)
+    options = launch.options | {"enable_fp_fusion": True}
+    if is_amd:
+        options.pop("maxnreg", None)
+    binary = triton.compile(source, target=gpu, options=options)
+    facts = _amd(binary) if is_amd else _nvidia(binary)
+    per_thread = _logits_per_thread(launch, 64 if is_amd else 32)
+    if per_thread and facts.get("loop"):
+        facts["instructions_per_logit"] = round(facts["loop"] / per_thread, 2)
+    return {"kernel": launch.name, "target": target, "warps": options["num_warps"]} | facts
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and divisibility of the arguments, as Triton's own launcher finds them."""
+    types: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_number and value == 1 and not plain):
+            types[parameter.name] = "constexpr"
+            constants[(place,)] = value
+            continue
+        if isinstance(value, float):
+            types[parameter.name] = "fp32"
+        elif is_number:
+            types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        else:
+            types[parameter.name] = "*" + _POINTERS[str(value.dtype).removeprefix("torch.")]
+        if not plain and (not is_number or value % 16 == 0) and not isinstance(value, float):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def _logits_per_thread(launch: Launch, lanes: int) -> float:
+    """Logits that each thread takes in one turn of the walk; 0 for kernels without one."""
+    spec = launch.spec
+    if launch.name != "sample_kernel":
+        return 0.0
+    return float(spec.rows * spec.leaves * 128 / (launch.options["num_warps"] * lanes))
+
+
+def _nvidia(binary: Any) -> dict[str, Any]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(binary.asm["cubin"])
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file], capture_output=True, text=True, check=True
+        )
+        listing = subprocess.run(
+            [tools / "nvdisasm", "-c", file], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage.stdout + usage.stderr)
+    registers, stack, shared = (int(n) for n in found[-1])
+    loops = _loops(listing)
+    return {
+        "registers": registers,
+        "spill_bytes": stack if re.search(r"\bSTL\b", listing) else 0,
+        "shared_bytes": max(shared, int(binary.metadata.shared)),
+        "loop": loops[0] if loops else 0,
+    }
+
+
+def _loops(listing: str) -> list[int]:
+    """Lengths, in instructions, of the loops in a SASS listing, in program order."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in listing.splitlines():
+        label = re.match(r"\s*(\.L[\w]+):", line)
+        if label:
+            labels[label.group(1)] = len(instructions)
+            continue
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if found:
+            instructions.append(found.group(1))
+    loops = []
+    for at, text in enumerate(instructions):
+        target = re.search(r"BRA.*?`\((\.L\w+)\)", text)
+        start = labels.get(target.group(1), at + 1) if target else at + 1
+        if start < at:  # not the last instruction of all, a branch to itself
+            loops.append(at - start + 1)
+    return loops
+
+
+def _amd(binary: Any) -> dict[str, Any]:
+    text = binary.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found.group(1)) if found else 0
+
+    return {
+        "registers": number("vgpr_count"),
+        "spill_bytes": 4 * number("vgpr_spill_count"),  # scalars go to lanes of a vector register
+        "shared_bytes": int(binary.metadata.shared),
+        "loop": 0,
+    }

@@ -1,0 +1,91 @@
+"""`decode_step_from_hidden` on NVIDIA GPUs: what the fused head is compiled for, and its launch.
+
+Four kernels a step: list the rows that take part, head and draw (triton_head.py), merge and finish, and
+the decode step's commit.  Extra memory: six numbers and 128 logits for each program's rows, at most
+20 MB or 0.6 KB a row, whatever V is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ..common.tuning import tuned
+from ..decode_step import triton_cuda as step_kernels
+from ..decode_step.plan import ResolvedStep
+from ..decode_step.spec import StepInputs
+from .triton_head import NUM_PARTS, HeadSpec, finish_kernel, head_kernel, list_kernel
+
+_FINISHED = 4  # rows that a program of `finish_kernel` takes
+
+
+def fuses(x: StepInputs, plan: ResolvedStep, hidden: Any, weight: Any) -> bool:
+    """Whether the fused head can do what the rule asks for."""
+    spec = step_kernels.row_spec(x, plan, dtype="float32", guided=False, wants_z=False)
+    plain = not (spec.filters or spec.score_banned or spec.wide or spec.held)
+    aligned = all(a.stride(-1) == 1 and a.stride(-2) % 8 == 0 for a in (hidden, weight))
+    return plain and spec.draw in ("race", "greedy") and aligned
+
+
+def sample_rows(
+    x: StepInputs, plan: ResolvedStep, hidden: torch.Tensor, weight: torch.Tensor,
+    bias: torch.Tensor | None, wanted: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(candidates or -1, scores), (B, N), of the rows that take part and that `wanted` admits."""
+    batch, length, width = hidden.shape
+    num_rows, vocab, device = batch * length, weight.shape[0], hidden.device
+    drawn = torch.empty((batch, length), dtype=torch.int32, device=device)
+    score = torch.empty((batch, length), dtype=torch.float32, device=device)
+    if num_rows == 0:
+        return drawn, score
+    dtype = str(hidden.dtype).removeprefix("torch.")
+    spec = step_kernels.row_spec(x, plan, dtype=dtype, guided=False, wants_z=False)
+    tiling = tiles(num_rows, width, dtype, device)
+    head = HeadSpec(
+        tiling["rows"], tiling["depth"], bool(tiling["swap"]), width % tiling["depth"] == 0,
+        tiling["programs"], dataclasses.replace(spec, rows=_FINISHED),
+    )  # fmt: skip
+    entries = max(head.programs, -(-num_rows // head.rows)) * head.rows
+    listed = torch.empty(num_rows + 1, dtype=torch.int32, device=device)
+    count = listed[num_rows:]
+    parts = torch.empty(NUM_PARTS * entries, dtype=torch.float32, device=device)
+    leaf_logits = torch.empty(entries * 128, dtype=torch.float32, device=device)
+    mask, column, start, step, _, _, draw, scale, _, _ = step_kernels.numbers(x, plan, vocab)
+    seeds, positions = step_kernels.seed_words(x.seeds), step_kernels.flat(x.positions)
+    hidden = hidden.reshape(num_rows, width)
+    with step_kernels.on(device):
+        list_kernel[(1,)](
+            step_kernels.flat(x.tokens), step_kernels.as_bytes(wanted), listed, count, drawn, score,
+            num_rows, mask, block=1024, touches_known=plan.rule.touches_known, num_warps=4,
+        )  # fmt: skip
+        head_kernel[(head.programs,)](
+            hidden, weight, bias, listed, count, seeds, positions, parts, leaf_logits, entries,
+            length, width, vocab, hidden.stride(0), weight.stride(0), column, step, draw, scale,
+            H=head, num_warps=tiling["warps"], num_stages=tiling["stages"],
+        )  # fmt: skip
+        finish_kernel[(-(-num_rows // _FINISHED),)](
+            hidden, listed, count, seeds, positions, parts, leaf_logits, drawn, score, entries,
+            length, vocab, column, start, step, draw, scale,
+            most=1 << (head.programs - 1).bit_length(), H=head, num_warps=4,
+        )  # fmt: skip
+    return drawn, score
+
+
+def tiles(num_rows: int, width: int, dtype: str, device: torch.device) -> dict[str, int]:
+    """Rows, depth and order of the product, programs, warps and stages of its pipeline."""
+    few = num_rows <= 64
+    wide = 2 if dtype == "float32" else 1
+    fields = {
+        "rows": max(16, 1 << (num_rows - 1).bit_length()) if few else 256 // wide,
+        "depth": (128 if few else 64) // wide,
+        "swap": int(few),
+        "programs": (2 if few else 1) * step_kernels.multiprocessors(device),
+        "warps": 4 if few else 8,
+        "stages": 4 if few else 3,
+    }
+    fields |= tuned("head_sample", device, {"dtype": dtype, "rows": num_rows, "width": width})
+    if device.type == "cpu":  # the interpreter: few programs, small products
+        fields |= {"programs": 3, "rows": min(fields["rows"], 32), "depth": 32}
+    return fields
