@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .kernels.common.arrays import dtype_name, kind_of, to_numpy, widen
-from .kernels.decode_step import StepNoise, StepRule, as_rule, reference
+from .kernels.decode_step import StepNoise, StepRule, reference
+from .kernels.decode_step.api import rule_and_noise
 from .kernels.decode_step.checks import LOGIT_DTYPES, check_guidance, check_logits, columns
 from .kernels.decode_step.plan import ResolvedStep
 from .kernels.decode_step.run import complete, inputs
@@ -147,10 +148,11 @@ def audit_ties(
 
     Semantics: the float64 reference computes the step, one row at a time, on the host.
     """
-    step_rule = as_rule(rule)
+    step_rule, token_gumbel, choice_gumbel = rule_and_noise(rule, noise, "auto")
     x, plan, kind = _inputs(
         logits, tokens, step_rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
-        noise, uncond_logits, guidance_scale, eligible, scores, num_commit, positions, dtype,
+        token_gumbel, choice_gumbel, uncond_logits, guidance_scale, eligible, scores, num_commit,
+        positions, dtype,
     )  # fmt: skip
     taking_part = x.eligible & ((x.tokens == x.mask_token_id) | (step_rule.revise != "no"))
     ties: dict[str, list[RowTie]] = {"logits": [], "probs": []}
@@ -175,9 +177,9 @@ def audit_ties(
 
 def _inputs(
     logits: Any, tokens: Any, rule: StepRule, mask_token_id: int | None, step: int, num_steps: int,
-    num_masked_at_start: Any, seeds: Any, noise: StepNoise | None, uncond_logits: Any,
-    guidance_scale: float | None, eligible: Any, scores: Any, num_commit: Any, positions: Any,
-    dtype: str | None,
+    num_masked_at_start: Any, seeds: Any, token_gumbel: Any, choice_gumbel: Any,
+    uncond_logits: Any, guidance_scale: float | None, eligible: Any, scores: Any, num_commit: Any,
+    positions: Any, dtype: str | None,
 ) -> tuple[StepInputs, ResolvedStep, str]:  # fmt: skip
     """The checked inputs of the step in NumPy, the rule at it, and the dtype of the logits."""
     batch, length, vocab = check_logits(logits, 3)
@@ -190,8 +192,8 @@ def _inputs(
         tokens = np.full((batch, length), mask_token_id, np.int64)
     elif mask_token_id is None:
         raise ValueError("mask_token_id: expected an integer together with tokens, got None")
-    token_gumbel, choice_gumbel = (None, None) if noise is None else noise
-    if seeds is None and noise is None and rule.needs_seeds:
+    has_noise = token_gumbel is not None or choice_gumbel is not None
+    if seeds is None and not has_noise and rule.needs_seeds:
         seeds = np.arange(batch)
     model = _host(logits)
     x, plan = inputs(

@@ -8,22 +8,30 @@ where every view is an operation that the compiler fuses or copies as it likes.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .kernels.common.arrays import dtype_name, kind_of, to_kind, to_numpy
+from .kernels.common.arrays import (
+    dtype_name,
+    kind_of,
+    library_of,
+    place_of,
+    signed,
+    to_kind,
+    to_numpy,
+)
 from .kernels.decode_step import (
     StepNoise,
     StepResult,
     StepRule,
-    as_rule,
     commit_tokens,
     decode_step,
 )
+from .kernels.decode_step.api import rule_and_noise
 from .kernels.decode_step.checks import (
+    as_index,
     check_floating,
     check_integers,
     check_logits,
@@ -31,7 +39,8 @@ from .kernels.decode_step.checks import (
     check_shape,
     raise_on_dead_rows,
 )
-from .kernels.decode_step.reference import round_to
+from .kernels.decode_step.parts import committing, drawing
+from .kernels.decode_step.run import is_checked
 
 
 class PaddedBatch(NamedTuple):
@@ -73,16 +82,17 @@ def from_v_major(logits: Any) -> Any:
     if len(logits.shape) == 4:
         batch, vocab, height, width = logits.shape
         logits = logits.reshape(batch, vocab, height * width)
-    return _library(logits).swapaxes(logits, 1, 2)
+    return library_of(logits).swapaxes(logits, 1, 2)
 
 
 def to_grid(tokens: Any, height: int, width: int) -> Any:
     """(B, N) tokens, confidences or masks as (B, H, W), row by row; a view.
 
     Raises:
-        TypeError: no array.  ValueError: N is not height x width.
+        TypeError: no array, no integers.  ValueError: N is not height x width.
     """
     _check_array("tokens", tokens)
+    height, width = as_index("height", height, 0), as_index("width", width, 0)
     if len(tokens.shape) != 2 or tokens.shape[1] != height * width:
         raise ValueError(
             f"tokens: expected shape (B, {height * width}) for a grid of {height} x {width}, "
@@ -116,10 +126,11 @@ def unflatten_factors(x: Any, factors: int) -> Any:
     """The inverse of `flatten_factors`: (B, N F) to (B, N, F), or (B, N F, V) to (B, N, F, V).
 
     Raises:
-        TypeError: no array.  ValueError: another rank, or a length that F does not divide.
+        TypeError: no array, no integer.  ValueError: another rank, or a length that F does not divide.
     """
     _check_array("x", x)
-    if len(x.shape) not in (2, 3) or factors < 1 or x.shape[1] % factors:
+    factors = as_index("factors", factors, 1)
+    if len(x.shape) not in (2, 3) or x.shape[1] % factors:
         raise ValueError(
             f"x: expected shape (B, N * {factors}) or (B, N * {factors}, V), got {tuple(x.shape)}"
         )
@@ -164,9 +175,8 @@ def split_pairs(tokens: Any, fast_size: int) -> tuple[Any, Any]:
     """
     _check_array("tokens", tokens)
     check_integers("tokens", tokens)
-    if fast_size < 1:
-        raise ValueError(f"fast_size: expected an integer >= 1, got {fast_size!r}")
-    where, none = _library(tokens).where, tokens < 0
+    fast_size = as_index("fast_size", fast_size, 1)
+    where, none = library_of(tokens).where, tokens < 0
     return where(none, tokens, tokens // fast_size), where(none, tokens, tokens % fast_size)
 
 
@@ -239,9 +249,12 @@ def pad_left(
 
     Source: left-padded batches of ML-GSAI/LLaDA, Dream and ZHZisZZ/dllm.
     """
+    num_new, pad_id = as_index("num_new", num_new, 0), as_index("pad_id", pad_id)
+    if mask_token_id is not None:
+        mask_token_id = as_index("mask_token_id", mask_token_id)
     if not isinstance(prompts, Sequence) or not prompts:
         raise ValueError(f"prompts: expected at least one sequence of ids, got {prompts!r}")
-    if num_new < 0 or (num_new > 0) != (mask_token_id is not None):
+    if (num_new > 0) != (mask_token_id is not None):
         raise ValueError(
             f"mask_token_id: expected exactly with num_new > 0, got {mask_token_id!r} with {num_new}"
         )
@@ -303,12 +316,11 @@ def decode_shifted(
 
     Source: Dream-org/Dream `diffusion_generate`, its copies in Fast-dLLM, dllm and Open-dLLM.
     """
-    step_rule = as_rule(rule)
+    step_rule, token_gumbel, choice_gumbel = rule_and_noise(rule, noise, backend)
     _check_step(logits, tokens)
     batch, length = tokens.shape
     if positions is None:
         positions = _positions(tokens)
-    token_gumbel, choice_gumbel = (None, None) if noise is None else noise
     given = {
         "uncond_logits": (uncond_logits, tuple(logits.shape)),
         "eligible": (eligible, (batch, length)),
@@ -329,7 +341,7 @@ def decode_shifted(
             return None if x is None else x[:, columns]
 
         return decode_step(
-            logits[:, rows], tokens[:, columns], rule=_candidates_rule(step_rule),
+            logits[:, rows], tokens[:, columns], rule=drawing(step_rule),
             mask_token_id=mask_token_id, step=step, num_steps=num_steps, seeds=seeds,
             noise=StepNoise(cut(token_gumbel), cut(choice_gumbel)),
             uncond_logits=None if uncond_logits is None else uncond_logits[:, rows],
@@ -340,20 +352,20 @@ def decode_shifted(
     parts = [part(slice(0, 1), slice(0, 1))]
     if length > 1:
         parts.append(part(slice(0, length - 1), slice(1, length)))
-    library = _library(logits)
+    library = library_of(logits)
     filled = library.concatenate([p.candidate_tokens for p in parts], 1)
     confidence = library.concatenate([p.confidence for p in parts], 1)
     dead = (filled == mask_token_id) & (confidence == -np.inf)
-    if check or os.environ.get("MASKGIT_CHECK", "") == "1":
+    if is_checked(check):
         taking_part = tokens == mask_token_id
         raise_on_dead_rows(
             to_numpy(dead & (taking_part if eligible is None else eligible & taking_part))
         )
     return commit_tokens(
-        library.where(dead, -1, _signed(filled)),
+        library.where(dead, -1, signed(filled)),
         scores if step_rule.score == "given" else confidence,
         tokens,
-        rule=_commit_rule(step_rule, dtype_name(logits), ranked=step_rule.score != "given"),
+        rule=committing(step_rule, dtype_name(logits), ranked=step_rule.score != "given"),
         mask_token_id=mask_token_id, step=step, num_steps=num_steps,
         num_masked_at_start=num_masked_at_start, seeds=seeds, choice_gumbel=choice_gumbel,
         eligible=eligible, num_commit=num_commit, positions=positions, backend=backend,
@@ -406,16 +418,16 @@ def decode_spans(
     Source: facebookresearch/audiocraft MAGNeT `_generate_stage` (span_arrangement "nonoverlap",
     span_scoring "max" and "prod").
     """
-    step_rule = as_rule(rule)
+    step_rule, token_gumbel, choice_gumbel = rule_and_noise(rule, noise, backend)
     _check_step(logits, tokens)
     batch, length = tokens.shape
     if step_rule.touches_known:
         raise ValueError(f"rule: expected one that keeps known tokens, got {step_rule.name!r}")
-    if not isinstance(span, int) or span < 1 or length % span:
-        raise ValueError(f"span: expected a divisor of the {length} positions, got {span!r}")
+    span = as_index("span", span, 1)
+    if length % span:
+        raise ValueError(f"span: expected a divisor of the {length} positions, got {span}")
     if reduce not in ("max", "sum"):
         raise ValueError(f"reduce: expected max or sum, got {reduce!r}")
-    token_gumbel, choice_gumbel = (None, None) if noise is None else noise
     drawn = decode_step(
         logits, tokens, rule=_span_rule(step_rule), mask_token_id=mask_token_id, step=step,
         num_steps=num_steps, seeds=seeds,
@@ -423,7 +435,7 @@ def decode_spans(
         uncond_logits=uncond_logits, guidance_scale=guidance_scale, eligible=eligible,
         scores=scores, positions=positions, backend=backend, check=check,
     )  # fmt: skip
-    library, units = _library(logits), (batch, length // span)
+    library, units = library_of(logits), (batch, length // span)
     masked = tokens == mask_token_id
     takes_part = masked if eligible is None else masked & eligible
     alive = takes_part & (drawn.candidate_tokens != mask_token_id)
@@ -445,7 +457,7 @@ def decode_spans(
         grouped(alive).any(-1) * 1 - 1,  # id 0 for a span with candidates, else -1
         score,
         is_open * 1,  # id 0 for a known span, 1 for a masked one
-        rule=_commit_rule(step_rule, dtype_name(logits), ranked=False),
+        rule=committing(step_rule, dtype_name(logits), ranked=False),
         mask_token_id=1, step=step, num_steps=num_steps,
         num_masked_at_start=num_masked_at_start, seeds=seeds, choice_gumbel=choice_gumbel,
         num_commit=num_commit, positions=None if positions is None else positions[:, ::span] // span,
@@ -460,51 +472,14 @@ def decode_spans(
     )
 
 
-def _candidates_rule(rule: StepRule) -> StepRule:
-    """A rule with the same candidates and confidences, whatever it commits."""
-    return dataclasses.replace(
-        rule, count="quota", count_rows="each", min_commit="one", threshold_slack=None,
-        remask="none", skip_mask_token=False,
-    )  # fmt: skip
-
-
 def _span_rule(rule: StepRule) -> StepRule:
     """The rule's candidates and scores, without the noise, which is the spans'."""
     score = "prob" if rule.score == "random" else rule.score
-    return dataclasses.replace(_candidates_rule(rule), score=score, choice_temperature=0.0)
-
-
-def _commit_rule(rule: StepRule, dtype: str, *, ranked: bool) -> StepRule:
-    """What is left of the rule for `commit_tokens`; `ranked`: the scores have their noise already.
-
-    Without logits a threshold in their dtype would not be rounded, so it is here.
-    """
-    changes: dict[str, Any] = {}
-    if ranked:
-        changes = {"choice_temperature": 0.0}
-        changes |= {"score": "given"} if rule.score == "random" else {}
-    if rule.score_dtype == "logits":
-        for field in ("threshold", "low_threshold"):
-            changes[field] = float(round_to(np.array(getattr(rule, field)), "logits", dtype))
-    return dataclasses.replace(rule, **changes)
+    return dataclasses.replace(drawing(rule), score=score, choice_temperature=0.0)
 
 
 # ---------------------------------------------------------------------------------------------
 # arrays
-
-
-def _library(x: Any) -> Any:
-    """torch, jax.numpy or NumPy, whichever `x` is of."""
-    kind = kind_of(x)
-    if kind == "torch":
-        import torch
-
-        return torch
-    if kind == "jax":
-        import jax.numpy as jnp
-
-        return jnp
-    return np
 
 
 def _check_array(name: str, x: Any) -> None:
@@ -524,28 +499,20 @@ def _level_index(tokens: Any, level: int, axis: int) -> Any:
         raise ValueError(f"axis: expected 1 or 2, got {axis!r}")
     if len(tokens.shape) != 3:
         raise ValueError(f"tokens: expected shape (B, Q, N), got {tuple(tokens.shape)}")
-    if not isinstance(level, int) or not 0 <= level < tokens.shape[axis]:
-        raise ValueError(f"level: expected an integer in [0, {tokens.shape[axis]}), got {level!r}")
+    level = as_index("level", level)
+    if not 0 <= level < tokens.shape[axis]:
+        raise ValueError(f"level: expected an integer in [0, {tokens.shape[axis]}), got {level}")
     return (slice(None), level) if axis == 1 else (slice(None), slice(None), level)
 
 
 def _positions(tokens: Any) -> Any:
     """0 .. N - 1 for every sequence, in the library and on the device of `tokens`."""
-    library, length = _library(tokens), tokens.shape[1]
-    on = {"device": tokens.device} if kind_of(tokens) == "torch" else {}
-    return library.broadcast_to(library.arange(length, **on), tuple(tokens.shape))
-
-
-def _signed(tokens: Any) -> Any:
-    """Tokens in a dtype that holds -1."""
-    if not dtype_name(tokens).startswith("uint"):
-        return tokens
-    library = _library(tokens)
-    return tokens.to(library.int64) if kind_of(tokens) == "torch" else tokens.astype(int)
+    library, length = library_of(tokens), tokens.shape[1]
+    return library.broadcast_to(library.arange(length, **place_of(tokens)), tuple(tokens.shape))
 
 
 def _float32(x: Any) -> Any:
-    library = _library(x)
+    library = library_of(x)
     return x.to(library.float32) if kind_of(x) == "torch" else x.astype(library.float32)
 
 

@@ -5,33 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from .kernels.common.arrays import is_on_host, kind_of, to_kind, to_numpy
+from .blocks import plan_blocks
+from .head import Head
+from .kernels.common.arrays import is_on_host, kind_of, to_numpy
 from .kernels.common.selection import check_name
-from .kernels.decode_step import StepNoise, StepResult, StepRule, as_rule, decode_step
-from .kernels.decode_step.checks import check_integer
-from .kernels.decode_step.plan import check_num_steps
-from .kernels.decode_step.spec import Score
-from .kernels.head_sample import decode_step_from_hidden
-
-
-class Trajectory(NamedTuple):
-    """What every step did: lists with one (B, N) array per step that ran, and one array for all.
-
-    next_tokens, candidate_tokens, confidence: as in `StepResult`.
-    log_probs: of the candidates, under the model's own distribution (guided; temperature 1, no
-        filters), 0 where nothing was drawn.
-    entropies: of that distribution, in nats, 0 where nothing was drawn.
-    commit_steps: (B, N), the step that committed each position, -1 where none did.
-    """
-
-    next_tokens: list[Any]
-    candidate_tokens: list[Any]
-    confidence: list[Any]
-    log_probs: list[Any]
-    entropies: list[Any]
-    commit_steps: Any
+from .kernels.decode_step import StepNoise, StepRule, as_rule
+from .kernels.decode_step.checks import as_index, check_eligible, check_integers, check_scores
+from .trajectory import Recorder, Trajectory
 
 
 class GenerateResult(NamedTuple):
@@ -62,9 +42,10 @@ def generate(
     progress: bool = False,
     backend: str = "auto",
     block_length: int | None = None,
-    prompt_length: int = 0,
+    prompt_length: Any = 0,
     eligible: Any = None,
     positions: Any = None,
+    scores: Any | Callable[[int, Any, Callable[[], Any]], Any] = None,
     num_commit: Sequence[Any] | None = None,
     head_weight: Any = None,
     head_bias: Any = None,
@@ -87,16 +68,25 @@ def generate(
         backend: as in `decode_step`.
         block_length: semi-autoregressive decoding: the positions from `prompt_length` on are
             decoded in blocks of this length, left to right, each in num_steps / blocks steps.
-        prompt_length: where the first block begins.
-        eligible: (B, N) bool, which masked positions are generated at all; others stay masked.
+        prompt_length: where the first block begins, padding included: one number, or (B,) integers.
+            With one for each row the rows' k-th blocks are decoded together, each row's up to its last
+            eligible position; there are as many as the longest row has, and rows that have none left
+            wait.
+        eligible: (B, N) bool, which masked positions are generated at all (of a padded batch, those
+            that are not padding); others stay masked.
         positions: (B, N) integers, where each token stands in its sequence, for the random numbers:
             left-padded rows then draw what they draw alone.
+        scores: exactly for rules whose score is given.  (B, N) floating, the same at every step: a
+            fixed order.  Or a callable that returns them, called once a step with the number of the
+            step (0, 1, ... over all blocks), the tokens (B, N), and a function without arguments that
+            draws and returns the candidates (B, N), known tokens in place: a critic.  Where that
+            function is not called, positions may be chosen before anything is drawn.
         num_commit: for rules whose count is given: num_commit[step] is (B,) or one number.
         head_weight, head_bias: (V, D) and (V,): `forward` then returns hidden states (B, N, D), and
-            the head's product is formed for the rows that take part alone
-            (`decode_step_from_hidden`).
+            the head's product is formed for the rows that take part alone, where
+            `decode_step_from_hidden` says so.
         record: keep every step's tokens, confidences, log-probabilities and entropies; two more
-            readings of the logits a step.
+            readings of the logits of the rows that were drawn, a step.
         noise: called with the number of the step (0, 1, ... over all blocks), returns the
             `StepNoise` to use instead of the seeds.
 
@@ -106,122 +96,83 @@ def generate(
     Raises:
         TypeError, ValueError: as `decode_step`; also for lengths and steps that do not divide.
 
-    Semantics: a sequence's tokens depend on its own seed and logits only, not on the batch, except
-    under rules whose counts are taken over the batch (titok, maskbit, dream-*, vampnet).  On
-    the host, steps are skipped once nothing of a block is masked, which changes no token; on an
-    accelerator every step runs, so that the loop never waits for the device.
+    Semantics: a sequence's tokens depend on its own seed and logits only, not on the batch or its
+    padding, except under rules whose counts are taken over the batch (titok, maskbit, dream-*,
+    vampnet) or from N (count_base="positions").  On the host, steps are skipped once nothing of a
+    block is masked, which changes no token; on an accelerator every step runs, so that the loop does
+    not wait for the device (but once at its start where `eligible` meets several prompt lengths).
     """
     step_rule = as_rule(rule)
     check_name(backend)
-    check_integer("mask_token_id", mask_token_id)
-    if not callable(forward):
-        raise TypeError(f"forward: expected a callable, got {type(forward).__name__}")
-    if noise is not None and not callable(noise):
-        raise TypeError(f"noise: expected a callable or None, got {type(noise).__name__}")
-    blocks = _blocks(tokens, num_steps, block_length, prompt_length)
-    steps = num_steps // len(blocks)
+    mask_token_id = as_index("mask_token_id", mask_token_id)
+    _check_functions(forward, noise)
+    _check_arrays(step_rule, tokens, eligible, scores)
+    blocks = plan_blocks(tokens, block_length, prompt_length, eligible)
+    steps = _steps_per_block(as_index("num_steps", num_steps, 1), len(blocks))
     _check_num_commit(step_rule, num_commit, steps)
-    decode = _decoder(head_weight, head_bias, guidance_scale, mask_token_id, backend)
-    log = _Log(tokens, mask_token_id) if record else None
-    allowed = tokens == mask_token_id if step_rule.touches_known else None
-    if eligible is not None:
-        allowed = eligible if allowed is None else allowed & eligible
+    head = Head(head_weight, head_bias, guidance_scale, backend)
+    log = Recorder(tokens, step_rule, mask_token_id, head.decode) if record else None
+    allowed = _both(tokens == mask_token_id if step_rule.touches_known else None, eligible)
     num_forwards = 0
-    with _bar(num_steps, progress) as bar:
-        for index, (start, stop) in enumerate(blocks):
-            at_start = _masked_in(tokens, mask_token_id, start, stop, eligible)
-            first = 0 if step_rule.block_scope == "prefix" else start
-            window = _window(tokens, first, stop) if block_length is not None else None
-            takes_part = allowed if window is None or allowed is None else allowed & window
+    with _bar(steps * len(blocks), progress) as bar:
+        for index, block in enumerate(blocks):
+            own = reach = None  # (B, N): the block, and what competes for its quota
+            if block is not None:
+                own = block.window(tokens, prefix=False)
+                reach = block.window(tokens, prefix=step_rule.block_scope == "prefix")
+            at_start = _both(tokens == mask_token_id, _both(eligible, own)).sum(1)
+            takes_part = _both(allowed, reach)
             for step in range(steps):
                 number = index * steps + step
                 bar(1)
-                if not step_rule.touches_known and _is_done(tokens, mask_token_id, first, stop):
+                if not step_rule.touches_known and _is_done(tokens == mask_token_id, takes_part):
                     continue
                 output = _predict(forward, tokens, guidance_scale)
                 num_forwards += 1
                 options = {
+                    "mask_token_id": mask_token_id,
                     "step": step,
                     "num_steps": steps,
                     "num_masked_at_start": at_start,
                     "seeds": seeds,
                     "noise": noise(number) if noise is not None else None,
-                    "eligible": window if takes_part is None else takes_part,
+                    "eligible": takes_part,
                     "positions": positions,
+                    "num_commit": None if num_commit is None else num_commit[step],
                 }
-                commit = {} if num_commit is None else {"num_commit": num_commit[step]}
-                result = decode(output, tokens, step_rule, **options, **commit)
-                if log is not None:
-                    log.add(number, tokens, result, decode, output, step_rule, options)
+                result = head.step(output, tokens, step_rule, scores, number, options)
                 last = step == steps - 1 and step_rule.count == "masked"
-                tokens = result.candidate_tokens if last else result.next_tokens
+                after = result.candidate_tokens if last else result.next_tokens
+                if log is not None:
+                    log.add(number, output, tokens, result, after)
+                tokens = after
     return GenerateResult(tokens, num_forwards, log.trajectory if log is not None else None)
 
 
-def _decoder(
-    weight: Any, bias: Any, scale: float | None, mask_token_id: int, backend: str
-) -> Callable[..., StepResult]:
-    """(output of forward, tokens, rule, options) -> StepResult, from logits or hidden states."""
-    if weight is None and bias is not None:
-        raise ValueError("head_weight: expected together with head_bias, got None")
+def _check_functions(forward: Any, noise: Any) -> None:
+    if not callable(forward):
+        raise TypeError(f"forward: expected a callable, got {type(forward).__name__}")
+    if noise is not None and not callable(noise):
+        raise TypeError(f"noise: expected a callable or None, got {type(noise).__name__}")
 
-    def decode(output: tuple[Any, Any], tokens: Any, rule: StepRule, **options: Any) -> StepResult:
-        cond, uncond = output
-        options |= {"rule": rule, "mask_token_id": mask_token_id, "backend": backend}
-        options["guidance_scale"] = scale if uncond is not None else None
-        if weight is None:
-            return decode_step(cond, tokens, uncond_logits=uncond, **options)
-        return decode_step_from_hidden(
-            cond, weight, tokens, head_bias=bias, uncond_hidden=uncond, **options
+
+def _check_arrays(rule: StepRule, tokens: Any, eligible: Any, scores: Any) -> None:
+    if kind_of(tokens) is None:
+        raise TypeError(
+            f"tokens: expected a torch, jax or NumPy array, got {type(tokens).__name__}"
         )
-
-    return decode
-
-
-class _Log:
-    """Fills in a `Trajectory`."""
-
-    def __init__(self, tokens: Any, mask_token_id: int):
-        self._mask = mask_token_id
-        self.trajectory = Trajectory([], [], [], [], [], tokens * 0 - 1)
-
-    def add(
-        self, number: int, tokens: Any, result: StepResult, decode: Callable[..., StepResult],
-        output: Any, rule: StepRule, options: dict[str, Any],
-    ) -> None:  # fmt: skip
-        """One step; the two more scores come from the same draw under rules with other scores."""
-        trajectory = self.trajectory
-        trajectory.next_tokens.append(result.next_tokens)
-        trajectory.candidate_tokens.append(result.candidate_tokens)
-        trajectory.confidence.append(result.confidence)
-        noise = options["noise"]
-        bare = options | {"noise": None if noise is None else StepNoise(noise.token_gumbel)}
-        columns: dict[Score, str] = {"log_prob": "log_probs", "neg_entropy": "entropies"}
-        for score, column in columns.items():
-            found = decode(output, tokens, rule.scoring(score), **bare).confidence
-            drawn = (found - found) == 0  # neither known (+inf) nor without a candidate (-inf)
-            sign = -1 if score == "neg_entropy" else 1
-            getattr(trajectory, column).append(_where(drawn, sign * found, found * 0))
-        is_masked = result.next_tokens == self._mask
-        steps = _where(
-            tokens == self._mask, trajectory.commit_steps * 0 + number, trajectory.commit_steps
-        )
-        steps = _where(is_masked, trajectory.commit_steps * 0 - 1, steps)
-        self.trajectory = trajectory._replace(commit_steps=steps)
+    if len(tokens.shape) != 2:
+        raise ValueError(f"tokens: expected shape (B, N), got {tuple(tokens.shape)}")
+    check_integers("tokens", tokens)
+    check_eligible(eligible, tokens)
+    if rule.score != "given" or not callable(scores):
+        check_scores(rule, scores, tokens, "scores")
 
 
-def _where(condition: Any, a: Any, b: Any) -> Any:
-    """np.where in the library of the arrays; infinities in the branch not taken do no harm."""
-    kind = kind_of(condition)
-    if kind == "torch":
-        import torch
-
-        return torch.where(condition, a, torch.zeros_like(b) if b.dtype.is_floating_point else b)
-    if kind == "jax":
-        import jax.numpy as jnp
-
-        return jnp.where(condition, a, jnp.nan_to_num(b) if b.dtype.kind == "f" else b)
-    return np.where(condition, a, np.nan_to_num(b) if b.dtype.kind == "f" else b)
+def _steps_per_block(num_steps: int, blocks: int) -> int:
+    if num_steps % blocks:
+        raise ValueError(f"num_steps: expected a multiple of the {blocks} blocks, got {num_steps}")
+    return num_steps // blocks
 
 
 def _check_num_commit(rule: StepRule, num_commit: Any, steps: int) -> None:
@@ -230,43 +181,12 @@ def _check_num_commit(rule: StepRule, num_commit: Any, steps: int) -> None:
         raise ValueError(
             f"num_commit: expected exactly where the rule has count='given', got {got}"
         )
-    if num_commit is not None and len(num_commit) != steps:
-        raise ValueError(
-            f"num_commit: expected one entry for each of {steps} steps, got {len(num_commit)}"
-        )
-
-
-def _blocks(
-    tokens: Any, num_steps: int, block_length: int | None, prompt_length: int
-) -> list[tuple[int, int]]:
-    """(start, stop) of each block; the whole sequence is one block by default."""
-    if kind_of(tokens) is None:
-        raise TypeError(
-            f"tokens: expected a torch, jax or NumPy array, got {type(tokens).__name__}"
-        )
-    if len(tokens.shape) != 2:
-        raise ValueError(f"tokens: expected shape (B, N), got {tuple(tokens.shape)}")
-    check_num_steps(num_steps)
-    length = int(tokens.shape[1])
-    if not isinstance(prompt_length, int) or not 0 <= prompt_length <= length:
-        raise ValueError(
-            f"prompt_length: expected an integer in [0, {length}], got {prompt_length!r}"
-        )
-    if block_length is None:
-        if prompt_length:
-            raise ValueError("prompt_length: expected 0 without block_length, got a prompt")
-        return [(0, length)]
-    span = length - prompt_length
-    if not isinstance(block_length, int) or block_length < 1 or span % block_length or span == 0:
-        raise ValueError(
-            f"block_length: expected a divisor of the {span} positions to generate, "
-            f"got {block_length!r}"
-        )
-    count = span // block_length
-    if num_steps % count:
-        raise ValueError(f"num_steps: expected a multiple of the {count} blocks, got {num_steps}")
-    starts = range(prompt_length, length, block_length)
-    return [(start, start + block_length) for start in starts]
+    if num_commit is None:
+        return
+    size = len(num_commit) if hasattr(num_commit, "__len__") else None
+    if size != steps:
+        what = repr(num_commit) if size is None else size
+        raise ValueError(f"num_commit: expected one entry for each of {steps} steps, got {what}")
 
 
 def _predict(
@@ -287,25 +207,18 @@ def _predict(
     return out[0], out[1]
 
 
-def _masked_in(tokens: Any, mask_token_id: int, start: int, stop: int, eligible: Any) -> Any:
-    masked = tokens[:, start:stop] == mask_token_id
-    return (masked if eligible is None else masked & eligible[:, start:stop]).sum(1)
+def _both(a: Any, b: Any) -> Any:
+    """a & b, where None is true everywhere."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
 
 
-def _is_done(tokens: Any, mask_token_id: int, start: int, stop: int) -> bool:
-    """Whether nothing is masked any more, where asking costs no synchronisation."""
-    if not is_on_host(tokens):
+def _is_done(masked: Any, takes_part: Any) -> bool:
+    """Whether nothing that takes part is masked any more, where asking costs no synchronisation."""
+    if not is_on_host(masked):
         return False
-    return not bool((to_numpy(tokens)[:, start:stop] == mask_token_id).any())
-
-
-def _window(tokens: Any, start: int, stop: int) -> Any:
-    """(B, N) bool: the positions of a block."""
-    row = np.zeros(tuple(tokens.shape), bool)
-    row[:, start:stop] = True
-    kind = kind_of(tokens)
-    assert kind is not None
-    return to_kind(row, kind, tokens.device if kind == "torch" else None)
+    return not bool(to_numpy(_both(masked, takes_part)).any())
 
 
 class _bar:

@@ -29,7 +29,7 @@ CASES = [
     ({"logits": np.zeros((2, 3, 5), np.int64)}, "logits: expected dtype .* got int64"),
     ({"tokens": np.full((2, 4), 5)}, r"tokens: expected shape \(2, 3\), got \(2, 4\)"),
     ({"tokens": np.full((2, 3), 5.0)}, "tokens: expected integers, got dtype float64"),
-    ({"tokens": [[5] * 3] * 2}, "tokens: expected a numpy array like logits, got list"),
+    ({"tokens": [[5] * 3] * 2}, "tokens: expected a numpy array like the others, got list"),
     (
         {"tokens": np.full((2, 3), 6)},
         r"tokens: expected ids in \[0, 6\) or the mask token 5, got 6",

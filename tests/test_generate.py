@@ -1,15 +1,13 @@
-"""The loop's options: trajectories, hidden states, given counts, padding, on every backend."""
-
-import dataclasses
+"""The loop's options: hidden states, given counts, blocks, padding, on every backend."""
 
 import numpy as np
 import pytest
 from helpers import BACKENDS, kind_for, native, native_seeds
+from toys import MASK, VOCAB, Toy, run
 
 import maskgit
 from maskgit import StepRule
 
-MASK, VOCAB, WIDTH = 40, 40, 6
 SLOW_ON_JAX = [
     pytest.param(name, marks=pytest.mark.slow) if name == "jax" else name
     for name in ["reference", *BACKENDS]
@@ -17,79 +15,10 @@ SLOW_ON_JAX = [
 ALL = ["reference", *BACKENDS]
 
 
-class Toy:
-    """Logits (or hidden states) that depend on the tokens, in the arrays' library."""
-
-    def __init__(self, backend, hidden=False):
-        rng = np.random.default_rng(0)
-        self.kind, self.hidden, self.calls = kind_for(backend, "float32"), hidden, 0
-        self.embed = rng.normal(size=(VOCAB + 1, WIDTH)).astype(np.float32)
-        self.weight = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
-        self.place = rng.normal(size=(64, WIDTH)).astype(np.float32)
-
-    def states(self, tokens):
-        x = self.embed[np.asarray(tokens)]
-        return np.tanh(x + np.roll(x, 1, 1) + x.mean(1, keepdims=True) + self.place[: x.shape[1]])
-
-    def __call__(self, tokens):
-        self.calls += 1
-        states = self.states(tokens)
-        return native(states if self.hidden else states @ self.weight.T, self.kind)
-
-
-def start(backend, batch=3, length=12, known=3):
-    tokens = np.full((batch, length), MASK)
-    tokens[:, :known] = np.arange(known)
-    return native(tokens, kind_for(backend, "float32"))
-
-
-def run(backend, rule, toy=None, tokens=None, **options):
-    kind = kind_for(backend, "float32")
-    given = {"mask_token_id": MASK, "num_steps": 4, "backend": backend}
-    given["seeds"] = native_seeds(np.arange(3) + 5, kind)
-    tokens = start(backend) if tokens is None else tokens
-    return maskgit.generate(toy or Toy(backend), tokens, rule=rule, **(given | options))
-
-
-@pytest.mark.parametrize("backend", SLOW_ON_JAX)
-@pytest.mark.parametrize("rule", ["maskgit", "llada", "random"])
-def test_trajectory(rule, backend):
-    rule = dataclasses.replace(
-        StepRule.preset(rule), sample_temperature=1.0, score_dtype="float32", ban_mask_token=True
-    )
-    toy = Toy(backend)
-    out = run(backend, rule, toy, record=True)
-    log = out.trajectory
-    before = np.asarray(start(backend))
-    last = np.full(before.shape, -1)
-    for s, (after, drawn, log_probs, entropies) in enumerate(
-        zip(log.next_tokens, log.candidate_tokens, log.log_probs, log.entropies, strict=True)
-    ):
-        after, drawn = np.asarray(after), np.asarray(drawn)
-        masked = before == MASK
-        logits = (toy.states(before) @ toy.weight.T).astype(np.float64)
-        p = np.exp(logits - logits.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
-        own = np.log(np.take_along_axis(p, np.where(masked, drawn, 0)[..., None], -1)[..., 0])
-        np.testing.assert_allclose(
-            np.asarray(log_probs), np.where(masked, own, 0), rtol=1e-4, atol=1e-5
-        )
-        entropy = -(p * np.log(p)).sum(-1)
-        np.testing.assert_allclose(
-            np.asarray(entropies), np.where(masked, entropy, 0), rtol=1e-4, atol=1e-5
-        )
-        last[masked & (after != MASK)] = s
-        before = after
-    np.testing.assert_array_equal(np.asarray(log.commit_steps), last)
-    assert len(log.confidence) == out.num_forwards == toy.calls
-
-
 @pytest.mark.parametrize("backend", SLOW_ON_JAX)
 @pytest.mark.parametrize("rule", ["maskgit", "mdlm", "dream-entropy", "soundstorm"])
 def test_hidden_states_give_the_same_tokens(rule, backend):
-    toy = Toy(backend, hidden=True)
-    head = native(toy.weight, toy.kind)
-    a = run(backend, rule, toy, head_weight=head, record=rule == "maskgit")
+    a = run(backend, rule, Toy(backend, hidden=True), record=rule == "maskgit")
     b = run(backend, rule, record=rule == "maskgit")
     np.testing.assert_array_equal(np.asarray(a.tokens), np.asarray(b.tokens))
     if a.trajectory is not None:
@@ -151,6 +80,69 @@ def test_positions_are_those_of_the_unpadded_row(backend):
         )
 
 
+def model_of_places(table, places, kind):
+    """Logits that depend on the tokens' real places and on the row's own tokens."""
+
+    def forward(tokens):
+        ids = np.asarray(tokens)
+        known = np.cumsum(np.where(ids < MASK, ids + 1, 0), 1)[:, -1:, None] % 7
+        return native((table[places] * (1 + known)).astype(np.float32), kind)
+
+    return forward
+
+
+@pytest.mark.parametrize("backend", SLOW_ON_JAX)
+@pytest.mark.parametrize("rule", ["llada", "maskgit", "threshold", "sdar"])
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_rows_with_prompts_and_lengths_of_their_own(left, rule, backend):
+    """Each row of a padded batch, its blocks where its own prompt ends, as it decodes alone."""
+    kind, rng = kind_for(backend, "float32"), np.random.default_rng(7)
+    table = rng.normal(size=(32, VOCAB)).astype(np.float32)
+    prompts, news, length = [2, 5, 3], [8, 4, 12], 16
+    tokens, eligible = np.full((3, length), 39), np.zeros((3, length), bool)
+    places, begin = np.zeros((3, length), int), []
+    for row, (p, n) in enumerate(zip(prompts, news, strict=True)):
+        at = length - p - n if left else 0
+        tokens[row, at : at + p], tokens[row, at + p : at + p + n] = 1, MASK
+        eligible[row, at : at + p + n] = True
+        places[row, at : at + p + n] = np.arange(p + n)
+        begin.append(at + p)
+    options = {"mask_token_id": MASK, "rule": rule, "backend": backend, "block_length": 4}
+    seeds = native_seeds(np.arange(3), kind)
+
+    def alone(row):
+        p, n = prompts[row], news[row]
+        one = np.full((1, p + n), MASK)
+        one[0, :p] = 1
+        out = maskgit.generate(
+            model_of_places(table, np.arange(p + n)[None], kind), native(one, kind),
+            seeds=seeds[row : row + 1], prompt_length=p, num_steps=2 * (n // 4), **options,
+        )  # fmt: skip
+        return np.asarray(out.tokens)[0]
+
+    def forward(tokens):  # the padding takes no part in a row's logits
+        ids = np.where(eligible, np.asarray(tokens), MASK)
+        return model_of_places(table, places, kind)(ids)
+
+    out = maskgit.generate(
+        forward, native(tokens, kind), seeds=seeds, prompt_length=native(np.array(begin), kind),
+        eligible=native(eligible, kind), positions=native(places, kind), num_steps=6, **options,
+    )  # fmt: skip
+    got = np.asarray(out.tokens)
+    for row in range(3):
+        np.testing.assert_array_equal(got[row][eligible[row]], alone(row))
+        assert (got[row][~eligible[row]] == 39).all()
+
+
+def test_numbers_of_numpy_are_numbers():
+    out = run(
+        "reference", "llada", mask_token_id=np.int64(MASK), num_steps=np.int32(3),
+        block_length=np.int64(3), prompt_length=np.int16(3),
+    )  # fmt: skip
+    assert (out.tokens != MASK).all()
+    assert out.num_forwards == 3
+
+
 def test_bad_arguments():
     good = {"rule": "llada", "mask_token_id": 9, "num_steps": 2}
     tokens = np.full((1, 4), 9)
@@ -166,7 +158,24 @@ def test_bad_arguments():
         "positions: expected shape": {"positions": np.zeros((1, 3), np.int64)},
         "positions: expected values": {"positions": np.full((1, 4), -1)},
         "num_commit: expected exactly where": {"num_commit": [1, 1]},
+        "num_commit: expected one entry for each of 2 steps, got 2": {
+            "num_commit": 2,
+            "rule": StepRule(count="given", sample_temperature=0.0),
+        },
+        "eligible: expected a numpy array": {"eligible": [[True] * 4]},
+        "eligible: expected dtype bool": {"eligible": np.ones((1, 4), int)},
+        "tokens: expected integers": {"tokens": np.zeros((1, 4))},
+        "mask_token_id: expected an integer, got 9.0": {"mask_token_id": 9.0},
+        "num_steps: expected an integer >= 1, got 0": {"num_steps": 0},
+        "num_steps: expected an integer >= 1, got True": {"num_steps": True},
+        "num_steps: expected a multiple of the 4 blocks, got 2": {"block_length": 1},
+        "block_length: expected an integer >= 1": {"block_length": 0},
+        "block_length: expected a divisor of the 4 positions": {"block_length": 3},
+        r"prompt_length: expected an integer in \[0, 4\]": {"block_length": 1, "prompt_length": 5},
+        r"prompt_length: expected shape \(1,\)": {"block_length": 1, "prompt_length": [1, 2]},
+        "prompt_length: expected integers": {"block_length": 1, "prompt_length": [1.5]},
+        "prompt_length: expected 0 without": {"prompt_length": 2},
     }
     for message, changes in bad.items():
         with pytest.raises((ValueError, TypeError), match=message):
-            maskgit.generate(forward, tokens, **(good | changes))
+            maskgit.generate(forward, **({"tokens": tokens} | good | changes))

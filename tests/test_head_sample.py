@@ -12,6 +12,7 @@ import maskgit
 from maskgit import StepNoise, StepRule
 
 MASK = 300
+ALL = ["reference", *BACKENDS]
 RULES = {
     "maskgit": StepRule.preset("maskgit"),
     "llada": dataclasses.replace(StepRule.preset("llada"), score_dtype="float32"),
@@ -162,8 +163,15 @@ def test_bad_arguments():
         r"head_weight: expected shape \(V, 8\)": ({"weight": p["weight"][:, :5]}, {}),
         "head_weight: expected dtype float32": ({"weight": p["weight"].astype(np.float16)}, {}),
         r"head_bias: expected shape \(300,\)": ({}, {"head_bias": p["bias"][:4]}),
-        "guidance_scale: expected together": ({}, {"uncond_hidden": p["uncond"]}),
-        "uncond_hidden: expected together": ({}, {"guidance_scale": 2.0}),
+        "guidance_scale: expected together with uncond_hidden, got None": (
+            {},
+            {"uncond_hidden": p["uncond"]},
+        ),
+        "uncond_hidden: expected together with guidance_scale, got None": (
+            {},
+            {"guidance_scale": 2.0},
+        ),
+        "tokens: expected a numpy array like the others, got list": ({"tokens": [[1]]}, {}),
         "uncond_hidden: expected shape": (
             {},
             {"uncond_hidden": p["uncond"][:1], "guidance_scale": 2.0},
@@ -214,3 +222,136 @@ def test_jax_traces():
         num_steps=4, seeds=p["seeds"], backend="reference",
     )  # fmt: skip
     np.testing.assert_array_equal(np.asarray(got.next_tokens), want.next_tokens)
+
+
+def options_for(rule, p, kind):
+    """What a step by any rule needs besides its arrays."""
+    options = {"rule": rule, "mask_token_id": MASK, "step": 0, "num_steps": 4}
+    options["seeds"] = native_seeds(p["seeds"], kind)
+    if rule.score == "given":
+        options["scores"] = native(p["scores"], kind)
+    if rule.count == "given":
+        options["num_commit"] = 2
+    return options
+
+
+@pytest.mark.parametrize("backend", ["auto", *ALL])
+def test_parameters_of_a_module(backend):
+    torch = pytest.importorskip("torch")
+    head, hidden, tokens = torch.nn.Linear(8, 300), torch.randn(2, 6, 8), torch.full((2, 6), MASK)
+    options = {"rule": "llada", "mask_token_id": MASK, "num_steps": 4, "backend": backend}
+    given = {"head_weight": head.weight, "head_bias": head.bias}
+    out = maskgit.decode_step_from_hidden(hidden, tokens=tokens, step=0, **given, **options)
+    with torch.no_grad():
+        want = maskgit.decode_step(head(hidden), tokens, step=0, **options)
+    assert torch.equal(out.next_tokens, want.next_tokens)
+    assert not out.confidence.requires_grad
+    done = maskgit.generate(lambda t: hidden, tokens, record=True, **given, **options)
+    assert (done.tokens < MASK).all()
+    wants_grad = hidden.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"^hidden: decoding has no gradient"):
+        maskgit.decode_step_from_hidden(wants_grad, tokens=tokens, step=0, **given, **options)
+
+
+FIRST = ["mdlm", "bd3lm", "md4", "random", "dream-origin", "halton", "remdm-cap"]
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("name", FIRST)
+def test_a_row_that_is_not_drawn_is_not_dead(name, backend, monkeypatch):
+    kind, rule, p = kind_for(backend, "float32"), StepRule.preset(name), problem(4)
+    weight, tokens = native(p["weight"], kind), native(p["tokens"], kind)
+    options = options_for(rule, p, kind) | {"backend": backend}
+
+    def step(hidden, **more):
+        hidden = native(hidden, kind)
+        return maskgit.decode_step_from_hidden(hidden, weight, tokens, **options, **more)
+
+    out = step(p["hidden"], check=True)
+    drawn = (np.asarray(out.next_tokens) != MASK) & (p["tokens"] == MASK)
+    assert drawn.any()
+    if rule.count == "bernoulli":  # what is not drawn may be anything
+        monkeypatch.setenv("MASKGIT_CHECK", "1")
+        step(np.where(drawn[..., None], p["hidden"], np.nan).astype(np.float32))
+    b, n = np.argwhere(drawn)[-1]
+    hidden = p["hidden"].copy()
+    hidden[b, n] = np.nan
+    with pytest.raises(ValueError, match=rf"hidden: .* in row \(sequence {b}, position {n}\)"):
+        step(hidden, check=True)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_loop_with_checks_on(name, monkeypatch):
+    monkeypatch.setenv("MASKGIT_CHECK", "1")
+    rule, p = StepRule.preset(name), problem(5)
+    given = {"num_commit": [3] * 4} if rule.count == "given" else {}
+    given |= {"scores": p["scores"]} if rule.score == "given" else {}
+    for record in (False, True):
+        maskgit.generate(
+            lambda t: p["hidden"], np.full_like(p["tokens"], MASK), head_weight=p["weight"],
+            rule=rule, mask_token_id=MASK, num_steps=4, seeds=p["seeds"], record=record, **given,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The shapes (rows, V) of the products that the head forms."""
+    shapes, product = [], plain._product
+
+    def counted(rows, weight, bias):
+        shapes.append((rows.shape[0], weight.shape[0]))
+        return product(rows, weight, bias)
+
+    monkeypatch.setattr(plain, "_product", counted)
+    return shapes
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_only_rows_that_take_part_go_through_the_head(backend, products):
+    kind = kind_for(backend, "float32")
+    p = problem(6, batch=1, length=64)
+    tokens = np.full((1, 64), 3)
+    tokens[0, [4, 9, 20, 21, 63]] = MASK
+    arrays = [native(a, kind) for a in (p["hidden"], p["weight"], tokens)]
+    for name, wanted in (("llada", 5), ("maskgit", 5), ("bd3lm", 2)):
+        products.clear()
+        options = options_for(StepRule.preset(name), p, kind) | {"backend": backend}
+        maskgit.decode_step_from_hidden(*arrays, **options)
+        if kind == "jax":  # up to a power of two
+            wanted = 1 << (wanted - 1).bit_length()
+        assert [rows for rows, _ in products] == [wanted]
+
+
+def test_few_programs_on_jax_and_all_rows_in_a_trace(products):
+    jax = pytest.importorskip("jax")
+    p = problem(7, batch=1, length=40)
+    hidden, weight = native(p["hidden"], "jax"), native(p["weight"], "jax")
+
+    def step(hidden, tokens):
+        options = {"rule": "llada", "mask_token_id": MASK, "step": 0, "num_steps": 2}
+        return maskgit.decode_step_from_hidden(hidden, weight, tokens, backend="jax", **options)
+
+    for masked in range(1, 41):
+        tokens = np.full((1, 40), 3)
+        tokens[0, :masked] = MASK
+        step(hidden, native(tokens, "jax"))
+    assert {rows for rows, _ in products} == {1, 2, 4, 8, 16, 32, 40}
+    products.clear()
+    traced = jax.jit(step)(hidden, native(tokens, "jax"))
+    assert [rows for rows, _ in products] == [40]
+    for a, b in zip(traced, step(hidden, native(tokens, "jax")), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_product_is_larger_than_the_limit(backend, products):
+    kind, rng = kind_for(backend, "float32"), np.random.default_rng(8)
+    vocab, length = 1 << 13, 1200  # 9.8 million logits
+    hidden = native(rng.normal(size=(1, length, 2)).astype(np.float32), kind)
+    weight = native(rng.normal(size=(vocab, 2)).astype(np.float32), kind)
+    maskgit.decode_step_from_hidden(
+        hidden, weight, native(np.full((1, length), vocab), kind), rule="llada",
+        mask_token_id=vocab, step=0, num_steps=2, backend=backend,
+    )  # fmt: skip
+    assert sum(rows for rows, _ in products) >= length
+    assert max(rows * v for rows, v in products) <= 2**23

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import BACKENDS
-from helpers import make_case, native, native_seeds
+from helpers import kind_for, make_case, native, native_seeds
 
 import maskgit
 from maskgit import StepNoise, StepRule, layouts
@@ -401,7 +401,7 @@ def test_spans_refuse():
     options = {"mask_token_id": 4, "step": 0, "num_steps": 2}
     for changes, words in (
         ({"span": 4, "rule": "llada"}, "span: expected a divisor of the 6"),
-        ({"span": 0, "rule": "llada"}, "span: expected a divisor"),
+        ({"span": 0, "rule": "llada"}, "span: expected an integer >= 1, got 0"),
         ({"span": 2, "rule": "llada", "reduce": "mean"}, "reduce: expected max or sum"),
         ({"span": 2, "rule": "llada2-edit"}, "keeps known tokens"),
     ):
@@ -506,3 +506,45 @@ def test_examples_run():
     names = {"np": np, "maskgit": maskgit, "layouts": layouts}
     for block in blocks:
         exec(block, names)
+
+
+def test_wrong_numbers_have_one_message():
+    ids, logits = np.zeros((1, 6), int), np.zeros((1, 6, 4), np.float32)
+    step = {"rule": "llada", "mask_token_id": 4, "step": 0, "num_steps": 2}
+    for call, words in (
+        (lambda: layouts.unflatten_factors(ids, "2"), "factors: expected an integer >= 1, got '2'"),
+        (lambda: layouts.split_pairs(ids, 2.0), "fast_size: expected an integer >= 1, got 2.0"),
+        (lambda: layouts.to_grid(ids, 2.0, 3), "height: expected an integer >= 0, got 2.0"),
+        (lambda: layouts.pad_left([[1]], 0, num_new=None), "num_new: expected an integer >= 0"),
+        (lambda: layouts.pad_left([[1]], None), "pad_id: expected an integer, got None"),
+        (lambda: layouts.with_level(ids[:, None], 1.0, ids), "level: expected an integer, got 1.0"),
+        (lambda: layouts.decode_spans(logits, ids, span=True, **step), "span: expected an integer"),
+        (lambda: layouts.decode_spans(logits, ids, span=2, noise=5, **step), "noise: expected a St"),
+        (lambda: layouts.decode_shifted(logits, ids, noise=(1, 2), **step), "noise: expected a St"),
+        (lambda: maskgit.audit_ties(logits, rule="llada", noise=5), "noise: expected a StepNoise"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_spans_draw_at_the_places_that_are_given(backend):
+    """The last two spans of a row, at their places, draw what they draw in the whole row."""
+    kind, rng = kind_for(backend, "float32"), np.random.default_rng(9)
+    logits = rng.normal(size=(2, 12, 30)).astype(np.float32)
+    tokens, places = np.full((2, 12), 30), np.tile(np.arange(12), (2, 1))
+    rule = StepRule(count="quota", choice_temperature=2.0)
+
+    def step(part, *, where=True):
+        cut = [native(np.ascontiguousarray(a[:, part]), kind) for a in (logits, tokens, places)]
+        out = layouts.decode_spans(
+            cut[0], cut[1], span=3, rule=rule, mask_token_id=30, step=0, num_steps=1,
+            seeds=native_seeds(np.arange(2), kind), positions=cut[2] if where else None,
+            backend=backend,
+        )  # fmt: skip
+        return [np.asarray(x) for x in out]
+
+    whole, piece = step(slice(None)), step(slice(6, None))
+    for a, b in zip(whole, piece, strict=True):
+        np.testing.assert_array_equal(a[:, 6:], b)
+    assert (step(slice(6, None), where=False)[1] != piece[1]).any()

@@ -131,12 +131,16 @@ def test_jit_in_jax_gives_the_same():
 
 def test_device_mix_names_the_argument():
     logits, tokens, seeds = example()
-    with pytest.raises(TypeError, match="tokens: expected a torch array like logits, got ndarray"):
+    with pytest.raises(
+        TypeError, match="tokens: expected a torch array like the others, got ndarray"
+    ):
         maskgit.decode_step(
             logits, tokens.numpy(), rule="llada", mask_token_id=19,
             step=0, num_steps=2,
         )  # fmt: skip
-    with pytest.raises(ValueError, match="tokens: expected on device cpu like logits, got meta"):
+    with pytest.raises(
+        ValueError, match="tokens: expected on device cpu like the others, got meta"
+    ):
         maskgit.decode_step(
             logits, tokens.to("meta"), rule="llada", mask_token_id=19, step=0, num_steps=2
         )

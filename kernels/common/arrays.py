@@ -32,6 +32,28 @@ def kind_of(x: object) -> str | None:
     return None
 
 
+def library_of(x: Any) -> Any:
+    """The module with the functions for `x`: torch, jax.numpy or NumPy."""
+    kind = kind_of(x)
+    if kind == "jax":
+        import jax.numpy as jnp
+
+        return jnp
+    return sys.modules["torch"] if kind == "torch" else np
+
+
+def place_of(x: Any) -> dict[str, Any]:
+    """What a creating function of `library_of(x)` needs to make an array beside `x`."""
+    return {"device": x.device} if kind_of(x) == "torch" else {}
+
+
+def signed(ids: Any) -> Any:
+    """Integers in a dtype that holds -1."""
+    if not dtype_name(ids).startswith("uint"):
+        return ids
+    return ids.to(library_of(ids).int64) if kind_of(ids) == "torch" else ids.astype(int)
+
+
 _dtype_names: dict[Any, str] = {}
 
 

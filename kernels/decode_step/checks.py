@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -52,13 +53,31 @@ def check_logits(logits: Any, ndim: int) -> tuple[int, ...]:
     return tuple(logits.shape)
 
 
-def check_same_kind(name: str, x: Any, logits: Any) -> None:
-    """TypeError or ValueError unless `x` is an array of the kind and on the device of `logits`."""
-    kind, expected = kind_of(x), kind_of(logits)
+def check_same_kind(name: str, x: Any, model: Any) -> None:
+    """TypeError or ValueError unless `x` is an array of the kind and on the device of `model`."""
+    kind, expected = kind_of(x), kind_of(model)
     if kind != expected:
-        raise TypeError(f"{name}: expected a {expected} array like logits, got {type(x).__name__}")
-    if kind == "torch" and x.device != logits.device:
-        raise ValueError(f"{name}: expected on device {logits.device} like logits, got {x.device}")
+        raise TypeError(
+            f"{name}: expected a {expected} array like the others, got {type(x).__name__}"
+        )
+    if kind == "torch" and x.device != model.device:
+        raise ValueError(
+            f"{name}: expected on device {model.device} like the others, got {x.device}"
+        )
+
+
+def as_index(name: str, value: Any, least: int | None = None) -> int:
+    """An integer of any library as Python's; TypeError for anything else, ValueError below `least`."""
+    wanted = "an integer" if least is None else f"an integer >= {least}"
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name}: expected {wanted}, got {value!r}")
+    if least is not None and number < least:
+        raise ValueError(f"{name}: expected {wanted}, got {number}")
+    return number
 
 
 def check_integer(name: str, value: Any) -> None:
@@ -265,8 +284,9 @@ def check_guidance(
 ) -> None:  # fmt: skip
     """Unconditional logits (or hidden states) and their scale: both or neither, and alike."""
     if (uncond_logits is None) != (guidance_scale is None):
-        missing = "guidance_scale" if guidance_scale is None else name
-        raise ValueError(f"{missing}: expected together with its counterpart, got None")
+        names = (name, "guidance_scale")
+        given, missing = names if guidance_scale is None else names[::-1]
+        raise ValueError(f"{missing}: expected together with {given}, got None")
     if uncond_logits is None:
         return
     check_same_kind(name, uncond_logits, logits)
@@ -281,10 +301,10 @@ def check_guidance(
         raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
 
 
-def raise_on_dead_rows(dead: Any) -> None:
+def raise_on_dead_rows(dead: Any, name: str = "logits") -> None:
     """ValueError naming the first row without a finite logit."""
     if dead.any():
         b, n = np.argwhere(dead)[0]
         raise ValueError(
-            f"logits: expected a finite value in every row, got none in row (sequence {b}, position {n})"
+            f"{name}: expected a finite logit in every row, got none in row (sequence {b}, position {n})"
         )

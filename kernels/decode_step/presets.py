@@ -391,12 +391,13 @@ _RULES = (
 )
 
 # The same without what looks like a mistake: docs/semantics.md says which.
+_COMPLETE: dict[str, object] = {"clamps": ("keep_one", "commit_one"), "last_step": "all"}
 _FIXED: dict[str, dict[str, object]] = {
-    "maskgit": {"clamps": ("keep_one", "commit_one")},
+    "maskgit": _COMPLETE,
     "open-muse": {"choice_anneal": "linear"},
     "titok": {"count_rows": "each"},
-    "maskbit": {"count_rows": "each", "clamps": ("keep_one", "commit_one")},
-    "magvit": {"clamps": ("keep_one", "commit_one")},
+    "maskbit": {"count_rows": "each", **_COMPLETE},
+    "magvit": _COMPLETE,
     "vampnet": {"count_rows": "each"},
     "llada": {"ban_mask_token": True},
     "factor": {"factor_tail": False},

@@ -85,7 +85,27 @@ def decode_step(
         uncond_logits=columns(uncond_logits, rule),
         guidance_scale=float(guidance_scale or 0.0),
     )
-    return results(call("decode_step", x, plan, logits, backend), logits, x, rule, check)
+    out = call("decode_step", x, plan, logits, backend)
+    if is_checked(check):
+        taking_part = _taking_part(rule, tokens, mask_token_id, eligible)
+        suspects = taking_part & (like(out[2], logits) == -np.inf)
+        _raise_on_dead_rows(suspects, x, plan, logits, backend)
+    return results(out, logits, tokens)
+
+
+def is_checked(check: bool) -> bool:
+    """Whether rows without a finite logit raise: by argument, or by environment."""
+    return check or os.environ.get("MASKGIT_CHECK", "") == "1"
+
+
+def _raise_on_dead_rows(
+    suspects: Any, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
+) -> None:
+    """ValueError if one of the suspects, (B, N) with confidence -inf, has that for want of a logit."""
+    if not to_numpy(suspects).any():
+        return
+    _, _, log_z = call("sample_tokens", x._replace(eligible=suspects), plan, logits, backend)
+    raise_on_dead_rows(to_numpy(suspects & (like(log_z, logits) == -np.inf)))
 
 
 def inputs(
@@ -191,7 +211,7 @@ def commit_tokens(
         drawn=candidate_tokens,
         num_commit=_commits(rule, num_commit, tokens, batch, length),
     )
-    return results(call("decode_step", x, plan, scores, backend), scores, x, rule, False)
+    return results(call("decode_step", x, plan, scores, backend), scores, tokens)
 
 
 def _plan(
@@ -212,15 +232,9 @@ def _taking_part(rule: StepRule, tokens: Any, mask_token_id: int, eligible: Any)
     return is_masked if eligible is None else is_masked & eligible
 
 
-def results(
-    out: Any, model: Any, x: StepInputs, rule: StepRule, check: bool
-) -> tuple[Any, Any, Any]:
+def results(out: Any, model: Any, tokens: Any) -> tuple[Any, Any, Any]:
     """A backend's arrays in the library of `model` and the dtype of the tokens."""
-    tokens = x.tokens
     next_tokens, candidates, confidence = (like(array, model) for array in out)
-    if check or os.environ.get("MASKGIT_CHECK", "") == "1":
-        eligible = _taking_part(rule, tokens, x.mask_token_id, x.eligible)
-        raise_on_dead_rows(to_numpy(eligible) & np.isneginf(to_numpy(confidence)))
     return _cast_like(next_tokens, tokens), _cast_like(candidates, tokens), confidence
 
 
@@ -257,7 +271,7 @@ def sample_tokens(
         mask_token_id=-1,
     )
     drawn, score, log_z = (like(a, logits) for a in call("sample_tokens", x, plan, logits, backend))
-    if check or os.environ.get("MASKGIT_CHECK", "") == "1":
+    if is_checked(check):
         raise_on_dead_rows(to_numpy(drawn) < 0)
     kind = "float64" if rule.score_dtype == "float64" else "float32"
     return drawn, _cast(score, kind), _cast(log_z, kind)

@@ -276,27 +276,6 @@ class StepRule:
             or self.count == "bernoulli"
         )
 
-    def scoring(self, score: Score) -> StepRule:
-        """A rule that draws the same candidates and scores them at temperature 1, unfiltered."""
-        follows_logits = self.score_dtype == "logits" and self.greedy_on == "logits"
-        return dataclasses.replace(
-            self,
-            name=f"{self.name}, {score}",
-            score=score,
-            score_temperature=1.0,
-            score_filtered=False,
-            score_banned_ids=(),
-            score_dtype="float32" if follows_logits else self.score_dtype,
-            choice_temperature=0.0,
-            count="quota",
-            count_rows="each",
-            min_commit="one",
-            threshold_slack=None,
-            remask="none",
-            revise="no",
-            edit_threshold=None,
-        )
-
     @property
     def touches_known(self) -> bool:
         """Whether known tokens may change: those that `eligible` admits, all by default."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..common.arrays import dtype_name, kind_of
+from ..common.arrays import dtype_name, kind_of, to_numpy
 from ..common.selection import check_name
 from ..decode_step import run
 from ..decode_step.api import check_op_arguments, counts_tensor, rule_and_noise, seeds_like
@@ -14,6 +14,7 @@ from ..decode_step.checks import (
     check_no_grad,
     check_same_kind,
     check_shape,
+    raise_on_dead_rows,
 )
 from ..decode_step.spec import StepNoise, StepResult, StepRule
 
@@ -44,7 +45,8 @@ def decode_step_from_hidden(
 
     Args:
         hidden: (B, N, D) float16, bfloat16 or float32: what goes into the head's last product.
-        head_weight: (V, D), head_bias: (V,) or None, in the dtype of `hidden`.
+        head_weight: (V, D), head_bias: (V,) or None, in the dtype of `hidden`; a module's parameters
+            as they are, since nothing here has a gradient.
         uncond_hidden, guidance_scale: given together: hidden states become u + scale * (c - u),
             mixed in float32; the same as guiding the logits, unless the head caps them.
         the rest: as in `decode_step`, V being the head's.
@@ -57,10 +59,13 @@ def decode_step_from_hidden(
 
     Raises: as `decode_step`.
 
-    Semantics: rows that are known or not eligible, and columns outside the rule's vocab_slice, cost
-    nothing on the host.  Extra memory: 2^23 logits at a time.
+    Semantics: columns outside the rule's vocab_slice cost nothing.  Rows that are known, not eligible
+    or not drawn cost nothing where they can be counted without waiting: NumPy, torch on the CPU, jax
+    on the CPU outside a trace (their number is rounded up to a power of two).  Elsewhere all rows go
+    through the head.  Extra memory: 2^23 logits at a time.
     """
     step_rule, token_gumbel, choice_gumbel = rule_and_noise(rule, noise, backend)
+    head_weight, head_bias = _detached(head_weight), _detached(head_bias)
     seeds = seeds_like(seeds, hidden)
     if kind_of(hidden) != "torch":
         out = decode(
@@ -106,8 +111,17 @@ def decode(
         positions,
     )  # fmt: skip
     mixed = mix(hidden, uncond_hidden, guidance_scale)
-    out = plain.decode_step(run.complete(x, rule), plan, mixed, head_weight, head_bias, backend)
-    return run.results(out, hidden, x, rule, check)
+    out, dead = plain.decode_step(
+        run.complete(x, rule), plan, mixed, head_weight, head_bias, backend
+    )
+    if run.is_checked(check):
+        raise_on_dead_rows(to_numpy(dead), "hidden")
+    return run.results(out, hidden, tokens)
+
+
+def _detached(parameter: Any) -> Any:
+    """A torch tensor without its gradient; anything else as it is."""
+    return parameter.detach() if kind_of(parameter) == "torch" else parameter
 
 
 def mix(hidden: Any, uncond: Any, scale: float | None) -> Any:

@@ -14,8 +14,10 @@ Guidance is mixed on the hidden states, u + s (c - u): its coefficients sum to 1
 the guided logits with the bias intact, for one product instead of two.  That would be wrong for a
 head that caps its logits (tanh); such models must pass logits.
 
-Where counting the rows would wait for a device or break a trace, all rows take part; there, under a
-rule that chooses positions first, a chosen row without a finite logit is not made up for by another.
+The rows are counted where that neither waits for a device nor breaks a trace: NumPy, torch on the CPU,
+and jax on the CPU outside a trace, where their number is rounded up to a power of two (the last row
+again) so that few programs are compiled.  Elsewhere all rows take part; there, under a rule that
+chooses positions first, a chosen row without a finite logit is not made up for by another.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.arrays import is_on_host, kind_of, like, to_numpy
+from ..common.arrays import is_on_host, kind_of, library_of, like, place_of, to_numpy
 from ..decode_step import run
 from ..decode_step.plan import ResolvedStep
 from ..decode_step.spec import StepInputs
@@ -39,22 +41,27 @@ def decode_step(
     weight: Any,
     bias: Any,
     backend: str,
-) -> tuple[Any, Any, Any]:
-    """(next_tokens, candidate_tokens, confidence) for hidden (B, N, D) already guided; `x` has no logits."""
+) -> tuple[tuple[Any, Any, Any], Any]:
+    """((next_tokens, candidate_tokens, confidence), dead) for hidden (B, N, D) already guided.
+
+    `x` has no logits; dead (B, N) are the rows that were drawn and had no finite logit.
+    """
     if plan.rule.vocab_slice is not None:
         rows = slice(*plan.rule.vocab_slice)
         weight, bias = weight[rows], None if bias is None else bias[rows]
-    wanted = x.eligible
+    could_be = wanted = x.eligible
     if chooses_first(plan):
-        wanted = wanted & _chosen(x, plan, hidden, backend)
-    drawn, score = sample_rows(x, plan, hidden, weight, bias, wanted, backend)
-    if wanted is not x.eligible and _has_dead_rows(drawn, wanted):
-        drawn, score = sample_rows(x, plan, hidden, weight, bias, x.eligible, backend)
+        could_be = could_be & (x.tokens == x.mask_token_id)  # such a rule draws for no known token
+        wanted = could_be & _chosen(x, plan, hidden, backend)
+    drawn, score, log_z = sample_rows(x, plan, hidden, weight, bias, wanted, backend)
+    if wanted is not could_be and _has_dead_rows(drawn, wanted):
+        wanted = could_be
+        drawn, score, log_z = sample_rows(x, plan, hidden, weight, bias, wanted, backend)
     scores = x.scores if plan.rule.score == "given" else score
     out: tuple[Any, Any, Any] = run.call(
         "decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend
     )
-    return out
+    return out, wanted & (log_z == -np.inf)
 
 
 def chooses_first(plan: ResolvedStep) -> bool:
@@ -67,7 +74,7 @@ def chooses_first(plan: ResolvedStep) -> bool:
 
 def _has_dead_rows(drawn: Any, wanted: Any) -> bool:
     """Whether a chosen row has no candidate, so that another position is committed in its place."""
-    if kind_of(wanted) == "jax" or not is_on_host(wanted):
+    if not (is_on_host(wanted) and is_on_host(drawn)):
         return False
     return bool((to_numpy(wanted) & (to_numpy(drawn) < 0)).any())
 
@@ -91,32 +98,38 @@ def sample_rows(
     bias: Any,
     wanted: Any,
     backend: str,
-) -> tuple[Any, Any]:
-    """(candidates or -1, scores), each (B, N), of the wanted rows of hidden (B, N, D)."""
+) -> tuple[Any, Any, Any]:
+    """(candidates or -1, scores, log_z), each (B, N), of the wanted rows of hidden (B, N, D)."""
     batch, length, width = hidden.shape
     flat = hidden.reshape(batch * length, width)
     at = _row_numbers(wanted)
     count = batch * length if at is None else len(at)
     size = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    if kind_of(hidden) == "jax":
+        size = 1 << (size.bit_length() - 1)  # divides every padded number of rows, or exceeds it
     pieces = []
     for first in range(0, count, size):
         rows = slice(first, min(first + size, count)) if at is None else at[first : first + size]
         pieces.append(_sample_chunk(x, plan, flat, weight, bias, wanted, rows, backend))
-    return _assemble(pieces, at, hidden, batch, length, plan)
+    return _assemble(pieces, at, hidden, batch, length)
 
 
 def _row_numbers(wanted: Any) -> Any:
-    """Flat numbers of the wanted rows, where asking costs no synchronisation and no retracing."""
-    if kind_of(wanted) == "jax" or not is_on_host(wanted):
+    """Flat numbers of the wanted rows; None for all, where counting would wait or break a trace."""
+    if not is_on_host(wanted):
         return None
-    return np.flatnonzero(to_numpy(wanted).reshape(-1))
+    at = np.flatnonzero(to_numpy(wanted).reshape(-1))
+    if kind_of(wanted) != "jax" or at.size == 0:
+        return at
+    padded = 1 << (int(at.size) - 1).bit_length()
+    return np.pad(at, (0, padded - at.size), mode="edge") if padded < wanted.size else None
 
 
 def _sample_chunk(
     x: StepInputs, plan: ResolvedStep, flat: Any, weight: Any, bias: Any, wanted: Any, rows: Any,
     backend: str,
-) -> tuple[Any, Any]:  # fmt: skip
-    """(candidates, scores), each (R, 1), of some rows."""
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """(candidates, scores, log_z), each (R, 1), of some rows."""
     length = x.tokens.shape[1]
     number = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
 
@@ -141,8 +154,8 @@ def _sample_chunk(
         guidance_scale=0.0,
         mask_token_id=x.mask_token_id,
     )
-    drawn, score, _ = run.call("sample_tokens", chunk, plan, logits, backend)
-    return drawn, score
+    out: tuple[Any, Any, Any] = run.call("sample_tokens", chunk, plan, logits, backend)
+    return out
 
 
 def _product(rows: Any, weight: Any, bias: Any) -> Any:
@@ -155,33 +168,19 @@ def _product(rows: Any, weight: Any, bias: Any) -> Any:
 
 
 def _assemble(
-    pieces: list[tuple[Any, Any]], at: Any, hidden: Any, batch: int, length: int, plan: ResolvedStep
-) -> tuple[Any, Any]:
-    """The chunks' results at their places in (B, N); -1 and -inf elsewhere."""
-    kind = kind_of(hidden)
-    wide = "float64" if plan.rule.score_dtype == "float64" else "float32"
-    if kind == "jax":
-        import jax.numpy as jnp
-
-        if not pieces:
-            return jnp.full((batch, length), -1), jnp.full((batch, length), -jnp.inf)
-        columns = (jnp.concatenate([p[i] for p in pieces]) for i in (0, 1))
-        drawn, score = (c.reshape(batch, length) for c in columns)
-        return drawn, score
-    if kind == "torch":
-        import torch
-
-        device = hidden.device
-        drawn = torch.full((batch * length,), -1, device=device)
-        score = torch.full((batch * length,), -torch.inf, dtype=getattr(torch, wide), device=device)
-    else:
-        drawn, score = np.full(batch * length, -1), np.full(batch * length, -np.inf, wide)
-    first = 0
-    for some, values in pieces:
-        stop = first + len(some)
-        rows = slice(first, stop) if at is None else at[first:stop]
-        drawn[rows] = like(some, hidden)[:, 0]
-        column = like(values, hidden)[:, 0]
-        score[rows] = column.to(score.dtype) if kind == "torch" else column
-        first = stop
-    return drawn.reshape(batch, length), score.reshape(batch, length)
+    pieces: list[tuple[Any, Any, Any]], at: Any, hidden: Any, batch: int, length: int
+) -> tuple[Any, Any, Any]:
+    """The chunks' results at their places in (B, N); -1, -inf and -inf elsewhere."""
+    library, rows = library_of(hidden), slice(None) if at is None else at
+    columns = []
+    for i, nothing in enumerate((-1, -np.inf, -np.inf)):
+        found = [like(piece[i], hidden)[:, 0] for piece in pieces]
+        dtype = {"dtype": found[0].dtype} if found else {}
+        column = library.full((batch * length,), nothing, **dtype, **place_of(hidden))
+        if found and kind_of(hidden) == "jax":
+            column = column.at[rows].set(library.concatenate(found))
+        elif found:
+            column[rows] = library.concatenate(found)
+        columns.append(column.reshape(batch, length))
+    drawn, score, log_z = columns
+    return drawn, score, log_z
