@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from torch import nn
 
 import maskgit
 from maskgit.adapters import llada
-from maskgit.adapters.common import without_head
+from maskgit.adapters.head import replaced_forward
 
 VOCAB, MASK = 126464, 126336
 SETTINGS: dict[str, Any] = {"gen_length": 64, "block_length": 32, "steps": 32, "temperature": 1.0}
@@ -53,7 +54,7 @@ class Model(nn.Module):
     def forward(self, tokens: torch.Tensor, attention_mask: Any = None) -> SimpleNamespace:
         """Tokens (B, N) to an object with `logits` (B, N, V)."""
         x = self.embed(tokens) + self.place(torch.arange(tokens.shape[1]))
-        return SimpleNamespace(logits=self.head(self.layers(x)) * 1.0)
+        return SimpleNamespace(logits=self.head(self.layers(x)))
 
 
 @torch.no_grad()
@@ -94,10 +95,10 @@ def ours(model: Model, prompt: torch.Tensor, **settings: Any) -> torch.Tensor:
 @torch.no_grad()
 def by_chance(model: Model, prompt: torch.Tensor, positions_first: bool) -> torch.Tensor:
     """MDLM's rule on the same model: the head for the positions that change, or for all of them."""
-    head = model.head if positions_first else None
 
     def forward(tokens: torch.Tensor) -> torch.Tensor:
-        with without_head(head):
+        leave = replaced_forward(model.head, lambda hidden: hidden)
+        with leave if positions_first else nullcontext():
             logits: torch.Tensor = model(tokens).logits
         return logits
 

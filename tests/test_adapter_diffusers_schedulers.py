@@ -424,6 +424,71 @@ def test_a_head_that_sees_the_block_alone_gives_the_same_tokens(block):
         adapters.patch(amused, trim_head=True)
 
 
+def test_numbers_of_numpy_are_numbers():
+    block, logits = ours.BlockRefinementScheduler(), torch.randn(2, 6, 20)
+    sample, seeds = torch.full((2, 6), MASK), np.arange(2)
+    options = {"temperature": np.float32(0.5), "top_k": np.int64(3), "top_p": np.float32(0.9)}
+    options |= {"threshold": np.float32(0.5), "mask_token_id": np.int64(MASK)}
+    outs = []
+    for given in (options, {k: v.item() for k, v in options.items()}):
+        block.set_timesteps(4, block_length=6)
+        outs.append(block.step(logits, np.int64(1), sample, seeds=seeds, **given).prev_sample)
+    assert torch.equal(*outs)
+
+
+def test_a_swapped_in_scheduler_goes_on_where_the_old_one_was():
+    stock = diffusers.BlockRefinementScheduler(block_length=4, threshold=0.3)
+    pipe = llada2(stock, Words())
+    stock.set_timesteps(5, block_length=8)
+    logits = torch.randn(3, 2, 8, 20, generator=torch.manual_seed(0)) * 2
+    sample = torch.zeros(2, 8, dtype=torch.long)
+    for s in range(2):  # without a mask token it remembers what it has committed
+        sample = stock.step(logits[s], s, sample).prev_sample
+    handle = adapters.patch(pipe)
+    mine = pipe.scheduler
+    assert type(mine) is ours.BlockRefinementScheduler
+    assert torch.equal(mine.timesteps, stock.timesteps)
+    expected, got = (s.step(logits[2], 2, sample) for s in (stock, mine))
+    assert torch.equal(got.transfer_index, expected.transfer_index)
+    assert torch.equal(mine._committed, stock._committed)
+    assert stock._committed.any()
+    masked = torch.full((2, 8), MASK)
+    a, b = (s.step(logits[0], 3, masked, mask_token_id=MASK) for s in (stock, mine))
+    assert torch.equal(a.prev_sample, b.prev_sample)  # the quota of five steps over eight
+    handle.undo()
+    assert pipe.scheduler is stock
+    amused = amused_pipeline(diffusers.AmusedScheduler(mask_token_id=MASK))
+    amused.scheduler.set_timesteps(7, (4, 1))
+    with adapters.fast_sampler(amused):
+        assert torch.equal(amused.scheduler.temperatures, torch.linspace(4, 1, 7))
+
+
+@pytest.mark.parametrize("seeds", ["x", 1.5, [1.0, 2.0], torch.tensor([1.0]), [[1, 2, 3]], 7])
+def test_seeds_are_checked_when_patching(seeds):
+    pipe = amused_pipeline(diffusers.AmusedScheduler(mask_token_id=MASK))
+    before = dict(vars(pipe))
+    with pytest.raises(AdapterError, match="seeds: expected"):
+        adapters.patch(pipe, seeds=seeds)
+    assert vars(pipe) == before
+
+
+@pytest.mark.parametrize("seeds", [[1, 2], (2**63, -1), np.arange(2), torch.arange(2), None])
+def test_seeds_that_can_be_used_are_taken(seeds):
+    pipe = amused_pipeline(diffusers.AmusedScheduler(mask_token_id=MASK))
+    with adapters.fast_sampler(pipe, seeds=seeds):
+        assert (run_amused(pipe, num_inference_steps=2, guidance_scale=0.0) != MASK).all()
+
+
+def test_a_copy_of_a_model_with_a_trimmed_head_has_its_own():
+    pipe = llada2(diffusers.BlockRefinementScheduler(block_length=8), Words())
+    with adapters.fast_sampler(pipe, trim_head=True):
+        other = copy.deepcopy(pipe.model)
+    other.inner.lm_head.weight.data.zero_()
+    out = other.inner.lm_head(torch.ones(1, 20, 16))
+    assert out.shape == (1, 20, 40)
+    assert not out.any()
+
+
 def test_what_is_refused():
     mine = ours.AmusedScheduler(mask_token_id=MASK)
     logits, sample = torch.zeros(1, 4, CODES), torch.full((1, 4), MASK)

@@ -14,6 +14,7 @@ from maskgit import StepNoise, adapters
 
 torch = pytest.importorskip("torch")
 from maskgit.adapters import dream  # noqa: E402
+from maskgit.adapters.head import HIDDEN  # noqa: E402
 
 NUCLEUS = {"temperature": 0.7, "top_p": 0.9, "top_k": 6}
 GOLDEN = {  # what their own `_sample` was called with; in dream-nucleus-bf16 scores of 1 tie at a cut
@@ -163,7 +164,8 @@ def patched(model, length=17, rows=2, **options):
 @pytest.mark.parametrize(
     "given",
     [{}, {"temperature": 0.8}, {"temperature": 0.6, "top_p": 0.9, "top_k": 9}, {"alg_temp": 0.3},
-     {"top_p": 0.8, "temperature": 0.0}, {"top_p": 1.0, "top_k": 3, "steps": 1}],
+     {"top_p": 0.8, "temperature": 0.0}, {"top_p": 1.0, "top_k": 3, "steps": 1},
+     {"eps": 0.4, "temperature": 0.8}],
     ids=str,
 )  # fmt: skip
 def test_tokens_are_those_of_the_loop_said_again(alg, given, hidden_states):
@@ -174,7 +176,7 @@ def test_tokens_are_those_of_the_loop_said_again(alg, given, hidden_states):
         got = model.diffusion_generate(prompt(), **call)
     assert torch.equal(got, expected)
     assert handle.report.calls == 1
-    assert (dream._HIDDEN_NOTE in handle.report.notes) == hidden_states
+    assert (HIDDEN in handle.report.notes) == hidden_states
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -245,11 +247,34 @@ def test_hooks_get_what_they_got_and_their_answers_count(alg):
     with patched(model) as handle:
         got = model.diffusion_generate(prompt(), given, **hooks)
     assert torch.equal(got, expected)
-    assert "works on logits" in handle.report.notes
+    assert "works on logits: a hook of the caller wants them" in handle.report.notes
     assert [c[0] for c in calls] == [c[0] for c in seen] == [None, *range(6)]
     for (_, x, logits), (_, x2, logits2) in zip(calls, seen, strict=True):
         assert torch.equal(x, x2)
         assert logits is logits2 is None or torch.equal(logits, logits2)
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS)
+def test_each_row_may_have_its_own_count(alg):
+    """Rows of 13, 8 and 3 masks get together what each gets alone, and none is left with masks."""
+    model, seeds = Stub(), torch.arange(3)
+    never = torch.where(torch.arange(V) == MASK, -1e4, 0.0)  # the mask token is not predicted
+    model.lm_head.bias = torch.nn.Parameter(never, requires_grad=False)
+    ids = torch.randint(0, V - 1, (3, 17), generator=torch.manual_seed(3))
+    for row, masked in enumerate((13, 8, 3)):
+        ids[row, 17 - masked :] = MASK
+    given = config(alg=alg, temperature=0.7, max_length=17)
+    together = dream.sample(model, ids, None, given, seeds=seeds, fixed=True)
+    for row in range(3):
+        alone = dream.sample(model, ids[row : row + 1], None, given, seeds=seeds[row : row + 1])
+        assert torch.equal(together[row], alone[0])
+    assert (together != MASK).all()
+    theirs = dream.sample(model, ids, None, given, seeds=seeds)
+    assert torch.equal(theirs, together) == (alg == "origin")  # which counts nothing
+    with adapters.fast_sampler(model, fixed=True):
+        assert (model.diffusion_generate(ids, given) != MASK).all()
+    with pytest.raises(adapters.AdapterError, match="fixed: expected True or False, got 1"):
+        adapters.patch(model, fixed=1)
 
 
 def test_padded_prompts_reach_the_model_as_mask_and_positions():
@@ -357,14 +382,15 @@ def test_a_head_that_is_watched_or_unusual_is_left_in_the_forward_pass():
     hook = model.lm_head.register_forward_hook(lambda *_: seen.append(1))
     with patched(model) as handle:
         model.diffusion_generate(prompt(), config())
-        assert "works on logits" in handle.report.notes
+        assert "works on logits: the head is watched by hooks, or replaced" in handle.report.notes
         hook.remove()
         with torch.autocast("cpu"):
             model.diffusion_generate(prompt(), config())
-        assert dream._HIDDEN_NOTE not in handle.report.notes
-        model.config = SimpleNamespace(final_logit_softcapping=30.0)
+        assert "works on logits: autocast is on" in handle.report.notes
+        model.get_output_embeddings = lambda: model.embed
         model.diffusion_generate(prompt(), config())
-        assert dream._HIDDEN_NOTE not in handle.report.notes
+        assert "works on logits: the model has no plain linear head" in handle.report.notes
+        assert HIDDEN not in handle.report.notes
     assert seen
 
 

@@ -23,7 +23,12 @@ GOLDEN = {  # what their own `generate` was called with
     "llada-cfg": {"cfg_scale": True},
     "llada-cfg-bf16": {"cfg_scale": True},
     "llada-random": {"remasking": "random", "temperature": True},
+    "llada-eos-logits": {"logits_eos_inf": True},
+    "llada-eos-confidence": {"confidence_eos_eot_inf": True},
+    "llada-eos-confidence-drawn": {"confidence_eos_eot_inf": True, "temperature": True},
+    "llada-f51cb17": {},
     "llada-fp64": {"score_dtype": "float64"},
+    "llada-fp64-sharp": {"score_dtype": "float64"},
     "llada-fp64-drawn": {"score_dtype": "float64", "temperature": True},
 }
 BACKENDS = [n for n in ("cpp", "torch", "reference") if maskgit.available_backends()[n] is None]
@@ -98,7 +103,7 @@ class Tiny(torch.nn.Module):
             + x.sum(1, keepdim=True) / 8
         )
         h = torch.tanh(x + torch.sin(place * torch.arange(1.0, 17)))
-        return types.SimpleNamespace(logits=self.head(h))
+        return types.SimpleNamespace(logits=self.head(h.to(self.head.weight.dtype)))
 
 
 SETTINGS = [
@@ -179,11 +184,19 @@ def test_ragged_prompts_draw_what_they_draw_alone(temperature, hidden):
         assert torch.equal(together[row, 9:], alone[0, len(prompt) :]), f"row {row}"
 
 
-def module(parameters):
+def module(parameters, more=(), less=(), helper=""):
+    """A module whose functions have the parameters of LLaDA's, and mention what theirs do."""
+    names = set(llada._GENERATE.split()) | (NEW_NAMES if "attention_mask" in parameters else set())
+    body = "\n        ".join(sorted((names | set(more)) - set(less)))
     code = f"""
-def add_gumbel_noise(logits, temperature): pass
-def get_num_transfer_tokens(mask_index, steps): pass
-def generate({parameters}): return "theirs"
+def add_gumbel_noise(logits, temperature):
+    return ({", ".join(llada._GUMBEL.split())}, {helper})
+def get_num_transfer_tokens(mask_index, steps):
+    return ({", ".join(llada._QUOTAS.split())})
+def generate({parameters}):
+    if model is None:
+        {body}
+    return "theirs"
 """
     target = types.ModuleType("generate")
     exec(code, target.__dict__)
@@ -195,6 +208,7 @@ NEW = (
     "temperature=0., cfg_scale=0., remasking='low_confidence', mask_id=126336, "
     "logits_eos_inf=False, confidence_eos_eot_inf=False"
 )
+NEW_NAMES = {"attention_mask_", "dtype", "ones"}
 OLD = (
     "model, prompt, steps=128, gen_length=128, block_length=128, temperature=0., cfg_scale=0., "
     "remasking='low_confidence', mask_id=126336"
@@ -243,11 +257,84 @@ def test_unknown_version_is_refused_and_left_alone():
     for adapter in ("nothing", []):
         with pytest.raises(adapters.AdapterError, match="adapter: expected one of"):
             adapters.patch(target, adapter=adapter)
+    for fork, words in (
+        (
+            module(NEW, more=["eos_bias"]),
+            r"generate; expected one of b7e6c356, .* also \(eos_bias\)",
+        ),
+        (module(NEW, less=["topk"]), r"generate; .* does not use \(topk\)"),
+        (module(OLD, more=["float16"]), r"generate; .* also \(float16\)"),
+        (module(NEW, helper="float32"), r"add_gumbel_noise; .* also \(float32\)"),
+        (module(NEW, more=["float64"]), r"generate; .* also \(float64\)"),
+    ):
+        before = dict(vars(fork))
+        with pytest.raises(adapters.AdapterError, match=f"unknown version of LLaDA's {words}"):
+            adapters.patch(fork)
+        assert vars(fork) == before
     fresh = module(NEW)
     for option in ({"noise": 5}, {"backend": "triton"}):
         with pytest.raises(adapters.AdapterError, match=f"{next(iter(option))}: expected"):
             adapters.patch(fresh, **option)
     assert not any(name.startswith("_maskgit") for name in vars(fresh))
+
+
+def test_versions_are_told_apart(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        llada, "rule_for", lambda *a: seen.append(a[2]) or llada.StepRule.preset("llada")
+    )
+    model, prompt = Tiny(), torch.arange(5)[None]
+    for target, label, dtype in (
+        (module(NEW), "b7e6c356", "logits"),
+        (module(OLD), "f51cb17", "logits"),
+        (module(OLD, more=["float64"]), "before f51cb17 (scores in float64)", "float64"),
+    ):
+        with adapters.fast_sampler(target) as handle:
+            assert handle.report.version == label
+            target.generate(model, prompt, steps=1, gen_length=4, block_length=4, mask_id=59)
+        assert seen.pop() == dtype
+
+
+def test_fixed_repairs_what_looks_like_a_mistake(monkeypatch):
+    """The mask id is never drawn, and both end tokens are kept from being sure at any temperature."""
+    monkeypatch.setattr(llada, "_EOS", 7)
+    monkeypatch.setattr(llada, "_EOT", 9)
+
+    def model(tokens, attention_mask=None):
+        logits = torch.zeros(*tokens.shape, 12)
+        logits[..., 7] = 30.0  # an end token everywhere,
+        logits[:, 5:7, 7], logits[:, 5:7, 3] = 0, 20.0  # but at two places
+        logits[:, 8, 11] = 90.0  # the mask at one
+        return types.SimpleNamespace(logits=logits)
+
+    prompt, options = torch.zeros(1, 4).long(), {"gen_length": 8, "block_length": 8, "mask_id": 11}
+    options |= {"steps": 4, "temperature": 1.0, "confidence_eos_eot_inf": True}
+    theirs = llada.generate(model, prompt, seeds=[1], **options)
+    fixed = llada.generate(model, prompt, seeds=[1], fixed=True, **options)
+    assert (theirs == 11).any()
+    assert (fixed != 11).all()
+    loop, commits = llada.run_steps, []
+
+    def watched(*args, **kwargs):
+        commits.append(loop(*args, **kwargs, record=True))
+        return commits[-1]
+
+    monkeypatch.setattr(llada, "run_steps", watched)
+    for repair in (False, True):
+        llada.generate(model, prompt, seeds=[1], fixed=repair, **options)
+    early = [out.trajectory.commit_steps[0, 5:7].tolist() for out in commits]
+    assert early[0] != [0, 0]
+    assert early[1] == [0, 0]  # the two that do not end the text come first
+
+
+def test_numbers_of_numpy_are_numbers():
+    model, prompt = Tiny(), torch.arange(5)[None]
+    options = {"steps": np.int64(4), "gen_length": np.int32(8), "block_length": np.int64(4)}
+    options |= {"temperature": np.float32(0), "cfg_scale": np.float64(0), "mask_id": 59}
+    assert torch.equal(
+        llada.generate(model, prompt, **options),
+        llada.generate(model, prompt, steps=4, gen_length=8, block_length=4, mask_id=59),
+    )
 
 
 def test_bad_arguments():

@@ -17,6 +17,7 @@ from maskgit.adapters import maskgit_jax  # noqa: E402
 B, N, V, STEPS = 2, 16, 24, 5
 GOLDEN = {  # the seed of the key, the temperature and the schedule that they were called with
     "maskgit": (1, 4.5, "cosine"),
+    "maskgit-one-token": (4, 4.5, "cosine"),
     "maskgit-linear": (3, 1.0, "uniform"),
     "maskgit-log": (3, 1.0, "log"),
     "maskgit-exp": (3, 1.0, "exp"),

@@ -147,7 +147,7 @@ def test_manual_seed_repeats_a_run_and_a_watched_head_stays():
         model.model.lm_head.register_forward_hook(lambda *_: seen.append(1))
         model.generate(LABELS)
         assert seen
-        assert "works on logits" in handle.report.notes
+        assert "works on logits: the head is watched by hooks, or replaced" in handle.report.notes
         assert handle.report.calls == 4
 
 

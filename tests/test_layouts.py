@@ -519,7 +519,10 @@ def test_wrong_numbers_have_one_message():
         (lambda: layouts.pad_left([[1]], None), "pad_id: expected an integer, got None"),
         (lambda: layouts.with_level(ids[:, None], 1.0, ids), "level: expected an integer, got 1.0"),
         (lambda: layouts.decode_spans(logits, ids, span=True, **step), "span: expected an integer"),
-        (lambda: layouts.decode_spans(logits, ids, span=2, noise=5, **step), "noise: expected a St"),
+        (
+            lambda: layouts.decode_spans(logits, ids, span=2, noise=5, **step),
+            "noise: expected a St",
+        ),
         (lambda: layouts.decode_shifted(logits, ids, noise=(1, 2), **step), "noise: expected a St"),
         (lambda: maskgit.audit_ties(logits, rule="llada", noise=5), "noise: expected a StepNoise"),
     ):

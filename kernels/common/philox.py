@@ -30,6 +30,9 @@ ROUNDS = 10
 STREAM_LEAF = 0  # one variate per leaf of 128 logits
 STREAM_INNER = 1  # variates 0..15 for the groups of the chosen leaf, 16..23 for its tokens
 STREAM_CHOICE = 2  # variate 0: noise on the confidence, random scores, Bernoulli commits
+STREAM_REPLACE = (
+    3  # an id in the place of a token that is thrown away, where there is no mask token
+)
 
 Words = npt.NDArray[np.uint64]
 _MASK = np.uint64(0xFFFFFFFF)

@@ -34,13 +34,28 @@ def gumbel(
 
     seeds (B, 2) and positions (B, N) are int64 tensors of 32-bit words.
     """
-    block = torch.arange((size + 1) // 2, device=positions.device)
+    w = _words(seeds, positions, step, stream, (size + 1) // 2)
+    high, low = torch.stack((w[0], w[2]), dim=-1), torch.stack((w[1], w[3]), dim=-1)
+    return gumbel_from_words(high, low).flatten(-2)[..., :size]
+
+
+def integers(
+    seeds: torch.Tensor, positions: torch.Tensor, step: int, stream: int, size: int
+) -> torch.Tensor:
+    """(B, N) uniform integers below `size` < 2^31, from the first 64 bits of each position's stream."""
+    high, low, *_ = _words(seeds, positions, step, stream, 1)
+    return ((high * size + ((low * size) >> 32)) >> 32)[..., 0]
+
+
+def _words(
+    seeds: torch.Tensor, positions: torch.Tensor, step: int, stream: int, blocks: int
+) -> tuple[torch.Tensor, ...]:
+    """The four words of the first blocks of each position's stream, each (B, N, blocks)."""
+    block = torch.arange(blocks, device=positions.device)
     position = positions.to(torch.int64)[..., None]
     rest = torch.zeros_like(position)
     key = seeds.to(torch.int64)[:, None, None, :]
-    w = philox4x32((block, position, rest + step, rest + stream), (key[..., 0], key[..., 1]))
-    high, low = torch.stack((w[0], w[2]), dim=-1), torch.stack((w[1], w[3]), dim=-1)
-    return gumbel_from_words(high, low).flatten(-2)[..., :size]
+    return philox4x32((block, position, rest + step, rest + stream), (key[..., 0], key[..., 1]))
 
 
 def gumbel_from_words(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:

@@ -166,7 +166,7 @@ def complete(x: StepInputs, rule: StepRule) -> StepInputs:
     return x._replace(
         eligible=eligible,
         num_masked_at_start=eligible.sum(1) if start is None else start,
-        seeds=_key_words(x.seeds, batch),
+        seeds=key_words(x.seeds, batch),
         positions=_rows_of_positions(batch, length) if x.positions is None else x.positions,
     )
 
@@ -371,7 +371,7 @@ def _to_gpu(x: StepInputs, logits: Any) -> StepInputs:
     return x._replace(**{k: to_kind(v, "torch").to(device) for k, v in fields.items()})
 
 
-def _key_words(seeds: Any, batch: int) -> Any:
+def key_words(seeds: Any, batch: int) -> Any:
     """(B, 2) words of the 64-bit seeds, uint32 (in torch int64), in the library of `seeds`."""
     if seeds is None:
         return None

@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import math
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
+import numpy as np
+
+from ..kernels.common.arrays import kind_of
 from ..kernels.common.selection import available_backends
+from ..kernels.decode_step.api import seeds_like
+from ..kernels.decode_step.checks import as_index, check_integers
 
 # One line per adapter: the module, and what `target` is.
 ADAPTERS = {
-    "diffusers_schedulers": "a diffusers pipeline with an AmusedScheduler or BlockRefinementScheduler",
+    "diffusers_schedulers": "a diffusers pipeline with an AmusedScheduler, BlockRefinementScheduler, "
+    "EntropyBoundScheduler or DiscreteDDIMScheduler",
     "dinfer": "a parallel decoder of inclusionAI/dInfer",
     "dream": "a Dream model (an object with diffusion_generate and _sample)",
     "fast_dllm": "the module of NVlabs/Fast-dLLM's llada/generate.py",
@@ -27,6 +35,7 @@ ADAPTERS = {
     "muse": "a MaskGit of lucidrains/muse-maskgit-pytorch",
 }
 _MARK = "_maskgit_handle"
+_SWITCHES = ("hidden_states", "trim_head", "fast", "fixed")
 
 
 class AdapterError(RuntimeError):
@@ -73,16 +82,15 @@ class Handle:
         self._set(owner, name, value)
         self.report.replaced += (name,)
 
-    def replace_method(self, name: str, function: Callable[..., Any], owner: Any = None) -> None:
-        """The same for a method: `function` gets the object as its first argument, calls are counted."""
+    def replace_method(
+        self, name: str, function: Callable[..., Any], owner: Any = None, count: bool = True
+    ) -> None:
+        """The same for a method: `function` gets the object as its first argument, calls are counted.
+
+        Copies of the object are not patched: they have the method that it had before.
+        """
         owner = self.target if owner is None else owner
-
-        def method(*args: Any, **kwargs: Any) -> Any:
-            self.report.calls += 1
-            return function(owner, *args, **kwargs)
-
-        method.__doc__, method.__name__ = function.__doc__, name
-        self.replace(name, method, owner)
+        self.replace(name, _Method(self, owner, name, function, count), owner)
 
     @property
     def is_active(self) -> bool:
@@ -101,6 +109,10 @@ class Handle:
         self._saved.clear()
         self._active = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies of the target do not carry its patch."""
+        return type(None), ()
+
     def _set(self, owner: Any, name: str, value: Any) -> None:
         own = name in vars(owner)
         self._saved.append((owner, name, own, vars(owner).get(name)))
@@ -110,9 +122,36 @@ class Handle:
             object.__setattr__(owner, name, value)
 
 
+class _Method:
+    """Stands in the place of a method; the original once the patch is undone."""
+
+    def __init__(
+        self, handle: Handle, owner: Any, name: str, function: Callable[..., Any], count: bool
+    ):
+        self._handle, self._owner, self._function, self._count = handle, owner, function, count
+        self._original, self._is_own = getattr(owner, name), name in vars(owner)
+        self.__name__, self.__doc__ = name, function.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._handle.is_active:
+            return self._original(*args, **kwargs)
+        self._handle.report.calls += self._count
+        return self._function(self._owner, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a copy of the owner holds: its class's method, bound to itself, or its own function."""
+        if self._is_own:
+            return _itself, (self._original,)
+        return getattr, (self._owner, self.__name__)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
 def is_patched(target: Any) -> bool:
     """Whether a patch of the target is in place."""
-    return _MARK in getattr(target, "__dict__", {})
+    return getattr(target, "__dict__", {}).get(_MARK) is not None
 
 
 def supported() -> dict[str, str]:
@@ -173,6 +212,27 @@ def _check_options(options: dict[str, Any]) -> None:
     if isinstance(backend, str) and backends.get(backend) is not None:  # unknown names: check_name
         able = ", ".join(["auto", *(name for name, why in backends.items() if why is None)])
         raise AdapterError(f"backend: expected one that can run here ({able}), got {backend!r}")
+    generator = options.get("generator")
+    if generator is not None and type(generator).__name__ != "Generator":
+        raise AdapterError(f"generator: expected a torch.Generator or None, got {generator!r}")
+    for name in _SWITCHES:
+        if not isinstance(options.get(name, False), bool):
+            raise AdapterError(f"{name}: expected True or False, got {options[name]!r}")
+    try:
+        check_seeds(options.get("seeds"))
+    except (TypeError, ValueError) as error:
+        raise AdapterError(str(error)) from error
+
+
+def check_seeds(seeds: Any) -> None:
+    """TypeError or ValueError unless these are (B,) integers or (B, 2) words, or None."""
+    if seeds is None:
+        return
+    array = seeds_like(seeds, np.zeros(0)) if kind_of(seeds) is None else seeds
+    check_integers("seeds", array)
+    shape = tuple(array.shape)
+    if len(shape) not in (1, 2) or shape[1:] not in ((), (2,)):
+        raise ValueError(f"seeds: expected shape (B,) or (B, 2), got {shape}")
 
 
 @contextlib.contextmanager
@@ -208,31 +268,28 @@ def check_attributes(target: Any, names: tuple[str, ...], what: str) -> None:
         )
 
 
-def linear_head(model: Any) -> Any:
-    """The last linear layer of a causal model where its input is all that the logits need, or None.
-
-    None where the model has no `get_output_embeddings`, ties its head to an embedding outside a
-    linear layer, or caps or scales its logits.
-    """
-    config = getattr(model, "config", None)
-    for name in ("final_logit_softcapping", "logits_soft_cap", "scale_logits"):
-        if getattr(config, name, None):
-            return None
-    find = getattr(model, "get_output_embeddings", None)
-    head: Any = find() if callable(find) else None
-    kind = type(head)
-    is_plain = kind.__module__ == "torch.nn.modules.linear" and kind.__name__ == "Linear"
-    if not is_plain or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
-        return None
-    return head
+def names_in(function: Any) -> frozenset[str]:
+    """What the code of a Python function refers to and calls its variables, its parameters apart."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return frozenset()
+    parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return frozenset((*code.co_names, *code.co_varnames, *code.co_cellvars)) - set(parameters)
 
 
-def usable_head(layer: Any, device: Any) -> Any:
-    """The linear layer where `without_head` changes nothing else in a forward pass, or None."""
-    import torch
+def as_count(name: str, value: Any) -> int:
+    """An integer of any library as Python's; ValueError unless it is one of at least 1."""
+    try:
+        return as_index(name, value, 1)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
-    holder = SimpleNamespace(get_output_embeddings=lambda: layer)
-    return None if torch.is_autocast_enabled(torch.device(device).type) else linear_head(holder)
+
+def as_number(name: str, value: Any) -> float:
+    """A real number of any library as Python's; ValueError unless it is one, and finite."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)
 
 
 def draw_seeds(batch: int, generator: Any, device: Any) -> Any:
@@ -242,21 +299,6 @@ def draw_seeds(batch: int, generator: Any, device: Any) -> Any:
     where = device if generator is None else generator.device
     seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator, device=where)
     return seeds.to(device)
-
-
-@contextlib.contextmanager
-def without_head(head: Any) -> Iterator[None]:
-    """Inside, the head returns what goes into it, so that a model's `logits` are hidden states."""
-    if head is None:
-        yield
-        return
-    if "forward" in vars(head):
-        raise AdapterError("target: the head's forward is replaced already")
-    object.__setattr__(head, "forward", lambda hidden: hidden)
-    try:
-        yield
-    finally:
-        object.__delattr__(head, "forward")
 
 
 def _name(target: Any) -> str:

@@ -1,7 +1,9 @@
-"""huggingface/diffusers: `AmusedScheduler` and `BlockRefinementScheduler` with a fused step.
+"""huggingface/diffusers: its four schedulers of discrete tokens with a fused step.
 
-Follows huggingface/diffusers@58eb52c0803ea9af3abec60841c2a093bdf1f951; the releases 0.39 to 0.42 have
-the same signatures (of 0.36 to 0.38, AmusedScheduler alone).
+Follows huggingface/diffusers@58eb52c0803ea9af3abec60841c2a093bdf1f951: `AmusedScheduler`,
+`BlockRefinementScheduler`, `EntropyBoundScheduler` and `DiscreteDDIMScheduler`.  The releases 0.39 to
+0.42 have the same signatures of the first two (of 0.36 to 0.38, AmusedScheduler alone); the other two
+came with 0.42.
 
     from maskgit.adapters.diffusers_schedulers import AmusedScheduler
     scheduler = AmusedScheduler.from_pretrained("amused/amused-512", subfolder="scheduler")
@@ -23,8 +25,11 @@ What differs:
     * Known tokens stay known.  aMUSEd's own step masks one again where nothing of a row is masked,
       and in float16, where their score is only 11, now and then.
     * In half precision aMUSEd's own step draws from probabilities rounded to that precision; this
-      one draws from the logits.  The score is rounded in both.
-    * A row of logits without a finite number commits nothing.
+      one draws from the logits.  The score is rounded in both.  Block refinement divides by the
+      temperature in that precision; here that is float32 too.
+    * A row of logits without a finite number commits nothing (without a mask token, it is replaced, or
+      stays).
+    * `DiscreteDDIMScheduler.step_correct` is diffusers' own.
     * A pipeline that is saved with one of these schedulers names diffusers' own.
 """
 
@@ -38,15 +43,26 @@ from .common import (
     AdapterError,
     Handle,
     Report,
+    as_number,
     check_attributes,
     check_signature,
-    draw_seeds,
-    linear_head,
 )
+from .diffusers_common import (
+    DEFAULTS,
+    backend_of,
+    output_class,
+    seeds_of,
+    starting_again,
+    stock_class,
+)
+from .diffusers_uniform import discrete_ddim_step, entropy_bound_step
+from .head import obstacle, output_layer
 
 if TYPE_CHECKING:
     AmusedScheduler: Any
     BlockRefinementScheduler: Any
+    DiscreteDDIMScheduler: Any
+    EntropyBoundScheduler: Any
 
 _COMMIT = "huggingface/diffusers@58eb52c0803ea9af3abec60841c2a093bdf1f951"
 _STEP = {
@@ -55,29 +71,35 @@ _STEP = {
     "BlockRefinementScheduler": "self, model_output, timestep, sample, mask_token_id, temperature, "
     "top_p, top_k, sampling_method, threshold, editing_threshold, minimal_topk, prompt_mask, "
     "generator, return_dict",
+    "EntropyBoundScheduler": "self, model_output, timestep, sample, entropy_bound, generator, return_dict",
+    "DiscreteDDIMScheduler": "self, model_output, timestep, sample, temperature, generator, return_dict",
 }
 _SET_TIMESTEPS = {
     "AmusedScheduler": "self, num_inference_steps, temperature, device",
     "BlockRefinementScheduler": "self, num_inference_steps, device, block_length",
+    "EntropyBoundScheduler": "self, num_inference_steps, device",
+    "DiscreteDDIMScheduler": "self, num_inference_steps, device",
 }
 _OUTPUT = {
     "AmusedScheduler": "prev_sample, pred_original_sample",
     "BlockRefinementScheduler": "prev_sample, transfer_index, editing_transfer_index, "
     "sampled_tokens, sampled_probs, pred_logits",
+    "EntropyBoundScheduler": "prev_sample, accepted_index, sampled_tokens, sampled_probs, pred_logits",
+    "DiscreteDDIMScheduler": "prev_sample, sampled_tokens, sampled_probs, pred_logits",
 }
 _DRAW = "self, logits, temperature, top_k, top_p, generator, use_multinomial"
 _EOS = "cur_x, sampled_tokens, final_transfer, finished, eos_token_id, mask_token_id, prompt_length"
 
 
 def __getattr__(name: str) -> Any:
-    """The two classes, made when they are asked for: diffusers is imported only then."""
+    """The classes, made when they are asked for: diffusers is imported only then."""
     if name in _STEP:
         return scheduler_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def matches(target: Any) -> bool:
-    """Whether `target` is a pipeline with one of the two stock schedulers."""
+    """Whether `target` is a pipeline with one of the stock schedulers."""
     return _stock_name(getattr(target, "scheduler", None)) is not None
 
 
@@ -87,13 +109,14 @@ def install(
     """Swap the scheduler of a pipeline instance for the class of the same name in this module.
 
     Args:
-        target: a diffusers pipeline with an AmusedScheduler or a BlockRefinementScheduler.
+        target: a diffusers pipeline with one of the four schedulers.
         seeds: (B,) 64-bit integers for every call of the pipeline; by default drawn from its
             `generator`.
         backend: as in `maskgit.decode_step`.
         trim_head: with an LLaDA2Pipeline, the model's last linear layer is applied to the active
-            block alone, of whose logits the pipeline takes no other.  Until `undo`, that is so for
-            whoever calls `pipe.model`.
+            block alone, of whose logits the pipeline takes no other; whatever the model does to its
+            logits after that layer, it must do to each position's by themselves.  Until `undo`, that
+            is so for whoever calls `pipe.model`.
 
     Raises:
         AdapterError: another scheduler, or an unknown version of it; with `trim_head` also another
@@ -123,7 +146,11 @@ def install(
     handle.replace("scheduler", new)
     if head is not None:
         linear = head.forward
-        handle.replace("forward", lambda hidden: linear(hidden[:, -_block_length(new) :]), head)
+
+        def block_alone(_: Any, hidden: Any) -> Any:
+            return linear(hidden[:, -_block_length(new) :])
+
+        handle.replace_method("forward", block_alone, head, count=False)
     return handle
 
 
@@ -139,20 +166,19 @@ def scheduler_class(name: str) -> Any:
         raise AdapterError(f"{name}: diffusers {diffusers.__version__} has no such scheduler")
     check_signature(base.step, _STEP[name], f"{name}.step")
     check_signature(base.set_timesteps, _SET_TIMESTEPS[name], f"{name}.set_timesteps")
-    check_signature(_output_class(base), _OUTPUT[name], f"{name}Output")
-    members: dict[str, Any] = {"step": amused_step}
+    check_signature(output_class(base), _OUTPUT[name], f"{name}Output")
+    members: dict[str, Any] = {
+        "step": _STEPS[name],
+        "set_timesteps": starting_again(base.set_timesteps),
+    }
     if name == "BlockRefinementScheduler":
         check_signature(
             base._sample_from_logits, _DRAW.removeprefix("self, "), "_sample_from_logits"
         )
         check_signature(base.check_eos_finished, _EOS, "check_eos_finished")
-        members = {
-            "step": block_refinement_step,
-            "set_timesteps": _set_block_timesteps,
-            "_sample_from_logits": _sample_from_logits,
-            "check_eos_finished": staticmethod(eos_finished),
-        }
-    members |= {"__module__": __name__, "maskgit_options": _DEFAULTS}
+        members["_sample_from_logits"] = _sample_from_logits
+        members["check_eos_finished"] = staticmethod(eos_finished)
+    members |= {"__module__": __name__, "maskgit_options": DEFAULTS}
     members["__new__"] = _new
     members["__doc__"] = f"diffusers' {name} with a fused step; see {__name__}."
     return type(name, (base,), members)
@@ -193,13 +219,13 @@ def amused_step(
         rule = _given_count(rule)
         options["num_commit"] = _num_commit(self, tokens, step, num_steps, starting_mask_ratio)
     if noise is None:
-        seeds = _seeds(self, seeds, tokens.shape[0], generator, tokens.device)
+        seeds = seeds_of(self, seeds, tokens.shape[0], generator, tokens.device)
     out = decode_step(
         logits, tokens, rule=rule, mask_token_id=self.config.mask_token_id, step=step,
-        num_steps=num_steps, seeds=seeds, noise=noise, backend=_count_call(self, backend), **options,
+        num_steps=num_steps, seeds=seeds, noise=noise, backend=backend_of(self, backend), **options,
     )  # fmt: skip
     after, filled = out.next_tokens.view(sample.shape), out.candidate_tokens.view(sample.shape)
-    return _output_class(type(self))(after, filled) if return_dict else (after, filled)
+    return output_class(type(self))(after, filled) if return_dict else (after, filled)
 
 
 def block_refinement_step(
@@ -230,11 +256,11 @@ def block_refinement_step(
     """
     options = self.maskgit_options
     self.maskgit_options = options | {"noise": noise} | ({} if seeds is None else {"seeds": seeds})
-    self.maskgit_options["backend"] = _count_call(self, backend)
+    self.maskgit_options["backend"] = backend_of(self, backend)
     draw = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "generator": generator}
     try:
         if mask_token_id is None:
-            return _stock_class(type(self)).step(
+            return stock_class(type(self)).step(
                 self, model_output, timestep, sample, sampling_method=sampling_method,
                 threshold=threshold, editing_threshold=editing_threshold,
                 minimal_topk=minimal_topk, return_dict=return_dict, **draw,
@@ -258,7 +284,7 @@ def block_refinement_step(
     names = _OUTPUT["BlockRefinementScheduler"].split(", ")
     if not return_dict:
         return values
-    return _output_class(type(self))(**dict(zip(names, values, strict=True)))
+    return output_class(type(self))(**dict(zip(names, values, strict=True)))
 
 
 def eos_finished(
@@ -282,11 +308,16 @@ def eos_finished(
     return finished.logical_or_(committed & ends)
 
 
-_DEFAULTS: dict[str, Any] = {"seeds": None, "backend": "auto", "report": None, "calls": 0}
+_STEPS = {
+    "AmusedScheduler": amused_step,
+    "BlockRefinementScheduler": block_refinement_step,
+    "EntropyBoundScheduler": entropy_bound_step,
+    "DiscreteDDIMScheduler": discrete_ddim_step,
+}
 
 
 def _stock_name(scheduler: Any) -> str | None:
-    """Which of diffusers' two schedulers this is, without importing diffusers."""
+    """Which of diffusers' schedulers this is, without importing diffusers."""
     kind = type(scheduler)
     stock = kind.__module__.startswith("diffusers.") and kind.__name__ in _STEP
     return kind.__name__ if stock else None
@@ -298,19 +329,15 @@ def _version() -> str:
     return str(diffusers.__version__)
 
 
-def _stock_class(kind: Any) -> Any:
-    """The class of diffusers' that a class is or derives from."""
-    return next(k for k in kind.__mro__ if k.__module__.startswith("diffusers."))
-
-
 def _trimmable(pipe: Any) -> Any:
     """The head of an LLaDA2 pipeline's model; AdapterError where it cannot be applied to a block."""
     kind = type(pipe).__name__
     if kind != "LLaDA2Pipeline":
         raise AdapterError(f"trim_head: expected an LLaDA2Pipeline, got {kind}")
-    head = linear_head(pipe.model)
-    if head is None:
-        raise AdapterError(f"trim_head: {type(pipe.model).__name__} has no plain linear head")
+    head = output_layer(pipe.model)
+    why = obstacle(head)
+    if why:
+        raise AdapterError(f"trim_head: expected a plain linear head, but {why}")
     return head
 
 
@@ -323,21 +350,8 @@ def _block_length(scheduler: Any) -> int:
 def _new(kind: Any, *_: Any, **__: Any) -> Any:
     """An object that says it is diffusers' own where a saved pipeline names its parts."""
     scheduler = object.__new__(kind)
-    vars(scheduler)["__module__"] = _stock_class(kind).__module__
+    vars(scheduler)["__module__"] = stock_class(kind).__module__
     return scheduler
-
-
-def _output_class(kind: Any) -> Any:
-    """The output class that stands beside a scheduler class in diffusers."""
-    import sys
-
-    base = _stock_class(kind)
-    output = getattr(sys.modules[base.__module__], f"{base.__name__}Output", None)
-    if output is None:
-        raise AdapterError(
-            f"target: an unknown version of {base.__name__}, without its output class"
-        )
-    return output
 
 
 def _as_rows(model_output: Any, sample: Any) -> tuple[Any, Any]:
@@ -396,26 +410,6 @@ def _num_commit(self: Any, tokens: Any, step: int, num_steps: int, start: Any) -
     return (masked - stay).clamp(min=0)
 
 
-def _seeds(self: Any, seeds: Any, batch: int, generator: Any, device: Any) -> Any:
-    """(B,) seeds: the caller's, those of `install`, or drawn from the generator."""
-    seeds = self.maskgit_options["seeds"] if seeds is None else seeds
-    return draw_seeds(batch, generator, device) if seeds is None else seeds
-
-
-def _count_call(self: Any, backend: str | None) -> str:
-    """Count a step in the report; the backend to run it on."""
-    report = self.maskgit_options["report"]
-    if report is not None:
-        report.calls += 1
-    return str(self.maskgit_options["backend"] if backend is None else backend)
-
-
-def _set_block_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-    """diffusers' own, and the random numbers of a run start again."""
-    _stock_class(type(self)).set_timesteps(self, *args, **kwargs)
-    self.maskgit_options = self.maskgit_options | {"calls": 0}
-
-
 def _sample_from_logits(
     self: Any,
     logits: Any,
@@ -427,14 +421,17 @@ def _sample_from_logits(
     use_multinomial: bool,
 ) -> tuple[Any, Any]:
     """(token, probability) of every row, as diffusers' own method of that name."""
+    temperature = as_number("temperature", temperature)
     if temperature < 0:
         raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
     options, seeds = self.maskgit_options, None
     is_drawn = temperature > 0 and use_multinomial
+    top_k = None if top_k is None else int(top_k)
+    top_p = None if top_p is None else float(top_p)
     rule = _draw_rule(temperature, top_k, top_p, logits.shape[-1]) if is_drawn else _GREEDY
     noise = options.get("noise")
     if is_drawn and noise is None:
-        seeds = _seeds(self, None, logits.shape[0], generator, logits.device)
+        seeds = seeds_of(self, None, logits.shape[0], generator, logits.device)
     out = sample_tokens(
         logits, rule=rule, seeds=seeds, step=options["calls"], noise=noise,
         backend=options["backend"],

@@ -14,14 +14,16 @@ Dream's own; ZHZisZZ/dllm's copy is recognised, forks with more in the loop are 
 (origin, maskgit_plus, topk_margin, entropy), alg_temp, top_p and top_k.
 
 The last linear layer is left out of the forward pass and applied to the masked rows alone, unless a
-hook of the caller wants logits, the layer is not a plain one, or autocast is on: `report.notes`
-says which.  A step whose count is 0 does not call the model, where no hook could tell.
+hook of the caller wants logits, the layer is not a plain one, the model does more after it, or autocast
+is on: `report.notes` says which.  A step whose count is 0 does not call the model, where no hook could
+tell.
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
 generator: the same law, other tokens; they belong to a token's position in its text, not to where
 padding has moved it.  Filters and softmax are in float32, where theirs round to the dtype of the
-logits.  In rows of different lengths theirs can overwrite known tokens by masks; here known tokens
-stay.  Equal confidences commit the lower position.  Fast-dLLM's own alg="confidence_threshold" is
+logits.  In rows of different lengths theirs can overwrite known tokens by masks, or leave masks, since
+all rows have the mean's count; here known tokens stay, and with `fixed=True` each row has its own count.
+Equal confidences commit the lower position.  Fast-dLLM's own alg="confidence_threshold" is
 refused with a ValueError.
 """
 
@@ -34,17 +36,15 @@ from functools import lru_cache, partial
 from typing import Any
 
 from ..kernels.common.selection import check_name
-from ..kernels.decode_step import StepNoise, StepRule, commit_tokens, decode_step
-from ..kernels.head_sample import decode_step_from_hidden
+from ..kernels.decode_step import StepNoise, StepRule, commit_tokens
 from .common import (
     AdapterError,
     Handle,
     Report,
     check_attributes,
     draw_seeds,
-    linear_head,
-    without_head,
 )
+from .head import Head, output_layer
 
 _CODEBASE = (
     "NVlabs/Fast-dLLM@5332e2fc0edad553a5ac4fae6d6ec7b8cefc410a dream/model/generation_utils.py"
@@ -68,7 +68,6 @@ _SCORES = {
     "topk_margin": "dream-margin",
     "entropy": "dream-entropy",
 }
-_HIDDEN_NOTE = "works on hidden states: the head is applied to masked rows alone"
 
 
 def matches(target: Any) -> bool:
@@ -85,6 +84,7 @@ def install(
     generator: Any = None,
     noise: Callable[[int], StepNoise] | None = None,
     hidden_states: bool = True,
+    fixed: bool = False,
     backend: str = "auto",
 ) -> Handle:
     """Replace `_sample` of the model `target`.
@@ -94,6 +94,7 @@ def install(
         generator: the torch.Generator that seeds are drawn from; by default torch's own.
         noise: called with the number of the step, returns the noise to use instead.
         hidden_states: whether the head may be left out of the forward pass.
+        fixed: whether each row has its own count, not the batch's mean (`dream-*-fixed`).
         backend: as in `maskgit.decode_step`.
     """
     check_name(backend)
@@ -105,6 +106,7 @@ def install(
         generator=generator,
         noise=noise,
         hidden_states=hidden_states,
+        fixed=fixed,
         backend=backend,
         output_class=original.__globals__["DreamModelOutput"],
         note=report.note,
@@ -152,6 +154,7 @@ def sample(
     generator: Any = None,
     noise: Callable[[int], StepNoise] | None = None,
     hidden_states: bool = True,
+    fixed: bool = False,
     backend: str = "auto",
     output_class: Any = None,
     note: Callable[[str], None] = lambda sentence: None,
@@ -168,7 +171,7 @@ def sample(
             tokens, logits) and before it with (step, tokens, shifted logits); None is no hook.
         threshold: of an algorithm that is not supported; unused.
         seeds: (B,) 64-bit integers; by default drawn from `generator`, or torch's own.
-        generator, noise, hidden_states, backend: see `install`.
+        generator, noise, hidden_states, fixed, backend: see `install`.
         output_class: called with sequences= and history= where the configuration wants more than
             the tokens.
         note: called with sentences on what was done.
@@ -178,14 +181,14 @@ def sample(
     """
     import torch
 
-    rule = _rule_of(generation_config)
+    rule = _rule_of(generation_config, fixed)
     flags = ("return_dict_in_generate", "return_dict")  # the latter in ZHZisZZ/dllm's copy
     wants_class = any(getattr(generation_config, name, False) for name in flags)
     if wants_class and output_class is None:
         raise ValueError("output_class: expected a class with return_dict_in_generate, got None")
     hooks = _Hooks(generation_tokens_hook_func, generation_logits_hook_func)
-    head = _plain_head(model, input_ids.device) if hidden_states and not hooks.any else None
-    note("works on logits" if head is None else _HIDDEN_NOTE)
+    why = "a hook of the caller wants them" if hidden_states else ""
+    head = Head(output_layer(model), note, wanted=hidden_states and not hooks.any, why=why)
     steps, mask_id = int(generation_config.steps), int(generation_config.mask_token_id)
     if seeds is None and rule.needs_seeds:
         seeds = draw_seeds(input_ids.shape[0], generator, input_ids.device)
@@ -232,7 +235,7 @@ def _is_default(hook: Any) -> bool:
     return hook is None or name.endswith("diffusion_generate.<locals>.<lambda>")
 
 
-def _rule_of(config: Any) -> StepRule:
+def _rule_of(config: Any, fixed: bool) -> StepRule:
     """The rule that a generation configuration asks for."""
     if config.alg not in _SCORES:
         raise ValueError(f"alg: expected one of {', '.join(_SCORES)}, got {config.alg!r}")
@@ -245,17 +248,19 @@ def _rule_of(config: Any) -> StepRule:
         top_k,
         float(config.alg_temp or 0.0),
         float(config.eps),
+        fixed,
     )
 
 
 @lru_cache(maxsize=256)
 def _rule(
-    alg: str, temperature: float, top_p: float | None, top_k: int | None, alg_temp: float, eps: float
+    alg: str, temperature: float, top_p: float | None, top_k: int | None, alg_temp: float,
+    eps: float, fixed: bool,
 ) -> StepRule:  # fmt: skip
-    is_origin = alg == "origin"
+    is_origin = alg == "origin"  # which commits by chance, each position for itself
     names = {"temperature": 1, "top_p": top_p, "top_k": top_k}
     return replace(
-        StepRule.preset(_SCORES[alg]),
+        StepRule.preset(_SCORES[alg] + ("-fixed" if fixed and not is_origin else "")),
         sample_temperature=temperature,
         filters=tuple(name for name, value in names.items() if value is not None),  # type: ignore[misc]
         top_p=top_p,
@@ -264,18 +269,6 @@ def _rule(
         time_eps=eps,
         last_step="all" if is_origin else "schedule",
     )
-
-
-def _plain_head(model: Any, device: Any) -> Any:
-    """The model's last layer where leaving it out of the forward pass changes nothing else."""
-    import torch
-
-    head = linear_head(model)
-    is_plain = type(head) is torch.nn.Linear and not torch.is_autocast_enabled(device.type)
-    hooked = is_plain and (
-        head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-    )
-    return head if is_plain and not hooked else None
 
 
 def _padded(ids: Any, attention_mask: Any, max_length: int, mask_id: int) -> tuple[Any, Any, Any]:
@@ -302,26 +295,14 @@ def _commits_nothing(rule: StepRule, x: Any, numbers: dict[str, Any]) -> bool:
 
 
 def _step(
-    model: Any, x: Any, masks: Any, places: Any, head: Any, hooks: _Hooks, rule: StepRule,
+    model: Any, x: Any, masks: Any, places: Any, head: Head, hooks: _Hooks, rule: StepRule,
     numbers: dict[str, Any],
 ) -> Any:  # fmt: skip
     """The tokens after one step: row i is decoded from what the model says at i - 1."""
-    with without_head(head):
-        out = model(x, masks, places).logits
-    if head is not None and out.shape[-1] != head.weight.shape[1]:
-        raise AdapterError("target: expected the head to be the model's last layer")
-    if head is not None and out.dtype != head.weight.dtype:  # the model converts its logits
-        out, head = head(out.to(head.weight.dtype)).to(out.dtype), None
-    out = _shifted(out)
-    if head is not None:
-        bias = None if head.bias is None else head.bias.detach()
-        weight = head.weight.detach()
-        return decode_step_from_hidden(
-            out, weight, x, rule=rule, head_bias=bias, **numbers
-        ).next_tokens
-    logits = hooks.logits(numbers["step"], x, out)
-    x = decode_step(logits, x, rule=rule, **numbers).next_tokens
-    return hooks.tokens(numbers["step"], x, logits)
+    (out,) = head.run(lambda: model(x, masks, places).logits)
+    out = hooks.logits(numbers["step"], x, _shifted(out))
+    after = head.decode_step(out, x, rule=rule, **numbers).next_tokens
+    return hooks.tokens(numbers["step"], after, out)
 
 
 def _shifted(out: Any) -> Any:

@@ -10,11 +10,16 @@ Replaced: `generate`, on that module.  The same function can be called without p
 `maskgit.adapters.llada.generate(model, prompt, ...)`, with the same arguments, in the same order.
 What stays: the network, the tokenizer, the mask id, the blocks and their quotas, guidance, both ways
 of remasking, the two options for end tokens with what they really do (at temperature above 0
-`confidence_eos_eot_inf` keeps only the end-of-turn id from being sure).
+`confidence_eos_eot_inf` keeps only the end-of-turn id from being sure).  With `fixed=True` both end
+tokens are kept from being sure at any temperature, and the mask id is never drawn.
 
-Where the model's last layer is a plain linear one, it is left out of the forward pass and applied to
-the masked positions of the active block alone, guidance mixed on its input: no (B, N, V) logits, no
-float64 copies.  Otherwise the model's logits are used as they are; `report.notes` says which.
+The versions since 2025-02 are told apart by what their functions refer to: b7e6c356, f51cb17, and those
+before it, which score in float64.  Others are refused.
+
+Where the model's last layer is a plain linear one, and the model does nothing after it, it is left out
+of the forward pass and applied to the masked positions of the active block alone, guidance mixed on
+its input: no (B, N, V) logits, no float64 copies.  Otherwise the model's logits are used as they are;
+`report.notes` says which.
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
 generator (or given as `seeds`): the same law, drawn exactly where theirs stops at 2^-24 or 2^-53;
@@ -27,10 +32,9 @@ which raises NameError there, works.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..kernels.common.arrays import kind_of
 from ..kernels.common.selection import check_name
@@ -40,11 +44,13 @@ from .common import (
     AdapterError,
     Handle,
     Report,
+    as_count,
+    as_number,
     check_signature,
     draw_seeds,
-    linear_head,
-    without_head,
+    names_in,
 )
+from .head import Head, output_layer
 
 _CODEBASE = "ML-GSAI/LLaDA@b7e6c3565f194352da44b38dd12b6970597309f3 generate.py"
 _OLD = "model, prompt, steps, gen_length, block_length, temperature, cfg_scale, remasking, mask_id"
@@ -56,9 +62,38 @@ _EOS, _EOT = 126081, 126348
 _REMASKING = ("low_confidence", "random")
 
 
+class Version(NamedTuple):
+    """A version of generate.py, by the parameters and the names of its `generate`."""
+
+    label: str
+    parameters: str
+    names: frozenset[str]
+    score_dtype: str
+
+
+_GENERATE = """
+    F NotImplementedError _ add_gumbel_noise argmax block_mask_index bool cat chunk clone confidence
+    device full gather get_num_transfer_tokens i inf j logits logits_with_noise long mask_index np
+    num_block num_blocks num_transfer_tokens p prompt_index rand range select_index shape softmax squeeze
+    to topk torch transfer_index un_logits un_x unsqueeze where x x0 x0_p x_ zeros_like
+"""
+_NAMES = frozenset(_GENERATE.split())
+VERSIONS = (
+    Version("b7e6c356", _NEW, _NAMES | {"attention_mask_", "dtype", "ones"}, "logits"),
+    Version("f51cb17", _OLD, _NAMES, "logits"),
+    Version("before f51cb17 (scores in float64)", _OLD, _NAMES | {"float64"}, "float64"),
+)
+_GUMBEL = "exp float64 gumbel_noise log noise rand_like to torch"
+_QUOTAS = "base device i int64 mask_num num_transfer_tokens range remainder size sum torch zeros"
+_HELPERS = {
+    "add_gumbel_noise": frozenset(_GUMBEL.split()),
+    "get_num_transfer_tokens": frozenset(_QUOTAS.split()),
+}
+
+
 def matches(target: Any) -> bool:
     """Whether the target is a module with LLaDA's three functions."""
-    names = ("generate", "add_gumbel_noise", "get_num_transfer_tokens")
+    names = ("generate", *_HELPERS)
     return (
         inspect.ismodule(target)
         and all(callable(getattr(target, n, None)) for n in names)
@@ -71,14 +106,16 @@ def install(
     *,
     noise: Callable[[int], StepNoise] | None = None,
     hidden_states: bool = True,
+    fixed: bool = False,
     backend: str = "auto",
 ) -> Handle:
-    """Replace `generate` of the module.
+    """Replace `generate` of the module; it takes `seeds` too.
 
     Args:
         target: the module of generate.py.
         noise: called with the number of the step, returns the `StepNoise` to use (for tests).
         hidden_states: whether to leave the last layer out where that is possible.
+        fixed: whether to repair what looks like a mistake (see the head of this file).
         backend: as in `decode_step`.
     """
     if not matches(target):
@@ -87,38 +124,42 @@ def install(
             "and get_num_transfer_tokens"
         )
     check_name(backend)
-    version = _version(target.generate)
-    report = Report("llada", _CODEBASE, version)
+    version = version_of(target)
+    report = Report("llada", _CODEBASE, version.label)
     handle = Handle(target, report)
+    options: dict[str, Any] = {"noise": noise, "backend": backend, "hidden_states": hidden_states}
+    options |= {"fixed": fixed, "score_dtype": version.score_dtype, "report": report}
+    signature = inspect.signature(target.generate)
 
-    def replacement(*args: Any, **kwargs: Any) -> Any:
+    def replacement(*args: Any, seeds: Any = None, **kwargs: Any) -> Any:
         report.calls += 1
-        if version == "before f51cb17 (scores in float64)":
-            names = [name.strip() for name in _OLD.split(",")]
-            kwargs = dict(zip(names, args, strict=False)) | kwargs
-            args, kwargs["score_dtype"] = (), "float64"
-        return generate(
-            *args,
-            **kwargs,
-            noise=noise,
-            backend=backend,
-            hidden_states=hidden_states,
-            report=report,
-        )
+        return generate(**signature.bind(*args, **kwargs).arguments, seeds=seeds, **options)
 
     replacement.__doc__, replacement.__name__ = generate.__doc__, "generate"
     handle.replace("generate", replacement)
     return handle
 
 
-def _version(function: Any) -> str:
-    """Which of the known versions the function is; AdapterError for others."""
-    parameters = inspect.signature(function).parameters
-    if "attention_mask" in parameters:
-        check_signature(function, _NEW, "LLaDA's generate")
-        return "b7e6c356"
-    check_signature(function, _OLD, "LLaDA's generate")
-    return "before f51cb17 (scores in float64)"
+def version_of(target: Any) -> Version:
+    """Which of the known versions the module holds; AdapterError for others."""
+    parameters = ", ".join(inspect.signature(target.generate).parameters)
+    check_signature(
+        target.generate, _NEW if "attention_mask," in parameters else _OLD, "LLaDA's generate"
+    )
+    wanted, got = dict(_HELPERS), {name: names_in(getattr(target, name)) for name in _HELPERS}
+    got["generate"] = names_in(target.generate)
+    alike = [version for version in VERSIONS if version.parameters == parameters]
+    version = next((v for v in alike if v.names == got["generate"]), alike[0])
+    wanted["generate"] = version.names
+    for name, names in wanted.items():
+        if got[name] != names:
+            more, less = ", ".join(sorted(got[name] - names)), ", ".join(sorted(names - got[name]))
+            raise AdapterError(
+                f"target: an unknown version of LLaDA's {name}; expected one of "
+                f"{', '.join(v.label for v in VERSIONS)}, got one that uses also ({more}) and "
+                f"does not use ({less})"
+            )
+    return version
 
 
 @lru_cache(maxsize=64)
@@ -128,9 +169,12 @@ def rule_for(
     score_dtype: str,
     banned: tuple[int, ...],
     quiet: tuple[int, ...],
+    fixed: bool = False,
 ) -> StepRule:
     """The `StepRule` of a call's arguments."""
     fields: dict[str, Any] = {"sample_temperature": float(temperature), "banned_ids": banned}
+    if fixed:
+        fields["ban_mask_token"] = True
     if remasking == "random":
         return StepRule(**(_fields("random") | fields))
     fields |= {"score_dtype": score_dtype, "guidance_dtype": "logits", "score_banned_ids": quiet}
@@ -159,13 +203,15 @@ def generate(
     noise: Callable[[int], StepNoise] | None = None,
     backend: str = "auto",
     hidden_states: bool = True,
+    fixed: bool = False,
     score_dtype: str = "logits",
     report: Report | None = None,
 ) -> Any:
     """LLaDA's `generate`: prompt (B, L) with `gen_length` tokens after it, (B, L + gen_length).
 
     The positional arguments are the original's.  `seeds`: (B,) 64-bit integers, by default drawn
-    from torch's generator.  `attention_mask` (B, L): 0 at padding, as the original's.
+    from torch's generator.  `attention_mask` (B, L): 0 at padding, as the original's.  `noise`,
+    `hidden_states`, `fixed` and `backend`: see `install`.
 
     Raises:
         ValueError: lengths or steps that do not divide, an unknown `remasking`.
@@ -173,7 +219,11 @@ def generate(
     import torch
 
     _check_tensors(prompt, attention_mask)
-    _check(steps, gen_length, block_length, remasking, temperature, cfg_scale)
+    steps, gen_length, block_length = _counts(steps, gen_length, block_length)
+    temperature = as_number("temperature", temperature)
+    cfg_scale = as_number("cfg_scale", cfg_scale)
+    if remasking not in _REMASKING:
+        raise ValueError(f"remasking: expected {' or '.join(_REMASKING)}, got {remasking!r}")
     report = Report("llada", _CODEBASE, "called directly") if report is None else report
     batch, length = prompt.shape
     device = getattr(model, "device", prompt.device)
@@ -184,33 +234,28 @@ def generate(
         attention_mask = torch.cat([attention_mask.to(device), more], dim=-1)
     if seeds is None and noise is None:
         seeds = draw_seeds(batch, None, device)
-    head = linear_head(model) if hidden_states and cfg_scale >= 0 else None
-    report.note(
-        "works on logits: the model has no plain linear head"
-        if head is None
-        else "works on hidden states: the head is applied to masked rows of the block alone"
-    )
-    forward = _Forward(model, x != mask_id, mask_id, attention_mask, float(cfg_scale), head)
+    head = Head(output_layer(model), report.note, wanted=hidden_states)
+    forward = _Forward(model, x != mask_id, mask_id, attention_mask, cfg_scale, head)
     quiet: tuple[int, ...] = ()
     if confidence_eos_eot_inf:
-        quiet = (_EOS, _EOT) if temperature == 0 else (_EOT,)
+        quiet = (_EOS, _EOT) if temperature == 0 or fixed else (_EOT,)
     banned = (_EOS,) if logits_eos_inf else ()
-    rule = rule_for(float(temperature), remasking, score_dtype, banned, quiet)
     with torch.no_grad():
+        forward.begin(x)  # tells whether hidden states will do
         out = run_steps(
             forward,
             x,
-            rule=rule,
+            rule=rule_for(temperature, remasking, score_dtype, banned, quiet, fixed),
             mask_token_id=mask_id,
             num_steps=steps,
             seeds=seeds,
-            guidance_scale=float(cfg_scale) + 1.0 if cfg_scale > 0.0 else None,
+            guidance_scale=cfg_scale + 1.0 if cfg_scale > 0.0 else None,
             backend=backend,
             block_length=block_length,
             prompt_length=length,
             positions=_positions(attention_mask, x),
-            head_weight=None if head is None else head.weight,
-            head_bias=None if head is None else head.bias,
+            head_weight=head.weight,
+            head_bias=head.bias,
             noise=noise,
         )
     return out.tokens
@@ -220,14 +265,23 @@ class _Forward:
     """The model on tokens: logits or hidden states, with guidance a pair."""
 
     def __init__(
-        self, model: Any, given: Any, mask_id: int, attention_mask: Any, scale: float, head: Any
+        self, model: Any, given: Any, mask_id: int, attention_mask: Any, scale: float, head: Head
     ):
         self.model, self.given, self.mask_id = model, given, mask_id
         self.attention_mask, self.scale, self.head = attention_mask, scale, head
+        self.first: Any = None
+
+    def begin(self, tokens: Any) -> None:
+        """Run the first pass; the first call returns it."""
+        if tokens.shape[0]:
+            self.first = self(tokens)
 
     def __call__(self, tokens: Any) -> Any:
         import torch
 
+        if self.first is not None:
+            out, self.first = self.first, None
+            return out
         if self.scale <= 0.0:
             return self._run(tokens, self.attention_mask)
         uncond = torch.where(self.given, self.mask_id, tokens)
@@ -239,8 +293,7 @@ class _Forward:
 
     def _run(self, tokens: Any, mask: Any) -> Any:
         options = {} if mask is None else {"attention_mask": mask}
-        with without_head(self.head):
-            return self.model(tokens, **options).logits
+        return self.head.run(lambda: self.model(tokens, **options).logits)[0]
 
 
 def _positions(attention_mask: Any, x: Any) -> Any:
@@ -263,21 +316,10 @@ def _check_tensors(prompt: Any, attention_mask: Any) -> None:
             raise ValueError(f"{name}: expected {like}, got {tuple(x.shape)}")
 
 
-def _check(
-    steps: int, gen_length: int, block_length: int, remasking: str, temperature: float, scale: float
-) -> None:
-    for name, count in {
-        "steps": steps,
-        "gen_length": gen_length,
-        "block_length": block_length,
-    }.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
-    for name, number in {"temperature": temperature, "cfg_scale": scale}.items():
-        if not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ValueError(f"{name}: expected a finite number, got {number!r}")
-    if remasking not in _REMASKING:
-        raise ValueError(f"remasking: expected {' or '.join(_REMASKING)}, got {remasking!r}")
+def _counts(steps: Any, gen_length: Any, block_length: Any) -> tuple[int, int, int]:
+    """The three as Python's integers; ValueError unless they divide as they must."""
+    steps, gen_length = as_count("steps", steps), as_count("gen_length", gen_length)
+    block_length = as_count("block_length", block_length)
     if gen_length % block_length:
         raise ValueError(
             f"block_length: expected a divisor of gen_length {gen_length}, got {block_length}"
@@ -285,3 +327,4 @@ def _check(
     blocks = gen_length // block_length
     if steps % blocks:
         raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
+    return steps, gen_length, block_length

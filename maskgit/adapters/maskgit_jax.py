@@ -115,8 +115,8 @@ def decode(
         raise ValueError(f"start_iter: expected 0 to num_iter = {num_iter}, got {start_iter}")
     if seeds is not None and not fast:
         raise ValueError("seeds: expected None without fast=True, where the noise is that of rng")
-    rule = _rule(float(choice_temperature), mask_scheduling_method)
     x = jnp.asarray(inputs).astype(jnp.int32)
+    rule = _rule(float(choice_temperature), mask_scheduling_method, x.shape[-1] == 1)
     options: dict[str, Any] = {
         "rule": rule,
         "mask_token_id": int(mask_token_id),
@@ -137,15 +137,20 @@ def decode(
 
 
 @lru_cache(maxsize=256)
-def _rule(temperature: float, method: str) -> StepRule:
-    """Their step, with this library's name of the schedule."""
+def _rule(temperature: float, method: str, is_single: bool) -> StepRule:
+    """Their step, with this library's name of the schedule.
+
+    `is_single`: of a sequence of one token theirs masks none, since it reads the cut behind the end of
+    the sorted confidences, and gets NaN.
+    """
     if method not in _SCHEDULES and not str(method).startswith("pow"):
         raise ValueError(
             f"mask_scheduling_method: expected one of {', '.join(_SCHEDULES)} or pow<x>, "
             f"got {method!r}"
         )
     schedule = check_schedule("linear" if method == "uniform" else method)
-    return replace(StepRule.preset("maskgit"), schedule=schedule, choice_temperature=temperature)
+    rule = replace(StepRule.preset("maskgit"), schedule=schedule, choice_temperature=temperature)
+    return replace(rule, clamps=("commit_one",)) if is_single else rule
 
 
 def _noise(rng: Any, logits: Any) -> tuple[Any, StepNoise]:

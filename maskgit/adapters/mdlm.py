@@ -9,10 +9,10 @@
 Replaced: the two updates, which are one step of `_sample` and `sample_subs_guidance`.  Whether a
 masked position changes at a step does not depend on the model: it does so with probability 1 - s/t.
 So the positions come first.  Where none changes, the model is not run at all; otherwise its last
-linear layer is applied to the positions that change (of other backbones than DIT, all logits are
-made and those rows used), and tokens are drawn for them alone.  An accelerator is waited for once in
-a step, as upstream's comparison of x before and after does.  What stays: the loops, `forward`, the
-schedule, and the greedy fill at the end, which makes all logits.
+linear layer is applied to the positions that change (of other backbones than DIT, and of one that does
+more after that layer, all logits are made and those rows used), and tokens are drawn for them alone.
+An accelerator is waited for once in a step, as upstream's comparison of x before and after does.  What
+stays: the loops, `forward`, the schedule, and the greedy fill at the end, which makes all logits.
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from
 torch's generator: the same law, without the tail of the Gumbel variates that upstream's 1e-10 cuts
@@ -22,6 +22,7 @@ probabilities that `_ddpm_caching_update` returns first are None; given ones are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, sample_tokens
 from ..kernels.decode_step.api import seeds_like
 from .common import AdapterError, Handle, Report, check_attributes, check_signature, draw_seeds
+from .head import Head
 
 _CODEBASE = "kuleshov-group/mdlm@c112c526d193436838c98d81455ee51f90309470 diffusion.py"
 _NEEDED = (
@@ -62,11 +64,11 @@ def install(target: Any, *, generator: Any = None, backend: str = "auto") -> Han
     check_name(backend)
     check_diffusion(target, "x, t, dt, p_x0")
     report = Report("mdlm", _CODEBASE, f"{type(target).__name__} with {parameters_of(target)}")
-    note_head(report, target)
+    head = head_of(target, report.note)
     report.note("positions first: the model is not run where nothing changes")
     report.note("the fill after the last step is upstream's and makes all logits")
     handle = Handle(target, report)
-    options: dict[str, Any] = {"generator": generator, "backend": backend}
+    options: dict[str, Any] = {"generator": generator, "backend": backend, "head": head}
     handle.replace_method("_ddpm_update", partial(ddpm_update, **options))
     handle.replace_method("_ddpm_caching_update", partial(ddpm_caching_update, **options))
     return handle
@@ -84,6 +86,7 @@ def ddpm_caching_update(
     noise: StepNoise | None = None,
     step: int = 0,
     backend: str = "auto",
+    head: Head | None = None,
 ) -> tuple[None, Any]:
     """(None, x after the step from time t to t - dt) under the log-linear schedule.
 
@@ -98,13 +101,15 @@ def ddpm_caching_update(
             column for the mask token that is not used, and the position's, (B, N); it changes
             where the latter is below -log(-log(1 - s/t)).
         step: the step whose random numbers are used.
+        head: `head_of(model)`, where it is kept from call to call.
     """
     if model.config.noise.type != "loglinear":
         raise ValueError(f"noise.type: expected loglinear, got {model.config.noise.type!r}")
     sigma, _ = model.noise(t)
     t = t.squeeze(-1) if t.ndim > 1 else t
     options: dict[str, Any] = {"seeds": seeds, "generator": generator, "noise": noise, "step": step}
-    return None, update(model, x, sigma, fall(t, t - dt), p_x0, backend=backend, **options)[0]
+    options |= {"backend": backend, "head": head}
+    return None, update(model, x, sigma, fall(t, t - dt), p_x0, **options)[0]
 
 
 def ddpm_update(
@@ -118,12 +123,14 @@ def ddpm_update(
     noise: StepNoise | None = None,
     step: int = 0,
     backend: str = "auto",
+    head: Head | None = None,
 ) -> Any:
     """x after the step from time t to t - dt under any schedule; see `ddpm_caching_update`."""
     sigma_t, sigma_s = (s.squeeze(-1) if s.ndim > 1 else s for s in _sigmas(model, t, dt))
     before, after = 1 - (-sigma_t).exp(), 1 - (-sigma_s).exp()
     options: dict[str, Any] = {"seeds": seeds, "generator": generator, "noise": noise, "step": step}
-    return update(model, x, sigma_t, fall(before, after), backend=backend, **options)[0]
+    options |= {"backend": backend, "head": head}
+    return update(model, x, sigma_t, fall(before, after), **options)[0]
 
 
 def check_diffusion(target: Any, caching_update: str) -> None:
@@ -144,41 +151,24 @@ def parameters_of(target: Any) -> str:
     return f"backbone {type(target.backbone).__name__}, mask token {target.mask_index}"
 
 
-def note_head(report: Report, target: Any) -> None:
-    """Say whether the head is applied to the positions that change alone."""
-    if head_of(target) is None:
-        report.note("works on logits: the backbone's last layer is not known, so all are made")
-    else:
-        report.note("works on hidden states: the head sees the positions that change")
+def head_of(model: Any, note: Callable[[str], None] = lambda sentence: None) -> Head:
+    """The last linear layer of a DIT backbone, whose output is the logits; none of others."""
+    is_dit = type(model.backbone).__name__ == "DIT"
+    layer = getattr(getattr(model.backbone, "output_layer", None), "linear", None)
+    return Head(layer, note, wanted=is_dit, why="the backbone is not a DIT")
 
 
-def head_of(model: Any) -> Any:
-    """The last linear layer of a DIT backbone, whose output is the logits; None of others."""
-    if type(model.backbone).__name__ != "DIT":
-        return None
-    head: Any = getattr(getattr(model.backbone, "output_layer", None), "linear", None)
-    if type(head).__name__ != "Linear" or "forward" in vars(head):
-        return None
-    return None if head._forward_hooks or head._forward_pre_hooks else head
-
-
-def logit_rows(model: Any, x: Any, sigma: Any, wanted: Any) -> Any:
+def logit_rows(model: Any, x: Any, sigma: Any, wanted: Any, head: Head | None = None) -> Any:
     """(R, V): the logits of the wanted rows of (B, N), in row-major order, without SUBS."""
-    head, saved = head_of(model), vars(model).get("_subs_parameterization")
+    head, saved = head or head_of(model), vars(model).get("_subs_parameterization")
     object.__setattr__(model, "_subs_parameterization", lambda logits, xt: logits)
-    if head is not None:
-        linear = head.forward
-        object.__setattr__(head, "forward", lambda hidden: linear(hidden[wanted]))
     try:
-        out = model.forward(x, sigma)
+        return head.rows(lambda: model.forward(x, sigma), wanted)
     finally:
-        if head is not None:
-            object.__delattr__(head, "forward")
         if saved is None:
             object.__delattr__(model, "_subs_parameterization")
         else:
             object.__setattr__(model, "_subs_parameterization", saved)
-    return (out if out.ndim == 2 else out[wanted]).detach()
 
 
 def choice_gumbel(seeds: Any, shape: Any, step: int, device: Any) -> Any:
@@ -187,10 +177,10 @@ def choice_gumbel(seeds: Any, shape: Any, step: int, device: Any) -> Any:
 
     from ..kernels.common.philox import STREAM_CHOICE
     from ..kernels.common.philox_torch import gumbel
-    from ..kernels.decode_step.run import _key_words
+    from ..kernels.decode_step.run import key_words
 
     place = torch.arange(shape[1], device=device).expand(shape)
-    return gumbel(_key_words(seeds, shape[0]), place, step, STREAM_CHOICE, 1)[..., 0]
+    return gumbel(key_words(seeds, shape[0]), place, step, STREAM_CHOICE, 1)[..., 0]
 
 
 def happens(chance: Any, gumbels: Any) -> Any:
@@ -226,6 +216,7 @@ def update(
     noise: StepNoise | None = None,
     step: int = 0,
     backend: str = "auto",
+    head: Head | None = None,
 ) -> tuple[Any, Any, Any]:
     """One step by chances: what it makes of x, which positions it filled in, and their scores (R,).
 
@@ -247,7 +238,7 @@ def update(
         after[~masked & happens(remask, gumbels)] = model.mask_index
     if not bool(filled.any()):
         return after, filled, after.new_zeros(0, dtype=commit.dtype)
-    rows = logit_rows(model, x, sigma, filled) if p_x0 is None else p_x0[filled].log()
+    rows = logit_rows(model, x, sigma, filled, head) if p_x0 is None else p_x0[filled].log()
     if rule is None:
         rule = StepRule(banned_ids=(int(model.mask_index),), score="logit")
     tokens, scores = draw_rows(rows, filled, rule, seeds, noise, step, backend)

@@ -10,7 +10,8 @@
 Replaced: `generate`, the whole loop, on this instance: alone, with a TokenCritic, with its own
 SelfCritic, or with can_remask_prev_masked.  What stays: the transformer, the critic, the text encoder
 and the autoencoders, called as theirs calls them.  The layer `to_logits` is left out of the forward
-pass and applied to the masked rows alone, unless a hook or autocast is on it: `report.notes` says which.
+pass and applied to the masked rows alone, unless a hook or autocast is on it or the transformer does
+more after it: `report.notes` says which.
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
 generator: the same law, other tokens.  Scores are ranked as p, not 1 - p, which rounds; equal ones
@@ -31,8 +32,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..kernels.common.selection import check_name
-from ..kernels.decode_step import StepNoise, StepResult, StepRule, commit_tokens, decode_step
-from ..kernels.head_sample import decode_step_from_hidden
+from ..kernels.decode_step import StepNoise, StepResult, StepRule, commit_tokens
 from .common import (
     AdapterError,
     Handle,
@@ -40,9 +40,8 @@ from .common import (
     check_attributes,
     check_signature,
     draw_seeds,
-    usable_head,
-    without_head,
 )
+from .head import Head, replaced_forward
 
 _CODEBASE = (
     "lucidrains/muse-maskgit-pytorch@6df7f33bcd33ba28a2f682d5bd293e4f8a513e6c "
@@ -168,8 +167,7 @@ def generate(
     size = model.vae.get_encoded_fmap_size(model.image_size) if fmap_size is None else fmap_size
     was_training, device = model.training, next(model.parameters()).device
     critic = None if force_not_use_token_critic else model.token_critic
-    head = usable_head(model.transformer.to_logits, device) if hidden_states else None
-    note("works on logits" if head is None else "works on hidden states: masked rows alone")
+    head = Head(model.transformer.to_logits, note, wanted=hidden_states)
     seeds = draw_seeds(len(texts), generator, device) if seeds is None else seeds
     model.eval()
     try:
@@ -222,7 +220,7 @@ class _Loop:
     """What a run's steps share."""
 
     model: Any
-    head: Any
+    head: Head
     critic: Any
     given: dict[str, Any]
     scale: float
@@ -262,30 +260,33 @@ class _Loop:
         """One step on what the transformer says."""
         transformer, given = self.model.transformer, dict(self.given)
         given["self_cond_embed"] = self.embed
-        with without_head(self.head):
+        embeds: list[Any] = []
+
+        def conditional() -> Any:
             out, embed = transformer.forward(ids, return_embed=True, cond_drop_prob=0.0, **given)
-            other = None
-            if self.scale != 1:
-                other = transformer.forward(ids, cond_drop_prob=1.0, **given)
-        self.embed = embed if self.model.self_cond else None
+            embeds.append(embed)
+            return out
+
+        def unconditional() -> Any:
+            return transformer.forward(ids, cond_drop_prob=1.0, **given)
+
+        passes = (conditional,) if self.scale == 1 else (conditional, unconditional)
+        outs = self.head.run(*passes)
+        self.embed = embeds[-1] if self.model.self_cond else None
         temperature, share = self.filter
-        width = out.shape[-1] if self.head is None else self.head.weight.shape[0]
+        width = self.head.weight.shape[0] if self.head.is_used else outs[0].shape[-1]
         rule = _rule(temperature, math.ceil((1 - share) * width), score, revise, 0.0)
         options = options | {"rule": rule, "num_commit": num_commit}
-        options["guidance_scale"] = None if other is None else float(self.scale)
-        if self.head is None:
-            return decode_step(out, ids, uncond_logits=other, **options)
-        bias = None if self.head.bias is None else self.head.bias.detach()
-        weight = self.head.weight.detach()
-        return decode_step_from_hidden(
-            out, weight, ids, head_bias=bias, uncond_hidden=other, **options
-        )
+        options["guidance_scale"] = None if self.scale == 1 else float(self.scale)
+        return self.head.decode_step(outs[0], ids, *outs[1:], **options)
 
     def judge(self, filled: Any) -> Any:
         """The critic's scores (B, N), high where a token should be masked again."""
         is_self = hasattr(self.critic, "net") and hasattr(self.critic, "to_pred")
         own = is_self and self.critic.net is self.model.transformer
         scale = 1 if is_self else self.scale  # a SelfCritic drops the unconditional pass
-        with without_head(self.head) if own else nullcontext():
+        layer = self.model.transformer.to_logits  # whose logits are thrown away here
+        skips = own and self.head.is_used
+        with replaced_forward(layer, lambda hidden: hidden) if skips else nullcontext():
             scores = self.critic.forward_with_cond_scale(filled, **self.given, cond_scale=scale)
         return scores.squeeze(-1).float()

@@ -28,6 +28,7 @@ from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule
 from . import mdlm
 from .common import Handle, Report, check_signature
+from .head import Head
 
 _CODEBASE = "kuleshov-group/remdm@f830d659fb98d9b2c79ff71bfa12d578312b688a diffusion.py"
 _UPDATE = "x, t, dt, p_x0, conf"
@@ -66,11 +67,11 @@ def install(target: Any, *, generator: Any = None, backend: str = "auto") -> Han
     report = Report(
         "remdm", _CODEBASE, f"{type(target).__name__} with {mdlm.parameters_of(target)}"
     )
-    mdlm.note_head(report, target)
+    head = mdlm.head_of(target, report.note)
     report.note("positions first: the model is not run where nothing is filled in")
     report.note("the fill after the last step is upstream's and makes all logits")
     handle = Handle(target, report)
-    options: dict[str, Any] = {"generator": generator, "backend": backend}
+    options: dict[str, Any] = {"generator": generator, "backend": backend, "head": head}
     handle.replace_method("_ddpm_update", partial(mdlm.ddpm_update, **options))
     handle.replace_method("_ddpm_caching_update", partial(ddpm_caching_update, **options))
     handle.replace_method("_dfm_caching_update", partial(dfm_caching_update, **options))
@@ -90,6 +91,7 @@ def ddpm_caching_update(
     noise: StepNoise | None = None,
     step: int = 0,
     backend: str = "auto",
+    head: Head | None = None,
 ) -> tuple[None, Any, Any]:
     """(None, x after the step from time t to t - dt, conf) by `model.config.sampling.sampler`.
 
@@ -117,7 +119,7 @@ def ddpm_caching_update(
     options: dict[str, Any] = {"seeds": seeds, "generator": generator, "noise": noise}
     after, filled, scores = mdlm.update(
         model, x, sigma, commit, p_x0, remask=remask, rule=_rule(model, p_x0, uses_conf), step=step,
-        backend=backend, **options,
+        backend=backend, head=head, **options,
     )  # fmt: skip
     if uses_conf:
         conf[filled] = -scores.to(conf.dtype)
@@ -136,6 +138,7 @@ def dfm_caching_update(
     noise: StepNoise | None = None,
     step: int = 0,
     backend: str = "auto",
+    head: Head | None = None,
 ) -> tuple[None, Any, float]:
     """(None, x after a step, the time after it): discrete flow matching with its corrector.
 
@@ -157,7 +160,7 @@ def dfm_caching_update(
         )
     after, _, _ = mdlm.update(
         model, x, sigma, commit, p_x0, remask=remask, rule=_rule(model, p_x0, False), seeds=seeds,
-        generator=generator, noise=noise, step=step, backend=backend,
+        generator=generator, noise=noise, step=step, backend=backend, head=head,
     )  # fmt: skip
     return None, after, now - width
 

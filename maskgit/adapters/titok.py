@@ -8,7 +8,8 @@
 
 Replaced: `generate`, the whole loop, on this instance, with its arguments.  What stays: the network,
 called as theirs calls it.  The last linear layer is left out of the forward pass and applied to the
-masked rows alone, unless a hook or autocast is on it: `report.notes` says which.
+masked rows alone, unless a hook or autocast is on it or the network does more after it: `report.notes`
+says which.
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
 generator: the same law, other tokens (the network's own `rand_like` comes after it).  Guidance is in
@@ -21,21 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from ..kernels.common.selection import check_name
-from ..kernels.decode_step import StepNoise, StepRule, decode_step
-from ..kernels.head_sample import decode_step_from_hidden
-from .common import (
-    Handle,
-    Report,
-    check_attributes,
-    check_signature,
-    draw_seeds,
-    usable_head,
-    without_head,
-)
+from ..kernels.decode_step import StepNoise, StepRule
+from .common import Handle, Report, check_attributes, check_signature, draw_seeds
+from .head import Head
 
 _CODEBASE = "bytedance/1d-tokenizer@942a96fbdd873780179d1b78d5462911528bf8c8 modeling/maskgit.py"
 _ARGUMENTS = (
@@ -129,8 +122,7 @@ def generate(
     batch, device, mask_id = len(condition), condition.device, int(model.mask_token_id)
     if seeds is None and randomize_temperature > 0:
         seeds = draw_seeds(batch, generator, device)
-    head = usable_head(_head_of(model), device) if hidden_states else None
-    note("works on logits" if head is None else "works on hidden states: masked rows alone")
+    head = Head(_layer_of(model), note, wanted=hidden_states)
     ids = torch.full((batch, int(model.image_seq_len)), mask_id, device=device)
     for step in range(num_sample_steps):
         scale = _scale(guidance_decay, guidance_scale, guidance_scale_pow, step, num_sample_steps)
@@ -166,23 +158,17 @@ def _scale(decay: str, scale: float, power: float, step: int, steps: int) -> flo
     return 1.0 + (scale - 1) * (1 - math.cos(math.pi * (step / steps) ** power)) / 2
 
 
-def _head_of(model: Any) -> Any:
+def _layer_of(model: Any) -> Any:
     """The last layer: ImageBert's is inside its BertModel, UViTBert's its own."""
     return getattr(getattr(model, "model", model), "lm_head", None)
 
 
 def _step(
-    model: Any, ids: Any, condition: Any, head: Any, scale: float, options: dict[str, Any]
+    model: Any, ids: Any, condition: Any, head: Head, scale: float, options: dict[str, Any]
 ) -> Any:
     """The tokens after one step."""
-    with without_head(head):
-        cond = model.forward(ids, condition, cond_drop_prob=0.0)
-        uncond = model.forward(ids, condition, cond_drop_prob=1.0) if scale != 1 else None
-    options = options | {"guidance_scale": None if uncond is None else scale}
-    if head is None:
-        return decode_step(cond, ids, uncond_logits=uncond, **options).next_tokens
-    bias = None if head.bias is None else head.bias.detach()
-    weight = head.weight.detach()
-    return decode_step_from_hidden(
-        cond, weight, ids, head_bias=bias, uncond_hidden=uncond, **options
-    ).next_tokens
+    chances = (0.0, 1.0) if scale != 1 else (0.0,)  # of the condition to be dropped
+    passes = [partial(model.forward, ids, condition, cond_drop_prob=chance) for chance in chances]
+    outs = head.run(*passes)
+    options = options | {"guidance_scale": scale if scale != 1 else None}
+    return head.decode_step(outs[0], ids, *outs[1:], **options).next_tokens

@@ -18,13 +18,14 @@ from text import load
 V, N, MASK = 24, 16, -1
 
 
-def record(code, source, name, rule, *, known, steps, seed, schedule="cosine", temperature=4.5):
+def record(code, source, name, rule, *, known, steps, seed, schedule="cosine", temperature=4.5,
+           length=N):  # fmt: skip
     """Decode sequences of which `known` tokens are given, one entry per row."""
     rng = np.random.default_rng(seed)
-    tokens = np.full((len(known), N), MASK)
+    tokens = np.full((len(known), length), MASK)
     for row, given in zip(tokens, known, strict=True):
-        row[rng.choice(N, given, replace=False)] = rng.integers(0, V, given)
-    stub, logits, states = Stub(V, N, V + 1, seed), [], keep_states(code)
+        row[rng.choice(length, given, replace=False)] = rng.integers(0, V, given)
+    stub, logits, states = Stub(V, length, V + 1, seed), [], keep_states(code)
 
     def model(ids):
         logits.append(stub(ids))
@@ -55,6 +56,9 @@ def main():
 
     run("maskgit", "maskgit", known=(0, 0), steps=8, seed=1)
     run("maskgit-known", "maskgit", known=(3, 9, 15, 16), steps=6, seed=2)
+    # With one token theirs reads the cut behind the end of the row, gets NaN, and masks nothing.
+    run("maskgit-one-token", {"preset": "maskgit", "clamps": ["commit_one"]}, known=(0, 0, 1),
+        steps=5, seed=4, length=1)  # fmt: skip
     for kind, ours in (("uniform", "linear"), ("pow2.5", "pow2.5"), ("log", "log"), ("exp", "exp")):
         run(f"maskgit-{ours}", {"preset": "maskgit", "schedule": ours, "choice_temperature": 1.0},
             known=(0, 5), steps=7, seed=3, schedule=kind, temperature=1.0)  # fmt: skip

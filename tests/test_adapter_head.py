@@ -1,0 +1,238 @@
+"""Models that do more after their head: the adapters that leave it out see that, and say so."""
+
+import copy
+import types
+
+import pytest
+
+from maskgit import adapters
+
+torch = pytest.importorskip("torch")
+
+import test_adapter_dream as dream_test  # noqa: E402
+import test_adapter_mdlm as mdlm_test  # noqa: E402
+import test_adapter_titok as titok_test  # noqa: E402
+from test_adapter_llada import Tiny, greedy  # noqa: E402
+
+from maskgit.adapters import llada, mdlm  # noqa: E402
+from maskgit.adapters.common import is_patched  # noqa: E402
+from maskgit.adapters.head import HIDDEN, Head  # noqa: E402
+
+CHANGED = "works on logits: the model changes them after its head"
+V, MASK = 60, 59
+
+
+def banned(logits):
+    logits[..., 3] = -1e4
+    return logits
+
+
+AFTER = {  # what models do with the logits that their head gives
+    "a cut vocabulary": lambda logits: logits[:, :, :50],
+    "a cap": lambda logits: torch.tanh(logits / 2) * 2,
+    "a scale in place": lambda logits: logits.mul_(0.1),
+    "a token banned in place": banned,
+    "a shift": lambda logits: torch.cat([logits[:, :1], logits[:, :-1]], 1),
+    "a shifted view": lambda logits: logits.flip(1),
+    "a write and a copy": lambda logits: banned(logits) * 1.0,
+    "a write that a view hides": lambda logits: banned(logits)[:],
+}
+COPIES = {
+    "contiguous": lambda logits: logits.contiguous().clone(),
+    "a scale of 1": lambda logits: logits * 1.0,
+    "a view": lambda logits: logits.view(*logits.shape)[:],
+}
+
+
+class Model(Tiny):
+    """LLaDA's interface, with something done after the head."""
+
+    def __init__(self, after=lambda logits: logits, dtype=torch.float32):
+        super().__init__(V)
+        self.after = after
+        self.head.to(dtype)
+
+    def forward(self, tokens, attention_mask=None):
+        return types.SimpleNamespace(
+            logits=self.after(super().forward(tokens, attention_mask).logits)
+        )
+
+
+def run(model, cfg=0.0, **options):
+    notes, prompt = [], torch.randint(0, 50, (3, 6), generator=torch.manual_seed(1))
+    report = adapters.Report("llada", "", "", notes=notes)
+    given = {"steps": 4, "gen_length": 8, "block_length": 8, "mask_id": MASK, "cfg_scale": cfg}
+    out = llada.generate(model, prompt, report=report, **given | options)
+    assert "forward" not in vars(model.head)
+    return prompt, out, notes
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.0])
+@pytest.mark.parametrize("name", AFTER)
+def test_what_comes_after_the_head_counts(name, cfg):
+    model = Model(AFTER[name])
+    prompt, out, notes = run(model, cfg)
+    assert torch.equal(out, greedy(model, prompt, 4, 8, 8, MASK, cfg))
+    assert notes == [CHANGED]
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.0])
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_is_no_change(name, cfg):
+    model = Model(COPIES[name])
+    model.head.weight.data[5] = float("nan")
+    _, out, notes = run(model, cfg)
+    assert notes == [HIDDEN]
+    assert torch.equal(out, run(model, cfg, hidden_states=False)[1])
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.0])
+def test_a_plain_model_makes_no_logits(cfg, monkeypatch):
+    model, linear, rows = Model(), torch.nn.functional.linear, []
+
+    def counted(x, *args):
+        rows.append(x[..., 0].numel())
+        return linear(x, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    _, _, notes = run(model, cfg)
+    assert notes == [HIDDEN]
+    assert rows[:3] == [24, 18, 12]  # the masked rows of the block, nothing else
+    assert len(rows) == 4
+    assert rows[3] <= 8  # a predicted mask id stays masked
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_converted_logits_are_used_as_the_model_gives_them(dtype):
+    model = Model(lambda logits: logits.float(), dtype)
+    prompt, out, notes = run(model)
+    assert notes == [CHANGED]
+    assert torch.equal(out, greedy(model, prompt, 4, 8, 8, MASK, 0.0))
+    assert torch.equal(out, run(model, hidden_states=False)[1])
+
+
+def test_autocast_is_left_to_the_model():
+    class Inside(Model):
+        def forward(self, tokens, attention_mask=None):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(tokens, attention_mask)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(Model(), steps=1)[2] == ["works on logits: autocast is on"]
+    model = Inside(lambda logits: logits.float())
+    prompt, out, notes = run(model, steps=1)
+    assert torch.equal(out, greedy(model, prompt, 1, 8, 8, MASK, 0.0))
+    assert notes == [CHANGED]
+
+
+def test_nan_and_infinity_are_no_change():
+    model = Model()
+    model.head.weight.data[5] = float("nan")
+    model.head.weight.data[6] = float("inf")
+    _, out, notes = run(model)
+    assert notes == [HIDDEN]
+    assert torch.equal(out, run(model, hidden_states=False)[1])
+
+
+@pytest.mark.parametrize("first", [lambda logits: logits, lambda logits: logits * 1.0])
+def test_a_change_that_comes_later_is_an_error(first):
+    passes = []
+
+    def later(logits):
+        passes.append(1)
+        return first(logits) if len(passes) < 4 else logits.flip(-1)
+
+    with pytest.raises(adapters.AdapterError, match="hidden_states=False"):
+        run(Model(later))
+
+
+def test_an_error_of_the_model_is_its_own():
+    model = Model()
+    model.embed = None
+    with pytest.raises(TypeError):
+        run(model)
+    model = Model(lambda logits: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(model)
+    assert "forward" not in vars(model.head)
+
+
+def test_a_head_that_is_not_called_once_is_left_alone():
+    layer, notes = torch.nn.Linear(4, 6), []
+    hidden = torch.randn(1, 3, 4)
+    for forward in (lambda: layer(layer(hidden)[..., :4]), lambda: hidden @ layer.weight.T):
+        head = Head(layer, notes.append)
+        (out,) = head.run(forward)
+        assert out.shape == (1, 3, 6)
+        assert not head.is_used
+    assert set(notes) == {CHANGED}
+    head = Head(layer, notes.append)
+    with torch.no_grad():
+        a, b = head.run(lambda: layer(hidden), lambda: layer(hidden) + 1)
+    torch.testing.assert_close(a + 1, b)  # where one will not do, both are logits
+
+
+def test_dream_sees_it():
+    class Capped(dream_test.Stub):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = torch.tanh(out.logits / 3) * 3
+            return out
+
+    model, given = Capped(), {"generation_config": dream_test.config(temperature=0.8)}
+    expected = model.diffusion_generate(dream_test.prompt(), **given)
+    with dream_test.patched(model) as handle:
+        assert torch.equal(model.diffusion_generate(dream_test.prompt(), **given), expected)
+    assert CHANGED in handle.report.notes
+
+
+def test_mdlm_sees_it():
+    class Capped(mdlm_test.DIT):
+        def forward(self, x, sigma):
+            return super().forward(x, sigma) * 0.5
+
+    Capped.__name__ = "DIT"
+    plain, model = mdlm_test.Diffusion(mdlm_test.Other), mdlm_test.Diffusion(Capped)
+    with torch.no_grad():
+        plain.backbone.output_layer.linear.weight *= 0.5
+        plain.backbone.output_layer.linear.bias *= 0.5
+    x, t = torch.full((3, mdlm_test.N), mdlm_test.MASK), torch.full((3,), 0.9)
+    seeds = torch.arange(3)
+    expected = mdlm.ddpm_update(plain, x, t, 0.3, seeds=seeds)
+    assert torch.equal(mdlm.ddpm_update(model, x, t, 0.3, seeds=seeds), expected)
+    with adapters.fast_sampler(model) as handle:
+        model._ddpm_update(x, t, 0.3)
+    assert CHANGED in handle.report.notes
+
+
+def test_titok_sees_it():
+    class Capped(titok_test.Stub):
+        def forward(self, *args, **kwargs):
+            return torch.tanh(super().forward(*args, **kwargs) / 2) * 2
+
+    model = Capped()
+    with adapters.fast_sampler(model, hidden_states=False):
+        torch.manual_seed(1)
+        expected = model.generate(titok_test.LABELS)
+    with adapters.fast_sampler(model) as handle:
+        torch.manual_seed(1)
+        assert torch.equal(model.generate(titok_test.LABELS), expected)
+    assert CHANGED in handle.report.notes
+
+
+def test_a_copy_of_a_patched_model_is_not_patched_and_runs_its_own_weights():
+    model, given = dream_test.Stub(), dream_test.config()
+    stock = model.diffusion_generate(dream_test.prompt(), given)
+    with adapters.fast_sampler(model) as handle:
+        other = copy.deepcopy(model)
+        assert not is_patched(other)
+        other.lm_head.weight.data = other.lm_head.weight.flip(0)
+        assert not torch.equal(other.diffusion_generate(dream_test.prompt(), given), stock)
+        assert handle.report.calls == 0
+        with adapters.fast_sampler(other) as second:
+            other.diffusion_generate(dream_test.prompt(), given)
+        assert (handle.report.calls, second.report.calls) == (0, 1)
+        kept = model._sample
+    assert torch.equal(model.diffusion_generate(dream_test.prompt(), given), stock)
+    assert not is_patched(model)
+    assert kept.__name__ == "_sample"  # a reference from before is the original again
