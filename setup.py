@@ -13,6 +13,7 @@ PACKAGE_DIR = {
     "maskgit.kernels.common": "kernels/common",
     "maskgit.kernels.decode_step": "kernels/decode_step",
     "maskgit.kernels.head_sample": "kernels/head_sample",
+    "maskgit.kernels.attention": "kernels/attention",
     "maskgit.benchmarks": "benchmarks",
 }
 

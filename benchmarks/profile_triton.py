@@ -42,7 +42,16 @@ class Launch:
     @property
     def spec(self) -> Any:
         """What the kernel is specialised for."""
-        return self.arguments.get("S") or self.arguments.get("F")
+        return next((self.arguments[n] for n in "SFHA" if self.arguments.get(n) is not None), None)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What it is compiled for: equal keys are one kernel."""
+        types, constants, attributes = _signature(self)
+        return (
+            self.name, tuple(types.items()), tuple((k, repr(v)) for k, v in constants.items()),
+            tuple(attributes), tuple(self.options.items()),
+        )  # fmt: skip
 
 
 class _Recorder:
@@ -102,6 +111,45 @@ def step_launches(rule: Any, shape: Shape, dtype: str, noise: str = "seeds") -> 
     )  # fmt: skip
     with recording(triton_cuda) as launches:
         triton_cuda.decode_step(x, plan, dtype)
+    return launches
+
+
+def head_launches(rule: Any, rows: int, width: int, vocab: int, dtype: str) -> list[Launch]:
+    """The launches of the fused head on (1, rows, width) hidden states; none for rules it leaves."""
+    import torch
+    from maskgit.kernels.decode_step.plan import resolve, table_size
+    from maskgit.kernels.decode_step.spec import StepInputs
+    from maskgit.kernels.head_sample import triton_cuda
+
+    kind = getattr(torch, dtype)
+    hidden = torch.empty((1, rows, width), dtype=kind, device="meta")
+    weight = torch.empty((vocab, width), dtype=kind, device="meta")
+    plan = resolve(rule, 1, 8, table_size(rule, 1, rows))
+    x = StepInputs(
+        logits=None, tokens=torch.empty((1, rows), dtype=torch.int64, device="meta"), eligible=None,
+        num_masked_at_start=None, seeds=torch.empty(1, dtype=torch.int64, device="meta"),
+        positions=None, token_gumbel=None, choice_gumbel=None, uncond_logits=None,
+        guidance_scale=0.0, mask_token_id=vocab + 5,
+    )  # fmt: skip
+    if not triton_cuda.fuses(x, plan, hidden, weight):
+        return []
+    with recording(triton_cuda) as launches:
+        triton_cuda.sample_rows(x, plan, hidden, weight, None, None)
+    return launches
+
+
+def attention_launches(
+    length: int, size: int, dtype: str, heads: int = 8, padded: bool = False
+) -> list[Launch]:
+    """The launch of attention on (2, length, heads, size)."""
+    import torch
+    from maskgit.kernels.attention import triton_cuda
+
+    packed = torch.empty((2, length, 3, heads, size), dtype=getattr(torch, dtype), device="meta")
+    padding = torch.empty((2, length), dtype=torch.bool, device="meta") if padded else None
+    with recording(triton_cuda) as launches:
+        q, k, v = packed.unbind(2)
+        triton_cuda.attention(q, k, v, padding, 0.1)
     return launches
 
 

@@ -8,6 +8,7 @@ are used where the arrays or the machine bring them.
 from . import layouts
 from ._version import __version__
 from .audit import TieReport, audit_ties
+from .kernels.attention import attention
 from .kernels.common.selection import available_backends
 from .kernels.decode_step import (
     StepNoise,
@@ -32,6 +33,7 @@ __all__ = [
     "TokenStats",
     "Trajectory",
     "__version__",
+    "attention",
     "audit_ties",
     "available_backends",
     "commit_tokens",

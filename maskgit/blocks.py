@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .kernels.common.arrays import kind_of, library_of, to_kind, to_numpy
+from .kernels.common.arrays import kind_of, library_of, place_of, to_kind, to_numpy
 from .kernels.decode_step.checks import as_index, check_integers, check_shape
 
 
@@ -18,7 +18,8 @@ class Block(NamedTuple):
 
     def window(self, tokens: Any, *, prefix: bool) -> Any:
         """(B, N) bool: the block; with `prefix` all up to its end, in rows that have it."""
-        library, place = library_of(tokens), _beside(np.arange(int(tokens.shape[1])), tokens)
+        library = library_of(tokens)
+        place = library.arange(int(tokens.shape[1]), **place_of(tokens))
         starts = self.starts
         if prefix:
             starts = library.where(starts < self.stops, 0, self.stops)
@@ -40,10 +41,12 @@ def plan_blocks(
             raise ValueError("prompt_length: expected 0 without block_length, got a prompt")
         return [None]
     size, library = as_index("block_length", block_length, 1), library_of(tokens)
-    first = _beside(np.broadcast_to(prompts, (batch,)).copy(), tokens)
+    first = library.full((batch,), int(prompts.max(initial=0)), **place_of(tokens))
+    if not is_one:
+        first = _beside(prompts, tokens)
     end = first * 0 + length
     if eligible is not None and length:
-        place = _beside(np.arange(1, length + 1), tokens)
+        place = library.arange(1, length + 1, **place_of(tokens))
         end = library.maximum(first, library.amax(library.where(eligible, place, 0), 1))
     if is_one:
         span = length - int(prompts)

@@ -13,6 +13,7 @@ from rich.table import Table
 from maskgit import cli_common as common
 from maskgit.cli_audit import audit
 from maskgit.cli_edit import edit
+from maskgit.cli_profile import profile
 from maskgit.cli_train import evaluate, train_app
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.add_typer(train_app, name="train")
 app.command("edit")(edit)
 app.command("audit")(audit)
+app.command("profile")(profile)
 app.command("evaluate")(evaluate)
 
 STRIP_COLUMNS = 12

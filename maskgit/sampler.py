@@ -51,6 +51,7 @@ def generate(
     head_bias: Any = None,
     record: bool = False,
     noise: Callable[[int], StepNoise] | None = None,
+    cuda_graph: bool = False,
 ) -> GenerateResult:
     """Fill in the masked positions of `tokens` in `num_steps` steps of parallel decoding.
 
@@ -89,6 +90,10 @@ def generate(
             readings of the logits of the rows that were drawn, a step.
         noise: called with the number of the step (0, 1, ... over all blocks), returns the
             `StepNoise` to use instead of the seeds.
+        cuda_graph: capture the whole loop, `forward` included, as one CUDA graph at the first call,
+            and replay it with new tokens and seeds at every further call with the same `forward`,
+            shapes and options.  `forward` must be capturable, and reads what else it needs (classes,
+            conditions) from tensors that stay where they are: change them in place.
 
     Returns:
         `GenerateResult`.
@@ -110,6 +115,16 @@ def generate(
     blocks = plan_blocks(tokens, block_length, prompt_length, eligible)
     steps = _steps_per_block(as_index("num_steps", num_steps, 1), len(blocks))
     _check_num_commit(step_rule, num_commit, steps)
+    if cuda_graph:
+        from .graphs import replayed
+
+        return replayed(
+            forward, tokens, seeds, rule=step_rule, mask_token_id=mask_token_id, num_steps=num_steps,
+            guidance_scale=guidance_scale, progress=progress, backend=backend,
+            block_length=block_length, prompt_length=prompt_length, eligible=eligible,
+            positions=positions, scores=scores, num_commit=num_commit, head_weight=head_weight,
+            head_bias=head_bias, record=record, noise=noise,
+        )  # fmt: skip
     head = Head(head_weight, head_bias, guidance_scale, backend)
     log = Recorder(tokens, step_rule, mask_token_id, head.decode) if record else None
     allowed = _both(tokens == mask_token_id if step_rule.touches_known else None, eligible)

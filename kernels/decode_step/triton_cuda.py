@@ -137,7 +137,7 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows
     strides = x.logits.stride()
     shifted = strides[2] == 1 and bool(head or any(s % vec for s in strides[:2]))
     spec = row_spec(x, plan, dtype, x.uncond_logits is not None, wants_z)
-    heavy = shifted or spec.wide or spec.score == "margin" or spec.draw in ("greedy_probs", "noise")
+    heavy = spec.wide or spec.score == "margin" or spec.draw in ("greedy_probs", "noise")
     tiling = tiles(batch * length, vocab, strides[2] == 1, heavy, dtype, x.logits.device)
     splits = tiling["splits"] if spec.quick else 1
     spec = dataclasses.replace(
@@ -188,7 +188,7 @@ def _commit(
         flat(x.num_masked_at_start), flat(x.num_commit), table, plan.table.size, batch,
         plan.choice_temperature, float(np.float32(plan.commit_fraction)), plan.commit_below,
         gumbel_below(plan.remask_chance), plan.remask_chance, F=finishing, S=spec,
-        **options(max(8 if shared else 1, min(16, block // 32)), 128),
+        **options(max(8 if shared else 1, min(16, block // 32)), 168 if shared else 128),
     )  # fmt: skip
 
 
@@ -309,8 +309,9 @@ def tiles(
     """rows and leaves of a tile, programs that share a row, warps, registers of a thread.
 
     A tile has 16 KB, in 16 bits 64 logits a thread: few enough for registers, and enough that each
-    thread has no more than one leaf's variate to make.  Half of it where a walk keeps more
-    (`heavy`).  Few long rows are shared until every multiprocessor has some programs.
+    thread has no more than one leaf's variate to make.  Half of it where a walk keeps more (`heavy`)
+    and where a tile holds several short rows.  Few long rows are shared until every multiprocessor
+    has some programs.
     """
     leaves = -(-vocab // reference.LEAF)
     size = (32 if dtype == "float32" else 64) // (2 if heavy else 1)
@@ -320,7 +321,9 @@ def tiles(
     wanted = fields.pop("programs") * multiprocessors(device)
     if not dense:  # V-major: neighbouring positions are neighbours in memory
         return fields | {"rows": 32, "leaves": 1, "splits": 1}
-    size = fields["rows"] * fields["leaves"]
+    size = (
+        fields["rows"] * fields["leaves"] // (2 if leaves < fields["leaves"] and not heavy else 1)
+    )
     fields["leaves"] = min(fields["leaves"], 1 << (leaves - 1).bit_length())
     rows = size // fields["leaves"]
     while rows > 1 and num_rows // rows < wanted:

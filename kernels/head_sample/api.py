@@ -62,7 +62,9 @@ def decode_step_from_hidden(
     Semantics: columns outside the rule's vocab_slice cost nothing.  Rows that are known, not eligible
     or not drawn cost nothing where they can be counted without waiting: NumPy, torch on the CPU, jax
     on the CPU outside a trace (their number is rounded up to a power of two).  Elsewhere all rows go
-    through the head.  Extra memory: 2^23 logits at a time.
+    through the head.  Extra memory: 2^23 logits at a time; none on a GPU where the rule allows the fused
+    head (no filters, no float64 scores, no injected noise): there rows are listed on the device, and
+    only those that take part are multiplied.
     """
     step_rule, token_gumbel, choice_gumbel = rule_and_noise(rule, noise, backend)
     head_weight, head_bias = _detached(head_weight), _detached(head_bias)
@@ -111,9 +113,12 @@ def decode(
         positions,
     )  # fmt: skip
     mixed = mix(hidden, uncond_hidden, guidance_scale)
-    out, dead = plain.decode_step(
-        run.complete(x, rule), plan, mixed, head_weight, head_bias, backend
-    )
+    way: Any = plain
+    if run.backend_for(hidden, backend) == "triton":
+        from . import triton_cuda
+
+        way = triton_cuda if triton_cuda.fuses(x, plan, mixed, head_weight) else plain
+    out, dead = way.decode_step(x, plan, mixed, head_weight, head_bias, backend)
     if run.is_checked(check):
         raise_on_dead_rows(to_numpy(dead), "hidden")
     return run.results(out, hidden, tokens)

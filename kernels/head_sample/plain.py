@@ -46,13 +46,12 @@ def decode_step(
 
     `x` has no logits; dead (B, N) are the rows that were drawn and had no finite logit.
     """
-    if plan.rule.vocab_slice is not None:
-        rows = slice(*plan.rule.vocab_slice)
-        weight, bias = weight[rows], None if bias is None else bias[rows]
+    x = run.complete(x, plan.rule)
+    weight, bias = codebook(plan, weight, bias)
     could_be = wanted = x.eligible
     if chooses_first(plan):
         could_be = could_be & (x.tokens == x.mask_token_id)  # such a rule draws for no known token
-        wanted = could_be & _chosen(x, plan, hidden, backend)
+        wanted = could_be & chosen(x, plan, hidden, backend)
     drawn, score, log_z = sample_rows(x, plan, hidden, weight, bias, wanted, backend)
     if wanted is not could_be and _has_dead_rows(drawn, wanted):
         wanted = could_be
@@ -62,6 +61,14 @@ def decode_step(
         "decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend
     )
     return out, wanted & (log_z == -np.inf)
+
+
+def codebook(plan: ResolvedStep, weight: Any, bias: Any) -> tuple[Any, Any]:
+    """The rows of the head that the rule may draw from, as views."""
+    if plan.rule.vocab_slice is None:
+        return weight, bias
+    rows = slice(*plan.rule.vocab_slice)
+    return weight[rows], None if bias is None else bias[rows]
 
 
 def chooses_first(plan: ResolvedStep) -> bool:
@@ -79,7 +86,7 @@ def _has_dead_rows(drawn: Any, wanted: Any) -> bool:
     return bool((to_numpy(wanted) & (to_numpy(drawn) < 0)).any())
 
 
-def _chosen(x: StepInputs, plan: ResolvedStep, hidden: Any, backend: str) -> Any:
+def chosen(x: StepInputs, plan: ResolvedStep, hidden: Any, backend: str) -> Any:
     """(B, N) bool: the positions that this step commits, whatever their tokens."""
     scores = x.scores if plan.rule.score == "given" else x.tokens * 0.0
     never = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0

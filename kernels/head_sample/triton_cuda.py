@@ -12,17 +12,39 @@ from typing import Any
 
 import torch
 
+from ..common.selection import is_interpreting
 from ..common.tuning import tuned
+from ..decode_step import run
 from ..decode_step import triton_cuda as step_kernels
 from ..decode_step.plan import ResolvedStep
 from ..decode_step.spec import StepInputs
+from . import plain
 from .triton_head import NUM_PARTS, HeadSpec, finish_kernel, head_kernel, list_kernel
 
 _FINISHED = 4  # rows that a program of `finish_kernel` takes
 
 
+def decode_step(
+    x: StepInputs, plan: ResolvedStep, hidden: torch.Tensor, weight: torch.Tensor,
+    bias: torch.Tensor | None, backend: str,
+) -> tuple[tuple[Any, Any, Any], Any]:  # fmt: skip
+    """What plain.py's function of that name does; nothing waits for the device."""
+    x = run.to_gpu(x, hidden)
+    wanted = x.eligible
+    if plain.chooses_first(plan):
+        rows = plain.chosen(x, plan, hidden, backend)
+        wanted = rows if wanted is None else wanted & rows
+    drawn, score = sample_rows(x, plan, hidden, *plain.codebook(plan, weight, bias), wanted)
+    scores = x.scores if plan.rule.score == "given" else score
+    out = run.call("decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend)
+    taken = x.tokens == x.mask_token_id
+    return out, (taken if wanted is None else taken & wanted) & (drawn < 0)
+
+
 def fuses(x: StepInputs, plan: ResolvedStep, hidden: Any, weight: Any) -> bool:
     """Whether the fused head can do what the rule asks for."""
+    if hidden.dtype == torch.bfloat16 and is_interpreting():  # which has no such products
+        return False
     spec = step_kernels.row_spec(x, plan, dtype="float32", guided=False, wants_z=False)
     plain = not (spec.filters or spec.score_banned or spec.wide or spec.held)
     aligned = all(a.stride(-1) == 1 and a.stride(-2) % 8 == 0 for a in (hidden, weight))
@@ -42,7 +64,7 @@ def sample_rows(
         return drawn, score
     dtype = str(hidden.dtype).removeprefix("torch.")
     spec = step_kernels.row_spec(x, plan, dtype=dtype, guided=False, wants_z=False)
-    tiling = tiles(num_rows, width, dtype, device)
+    tiling = tiles(num_rows, width, dtype, spec.score == "margin", device)
     head = HeadSpec(
         tiling["rows"], tiling["depth"], bool(tiling["swap"]), width % tiling["depth"] == 0,
         tiling["programs"], dataclasses.replace(spec, rows=_FINISHED),
@@ -73,17 +95,22 @@ def sample_rows(
     return drawn, score
 
 
-def tiles(num_rows: int, width: int, dtype: str, device: torch.device) -> dict[str, int]:
-    """Rows, depth and order of the product, programs, warps and stages of its pipeline."""
-    few = num_rows <= 64
+def tiles(
+    num_rows: int, width: int, dtype: str, heavy: bool, device: torch.device
+) -> dict[str, int]:
+    """Rows, depth and order of the product, programs, warps and stages of its pipeline.
+
+    `heavy`: the epilogue keeps the two largest of each row as well.
+    """
+    few, least = num_rows <= 64, num_rows <= 16 or heavy
     wide = 2 if dtype == "float32" else 1
     fields = {
-        "rows": max(16, 1 << (num_rows - 1).bit_length()) if few else 256 // wide,
-        "depth": (128 if few else 64) // wide,
+        "rows": (16 if least else 32) if few else 128 // wide,
+        "depth": 64 // wide,
         "swap": int(few),
-        "programs": (2 if few else 1) * step_kernels.multiprocessors(device),
-        "warps": 4 if few else 8,
-        "stages": 4 if few else 3,
+        "programs": 2 * step_kernels.multiprocessors(device),
+        "warps": 4 if few and least else 8,
+        "stages": 4 if few and wide == 1 else 3,
     }
     fields |= tuned("head_sample", device, {"dtype": dtype, "rows": num_rows, "width": width})
     if device.type == "cpu":  # the interpreter: few programs, small products

@@ -1,0 +1,5 @@
+"""Bidirectional attention for the shapes that masked models use."""
+
+from .api import attention
+
+__all__ = ["attention"]

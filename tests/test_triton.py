@@ -1,0 +1,231 @@
+"""Triton's kernels against the float64 reference: on a GPU, or in Triton's interpreter on the CPU.
+
+Every test of all backends also has a case for Triton; in the interpreter those are slow, and run with
+--all.  Here is a sample of them, and what is Triton's own: layouts, rows shared by programs, the
+fused head.
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from helpers import GOLDEN, golden_rule, make_case, native, run, run_stats
+from test_contract import check, compare_stats
+
+import maskgit
+from maskgit import StepRule
+
+torch = pytest.importorskip("torch")
+if maskgit.available_backends()["triton"] is not None:
+    pytest.skip(maskgit.available_backends()["triton"], allow_module_level=True)
+
+from maskgit.kernels.common.selection import is_interpreting  # noqa: E402
+from maskgit.kernels.decode_step import triton_cuda  # noqa: E402
+from maskgit.kernels.head_sample import plain  # noqa: E402
+
+QUICK = [
+    "maskgit", "amused", "titok", "llada", "llada-fp64", "factor", "dream-margin", "dream-origin",
+    "mdlm", "open-muse", "threshold",
+]  # fmt: skip
+DEVICE = "cpu" if is_interpreting() else "cuda"
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_presets(name):
+    rule = StepRule.preset(name)
+    check(make_case(rule, dtype="bfloat16" if name == "llada" else "float32", step=3), "triton")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"filters": ("temperature", "top_k", "top_p"), "top_k": 20, "top_p": 0.8,
+         "sample_temperature": 0.7, "score_filtered": True},
+        {"filters": ("min_p", "typical_p"), "min_p": 0.02, "typical_p": 0.9},
+        {"vocab_slice": (16, 150), "banned_ids": (17, 149), "score": "neg_entropy"},
+        {"sample_temperature": 0.0, "greedy_on": "probs", "score_dtype": "logits"},
+    ],
+    ids=["filters", "min-p", "slice", "probabilities"],
+)  # fmt: skip
+@pytest.mark.parametrize("noise", ["seeds", "injected"])
+def test_fields(fields, noise):
+    case = make_case(StepRule(**fields), noise=noise, vocab=300, length=10)
+    check(case, "triton")
+    compare_stats(
+        dataclasses.replace(case, choice_gumbel=None), run_stats(case, "triton"), wide=False
+    )
+
+
+@pytest.mark.parametrize("vocab", [1, 129, 2049])
+def test_sizes(vocab):
+    check(make_case(StepRule.preset("maskgit"), vocab=vocab, length=9, seed=vocab), "triton")
+
+
+def test_bad_numbers():
+    case = make_case(StepRule.preset("maskgit"), vocab=140, length=8, masked=1.0)
+    logits = case.logits.copy()
+    logits[0, 0], logits[0, 1, 3], logits[0, 2, 5] = np.nan, np.inf, np.nan
+    logits[0, 3], logits[1, 0, 100:] = -np.inf, np.nan
+    logits[1, 1] *= 1e37
+    check(dataclasses.replace(case, logits=logits), "triton")
+
+
+@pytest.mark.parametrize("name", ["maskgit", "llada"])
+@pytest.mark.parametrize("splits", [2, 4])
+def test_rows_that_programs_share(name, splits, monkeypatch):
+    own = triton_cuda.tiles
+
+    def shared(*args):
+        return own(*args) | {"rows": 1, "leaves": 2, "splits": splits}
+
+    monkeypatch.setattr(triton_cuda, "tiles", shared)
+    check(make_case(StepRule.preset(name), vocab=1500, length=5, batch=1), "triton")
+
+
+@pytest.mark.parametrize(
+    "layout", ["odd offset", "odd stride", "V-major", "a slice", "no batch stride"]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layouts(layout, dtype):
+    """Logits that are not aligned, not dense, or not apart give what a copy of them gives."""
+    kind, vocab = getattr(torch, dtype), 265
+    memory = torch.randn(2, 6, vocab + 8, generator=torch.manual_seed(1)).to(kind).to(DEVICE) * 3
+    logits = {
+        "odd offset": lambda: memory[:, :, 3 : 3 + vocab],
+        "odd stride": lambda: memory.flatten()[1 : 1 + 2 * 6 * (vocab + 2)].view(2, 6, -1)[
+            ..., :vocab
+        ],
+        "V-major": lambda: memory[:, :, :vocab].transpose(1, 2).contiguous().transpose(1, 2),
+        "a slice": lambda: memory[:, 1::2, :vocab],
+        "no batch stride": lambda: memory[:1, :, :vocab].expand(2, 6, vocab),
+    }[layout]()
+    tokens = torch.full(logits.shape[:2], vocab, device=DEVICE)
+    options = {"rule": "maskgit", "mask_token_id": vocab, "step": 1, "num_steps": 4}
+    options |= {"seeds": torch.tensor([5, 6], device=DEVICE), "backend": "triton"}
+    got = maskgit.decode_step(logits, tokens, **options)
+    want = maskgit.decode_step(logits.contiguous(), tokens, **options)
+    reference = maskgit.decode_step(logits, tokens, **options | {"backend": "reference"})
+    assert torch.equal(got.candidate_tokens, want.candidate_tokens)
+    assert torch.equal(got.candidate_tokens, reference.candidate_tokens)
+    torch.testing.assert_close(got.confidence, want.confidence, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_does_not_change_a_sequence():
+    case = make_case(StepRule.preset("maskgit"), batch=3, vocab=400, length=7)
+    together = run(case, "triton")
+    for row in range(3):
+        part = {
+            name: getattr(case, name)[row : row + 1]
+            for name in ("logits", "tokens", "seeds", "num_masked_at_start")
+        }
+        for a, b in zip(together, run(dataclasses.replace(case, **part), "triton"), strict=True):
+            np.testing.assert_array_equal(a[row : row + 1], b)
+
+
+@pytest.mark.parametrize("name", ["maskgit", "llada", "amused", "muse", "sglang-joint"])
+def test_recorded_runs(name):
+    from test_golden import replay
+
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
+        golden = {k: file[k] for k in file.files}
+    meta, last = json.loads(str(golden["meta"])), len(golden["step"]) - 1
+    for s in (0, last):
+        after, _ = replay(golden, meta, golden_rule(name), s, "triton")
+        np.testing.assert_array_equal(after, golden["expected"][s])
+
+
+HEADS = {
+    "maskgit": StepRule.preset("maskgit"),
+    "llada": dataclasses.replace(StepRule.preset("llada"), score_dtype="float32"),
+    "entropy": StepRule(score="neg_entropy", count="quota"),
+    "margin": StepRule(score="margin", ban_mask_token=True, banned_ids=(3, 200)),
+    "slice": StepRule(vocab_slice=(20, 250), banned_ids=(30,)),
+    "mdlm": StepRule.preset("mdlm"),
+    "random": dataclasses.replace(StepRule.preset("random"), sample_temperature=1.0),
+    "dream-origin": dataclasses.replace(StepRule.preset("dream-origin"), sample_temperature=0.7),
+}
+
+
+def no_logits(*_):
+    raise AssertionError("logits were formed")
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("rows", [12, 90])
+def test_the_fused_head(name, rows, monkeypatch):
+    """The same tokens as the step on the float64 logits, which are never formed."""
+    rng, rule, vocab, width = np.random.default_rng(rows), HEADS[name], 300, 24
+    hidden = rng.normal(size=(2, rows // 2, width)).astype(np.float32)
+    uncond = rng.normal(size=hidden.shape).astype(np.float32)
+    weight = rng.normal(size=(vocab, width)).astype(np.float32)
+    bias = rng.normal(size=vocab).astype(np.float32)
+    tokens = np.where(rng.random(hidden.shape[:2]) < 0.6, vocab, 1)
+    eligible, seeds = rng.random(tokens.shape) < 0.9, np.array([3, -4])
+    options = {"rule": rule, "mask_token_id": vocab, "step": 1, "num_steps": 4}
+    mixed = uncond + 1.5 * (hidden - uncond)
+    logits = (mixed.astype(np.float64) @ weight.T + bias).astype(np.float32)
+    want = maskgit.decode_step(
+        logits, tokens, seeds=seeds, eligible=eligible, backend="reference", **options
+    )
+    monkeypatch.setattr(plain, "_product", no_logits)
+    put = [
+        native(a, "torch").to(DEVICE)
+        for a in (hidden, weight, tokens, bias, uncond, eligible, seeds)
+    ]
+    got = maskgit.decode_step_from_hidden(
+        *put[:3], head_bias=put[3], uncond_hidden=put[4], guidance_scale=1.5, eligible=put[5],
+        seeds=put[6], backend="triton", check=True, **options,
+    )  # fmt: skip
+    after = got.next_tokens.cpu().numpy()
+    np.testing.assert_array_equal(after, want.next_tokens)
+    drawn = (after != vocab) & (tokens == vocab)
+    np.testing.assert_array_equal(
+        got.candidate_tokens.cpu().numpy()[drawn], want.candidate_tokens[drawn]
+    )
+
+
+def test_a_dead_row_of_the_fused_head():
+    hidden = torch.randn(1, 4, 16, device=DEVICE)
+    hidden[0, 2] = torch.nan
+    weight, tokens = torch.randn(40, 16, device=DEVICE), torch.full((1, 4), 40, device=DEVICE)
+    options = {
+        "rule": "maskgit",
+        "mask_token_id": 40,
+        "step": 3,
+        "num_steps": 4,
+        "backend": "triton",
+    }
+    options["seeds"] = torch.tensor([1], device=DEVICE)
+    out = maskgit.decode_step_from_hidden(hidden, weight, tokens, **options)
+    assert (out.candidate_tokens == 40).tolist() == [[False, False, True, False]]
+    assert out.confidence[0, 2] == -torch.inf
+    with pytest.raises(ValueError, match=r"hidden: .* \(sequence 0, position 2\)"):
+        maskgit.decode_step_from_hidden(hidden, weight, tokens, check=True, **options)
+
+
+@pytest.mark.parametrize("rule", ["sdar", "llada-fp64", "muse"])
+def test_rules_that_the_fused_head_leaves_to_products(rule):
+    hidden, weight = torch.randn(1, 6, 16, device=DEVICE), torch.randn(50, 16, device=DEVICE)
+    tokens = torch.full((1, 6), 50, device=DEVICE)
+    rule = dataclasses.replace(
+        StepRule.preset(rule), filters=("top_k",), top_k=9, sample_temperature=1.0
+    )
+    options = {"rule": rule, "mask_token_id": 50, "step": 0, "num_steps": 3}
+    options["seeds"] = torch.tensor([1], device=DEVICE)
+    got = maskgit.decode_step_from_hidden(hidden, weight, tokens, backend="triton", **options)
+    want = maskgit.decode_step_from_hidden(hidden, weight, tokens, backend="reference", **options)
+    assert torch.equal(got.next_tokens, want.next_tokens)
+
+
+def test_the_loop():
+    table = torch.randn(2, 8, 60, device=DEVICE)
+    out = maskgit.generate(
+        lambda t: table, torch.full((2, 8), 60, device=DEVICE), rule="maskgit", mask_token_id=60,
+        num_steps=3, seeds=torch.tensor([1, 2], device=DEVICE), backend="triton", record=True,
+    )  # fmt: skip
+    same = maskgit.generate(
+        lambda t: table, torch.full((2, 8), 60, device=DEVICE), rule="maskgit", mask_token_id=60,
+        num_steps=3, seeds=torch.tensor([1, 2], device=DEVICE), backend="reference",
+    )  # fmt: skip
+    assert torch.equal(out.tokens, same.tokens)

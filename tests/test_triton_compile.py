@@ -1,0 +1,110 @@
+"""Triton's kernels compiled ahead of time: no spills, and instructions within the budget of memory.
+
+`maskgit profile` does it, in a process of its own since the interpreter would be in the way here.
+BUDGET in benchmarks/profile_triton.py is what an H100 can issue while a logit arrives.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from maskgit import StepRule
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+def profiled(*arguments):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "maskgit.cli", "profile", "--json", *arguments],
+        capture_output=True, text=True, env=env, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)["kernels"]
+
+
+def audit(kernels):
+    """Every kernel that spills, or that needs more instructions than memory leaves time for."""
+    assert kernels
+    return [
+        k
+        for k in kernels
+        if k["spill_bytes"] or k.get("instructions_per_logit", 0) > k.get("budget", float("inf"))
+    ]
+
+
+def options(name, values):
+    return [text for value in values for text in (f"--{name}", str(value))]
+
+
+def test_a_sample_of_everything():
+    """The kernels of four rules, one of whose rows start at any element, and of heads of five sizes."""
+    kernels = profiled(
+        *options("rule", ["maskgit", "llada", "mdlm", "dream-entropy"]),
+        *options("shape", ["maskgit-256", "1x16x50258"]),
+        *options("head-size", [48, 72, 96]),
+    )
+    assert audit(kernels) == []
+    assert {k["kernel"] for k in kernels} >= {
+        "sample_kernel", "commit_kernel", "head_kernel", "finish_kernel", "list_kernel",
+        "attention_kernel",
+    }  # fmt: skip
+    walks = [k["instructions_per_logit"] for k in kernels if k["kernel"] == "sample_kernel"]
+    assert len(walks) > 4
+    assert 2 < min(walks) < 12  # of aligned rows, well below the budget
+
+
+def test_other_targets():
+    kernels = profiled(
+        *options("target", ["sm_80", "sm_100", "gfx942"]), *options("rule", ["maskgit"]),
+        *options("shape", ["maskgit-256"]), *options("head-size", [64]),
+    )  # fmt: skip
+    assert {k["target"] for k in kernels} == {"sm_80", "sm_100", "gfx942"}
+    assert audit(kernels) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", [n for n in StepRule.presets() if not n.endswith("-fixed")])
+def test_every_preset(name, target):
+    kernels = profiled(
+        *options("target", [target]), *options("rule", [name]), *options("op", ["decode-step", "head"]),
+        *options("shape", ["maskgit-256", "llada-block", "8x24x50258"]),
+        *options("dtype", ["bfloat16", "float32"]),
+    )  # fmt: skip
+    wide = StepRule.preset(name).score_dtype == "float64"  # arithmetic of another kind
+    assert [k for k in audit(kernels) if k["spill_bytes"] or not wide] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_head_size(target):
+    kernels = profiled(
+        *options("target", [target]), *options("op", ["attention"]),
+        *options("head-size", [48, 64, 72, 96, 128]), *options("dtype", ["bfloat16", "float16"]),
+    )  # fmt: skip
+    assert len(kernels) == 20
+    assert audit(kernels) == []
+
+
+def test_what_is_refused():
+    for arguments, message in (
+        (["--target", "sm_7"], "target: expected sm_80"),
+        (["--rule", "nothing"], "rule: expected"),
+        (["--dtype", "int8"], "dtype: expected"),
+        (["--shape", "0x0"], "shape: expected"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "maskgit.cli", "profile", *arguments],
+            capture_output=True, text=True, check=False,
+            env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert done.stdout == ""
