@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit.config import TransformerConfig
+from maskgit.kernels.attention import attention
 
 INIT_STD = 0.02
 
@@ -33,10 +34,15 @@ class SelfAttention(nn.Module):
         """(B, L, D) -> (B, L, D)."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.attention_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        y = self.out(y.transpose(1, 2).reshape(batch, length, width))
+        if (
+            x.is_cuda and not torch.is_grad_enabled()
+        ):  # read in place, and dispatched to the fastest
+            y = attention(*qkv.unbind(2))
+        else:
+            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            dropout = self.attention_dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout).transpose(1, 2)
+        y = self.out(y.reshape(batch, length, width))
         return self.norm(x + self.dropout(y))
 
 
