@@ -110,6 +110,9 @@ def generate(
     step_rule = as_rule(rule)
     check_name(backend)
     mask_token_id = as_index("mask_token_id", mask_token_id)
+    for name, flag in (("record", record), ("progress", progress), ("cuda_graph", cuda_graph)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {flag!r}")
     _check_functions(forward, noise)
     _check_arrays(step_rule, tokens, eligible, scores)
     blocks = plan_blocks(tokens, block_length, prompt_length, eligible)
@@ -198,7 +201,8 @@ def _check_num_commit(rule: StepRule, num_commit: Any, steps: int) -> None:
         )
     if num_commit is None:
         return
-    size = len(num_commit) if hasattr(num_commit, "__len__") else None
+    is_list = isinstance(num_commit, (list, tuple)) or kind_of(num_commit) is not None
+    size = len(num_commit) if is_list else None
     if size != steps:
         what = repr(num_commit) if size is None else size
         raise ValueError(f"num_commit: expected one entry for each of {steps} steps, got {what}")
@@ -213,13 +217,28 @@ def _predict(
             raise TypeError(
                 "forward: expected one logits array (B, N, V) without guidance_scale, got a tuple"
             )
+        _check_output(out, tokens)
         return out, None
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(
             "forward: expected a pair (logits, uncond_logits) with guidance_scale, "
             f"got {type(out).__name__}"
         )
+    _check_output(out[0], tokens)
     return out[0], out[1]
+
+
+def _check_output(out: Any, tokens: Any) -> None:
+    """The model's output fits the tokens it was given; its own checks are the step's."""
+    if kind_of(out) != kind_of(tokens):
+        raise TypeError(
+            f"forward: expected a {kind_of(tokens)} array like tokens, got {type(out).__name__}"
+        )
+    if len(out.shape) != 3 or tuple(out.shape[:2]) != tuple(tokens.shape):
+        raise ValueError(
+            f"forward: expected shape ({tokens.shape[0]}, {tokens.shape[1]}, ...) for tokens "
+            f"{tuple(tokens.shape)}, got {tuple(out.shape)}"
+        )
 
 
 def _both(a: Any, b: Any) -> Any:

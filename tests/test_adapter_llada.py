@@ -272,7 +272,7 @@ def test_unknown_version_is_refused_and_left_alone():
             adapters.patch(fork)
         assert vars(fork) == before
     fresh = module(NEW)
-    for option in ({"noise": 5}, {"backend": "triton"}):
+    for option in ({"noise": 5}, {"backend": "pallas"}):
         with pytest.raises(adapters.AdapterError, match=f"{next(iter(option))}: expected"):
             adapters.patch(fresh, **option)
     assert not any(name.startswith("_maskgit") for name in vars(fresh))

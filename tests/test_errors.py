@@ -77,7 +77,7 @@ CASES = [
         {"backend": "cuda"},
         "backend: expected auto, triton, pallas, cpp, torch, jax, reference, got 'cuda'",
     ),
-    ({"backend": "triton"}, "backend: 'triton' cannot run: .*; available: .*reference"),
+    ({"backend": "pallas"}, "backend: 'pallas' cannot run: .*; available: .*reference"),
     ({"rule": dataclasses.replace(StepRule.preset("maskgit"), vocab_slice=(0, 6))}, "vocab_slice"),
 ]
 

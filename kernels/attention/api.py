@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 from ..common.arrays import dtype_name, is_on_host, kind_of, like, to_numpy, widen
@@ -102,8 +103,10 @@ def _check(q: Any, k: Any, v: Any, padding: Any, scale: float | None, backend: s
         if len(x.shape) != 4:
             raise ValueError(f"{name}: expected shape (B, N, H, D), got {tuple(x.shape)}")
     batch, _, heads, size = q.shape
+    if heads < 1 or size < 1:
+        raise ValueError(f"q: expected H >= 1 and D >= 1, got {tuple(q.shape)}")
     keys, groups = k.shape[1], k.shape[2]
-    if k.shape[0] != batch or k.shape[3] != size or groups < 1 or heads % groups or size < 1:
+    if k.shape[0] != batch or k.shape[3] != size or groups < 1 or heads % groups:
         raise ValueError(
             f"k: expected shape ({batch}, M, a divisor of {heads}, {size}), got {tuple(k.shape)}"
         )
@@ -118,6 +121,6 @@ def _check(q: Any, k: Any, v: Any, padding: Any, scale: float | None, backend: s
             )
     if scale is None:
         return 1.0 / math.sqrt(size)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
     return float(scale)

@@ -13,7 +13,8 @@ def attention(q: Any, k: Any, v: Any, padding: Any, scale: float) -> Any:
     k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)
     wide = {"preferred_element_type": jnp.float32, "precision": "highest"}
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, **wide) * scale
-    if padding is not None:
+    if padding is not None:  # which may hold anything, NaN included
+        v = jnp.where(padding[:, :, None, None], 0, v)
         scores = jnp.where(padding[:, None, None, :], -jnp.inf, scores)
     top = scores.max(-1, keepdims=True, initial=-jnp.inf)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))

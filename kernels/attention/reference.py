@@ -15,7 +15,8 @@ def attention(q: Any, k: Any, v: Any, padding: Any, scale: float, dtype: str) ->
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
     scores = np.einsum("bnhd,bmhd->bhnm", q, k) * scale
-    if padding is not None:
+    if padding is not None:  # which may hold anything, NaN included
+        v = np.where(padding[:, :, None, None], 0.0, v)
         scores = np.where(padding[:, None, None, :], -np.inf, scores)
     top = scores.max(-1, keepdims=True, initial=-np.inf)
     weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 def attention(q: Any, k: Any, v: Any, padding: Any, scale: float) -> Any:
     """(B, N, H, D) from (B, N, H, D) and twice (B, M, G, D)."""
+    if padding is not None:  # which may hold anything, NaN included
+        k, v = (x.masked_fill(padding[:, :, None, None], 0.0) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     keep = None if padding is None else ~padding[:, None, None, :]
     out = F.scaled_dot_product_attention(

@@ -95,16 +95,16 @@ def attention_kernel(
     for first in range(0, num_keys, block_k):
         key = first + tl.arange(0, block_k)
         inside = key < num_keys
+        if padding is not None:  # padding may hold anything, NaN included: it is not read
+            pad = tl.load(padding + batch * num_keys + key, mask=inside, other=1)
+            inside = inside & (pad == 0)
         k1 = _rows(k, key, k_row, inside, 0, main, size)
         x = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         if rest > 0:
             k2 = _rows(k, key, k_row, inside, main, rest, size)
             x = tl.dot(q2, tl.trans(k2), x, input_precision="ieee")
         x = x * scale
-        if padding is not None:
-            pad = tl.load(padding + batch * num_keys + key, mask=inside, other=1)
-            x = tl.where((pad == 0)[None, :], x, -float("inf"))
-        elif not A.even:
+        if (padding is not None) or (not A.even):
             x = tl.where(inside[None, :], x, -float("inf"))
         largest = tl.maximum(top, tl.max(x, 1))
         base = tl.where(largest > -float("inf"), largest, 0.0)  # all keys so far may be padding

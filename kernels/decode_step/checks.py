@@ -297,7 +297,8 @@ def check_guidance(
             f"{name}: expected dtype {dtype_name(logits)} like {like}, "
             f"got {dtype_name(uncond_logits)}"
         )
-    if not isinstance(guidance_scale, (int, float, np.floating)) or not np.isfinite(guidance_scale):
+    number = guidance_scale if isinstance(guidance_scale, (int, float, np.floating)) else np.nan
+    if isinstance(guidance_scale, bool) or not np.isfinite(number):
         raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
 
 

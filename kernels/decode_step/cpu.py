@@ -143,7 +143,7 @@ def _without_slice(ids: Any, rule: Any, vocab: int) -> Any:
 
 def _remask_bounds(x: StepInputs, plan: ResolvedStep) -> Any:
     """(B, N) bounds under which a known position's choice noise masks it again, shared by scores."""
-    known = x.tokens != x.mask_token_id
+    known = x.eligible & (x.tokens != x.mask_token_id)
     keys = np.where(known & np.isfinite(x.scores), x.scores.astype(np.float64), -np.inf)
     top = np.maximum(keys.max(axis=1, keepdims=True, initial=-1e300), -1e300)
     weights = np.exp(keys - top)

@@ -61,7 +61,8 @@ def _remask_chance(x: StepInputs, plan: ResolvedStep) -> jax.Array:
     """The chance of each position to be masked again; for "conf" shared out by the scores."""
     if plan.rule.remask != "conf":
         return jnp.full(x.tokens.shape, plan.remask_chance)
-    keys = jnp.where((x.tokens != x.mask_token_id) & jnp.isfinite(x.scores), x.scores, -jnp.inf)
+    known = x.eligible & (x.tokens != x.mask_token_id)
+    keys = jnp.where(known & jnp.isfinite(x.scores), x.scores, -jnp.inf)
     return plan.remask_chance * jnp.nan_to_num(jax.nn.softmax(keys, axis=-1))
 
 

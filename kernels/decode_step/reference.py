@@ -68,7 +68,7 @@ def remask_chance(x: StepInputs, plan: ResolvedStep) -> F64:
     """The chance of each position to be masked again; for "conf" shared out by the scores."""
     if plan.rule.remask != "conf":
         return np.full(x.tokens.shape, plan.remask_chance)
-    known = x.tokens != x.mask_token_id
+    known = x.eligible & (x.tokens != x.mask_token_id)
     keys = np.where(known & np.isfinite(x.scores), x.scores.astype(np.float64), -np.inf)
     weights = np.exp(keys - np.maximum(keys.max(axis=1, keepdims=True, initial=-1e300), -1e300))
     total = weights.sum(axis=1, keepdims=True)

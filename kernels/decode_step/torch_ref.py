@@ -62,7 +62,7 @@ def _remask_chance(x: StepInputs, plan: ResolvedStep) -> torch.Tensor:
         return torch.full(
             x.tokens.shape, plan.remask_chance, dtype=torch.float64, device=x.tokens.device
         )
-    known = x.tokens != x.mask_token_id
+    known = x.eligible & (x.tokens != x.mask_token_id)
     scores = x.scores.to(torch.float64)
     keys = torch.where(known & scores.isfinite(), scores, -math.inf)
     return plan.remask_chance * keys.softmax(-1).nan_to_num(0.0)

@@ -436,7 +436,8 @@ def commit_kernel(
         edited = takes_part & known & (candidate >= 0) & (value > _constant(S.edit_threshold, S))
         result, filled = tl.where(edited, candidate, result), tl.where(edited, candidate, filled)
     if S.remasks:
-        bound = _remask_bound(scores, known, row, remask_below, remask_chance, S)
-        result = tl.where(takes_part & known & (noise < bound), mask_token_id, result)
+        held = takes_part & known
+        bound = _remask_bound(scores, held, row, remask_below, remask_chance, S)
+        result = tl.where(held & (noise < bound), mask_token_id, result)
     tl.store(next_tokens + row, result.to(next_tokens.dtype.element_ty), mask=inside)
     tl.store(candidates + row, filled.to(candidates.dtype.element_ty), mask=inside)

@@ -150,8 +150,9 @@ def _itself(value: Any) -> Any:
 
 
 def is_patched(target: Any) -> bool:
-    """Whether a patch of the target is in place."""
-    return getattr(target, "__dict__", {}).get(_MARK) is not None
+    """Whether a patch of the target is in place; a copy of a patched object is not patched."""
+    handle = getattr(target, "__dict__", {}).get(_MARK)
+    return handle is not None and handle.target is target
 
 
 def supported() -> dict[str, str]:

@@ -1,21 +1,18 @@
 """A model's last linear layer, left out of its forward passes where the model does nothing after it.
 
 Nothing that a model says of itself tells that its head comes last: it may cut off a padded vocabulary,
-cap or scale its logits, ban tokens, convert them.  So the head is replaced, for the length of a pass,
-by a function that keeps what goes in and gives back one unwritten number, seen as (..., V) through
-strides of 0: nothing is computed and nothing allocated.  Where the model returns just this view, its
-head comes last, and the hidden states are all that is needed.
-
-Where it returns another tensor, that may still be a copy (`contiguous`, a scale of 1).  One pass with
-the head in place tells: are the logits returned those of the head, to the bit?  Then later passes have
-what goes into the head in the place of what comes out, and must return it unchanged.  Otherwise the
-model's own logits are used.
+cap or scale its logits, ban tokens, convert them, remember them.  So in every pass the head gives a
+stand-in for the logits: a tensor of their shape and dtype without memory of its own, that may be looked at
+(shape, dtype, device) and passed on, and on which any operation is an error.  Where the model returns the
+stand-in itself its head comes last, and what went into the head is all that is needed.  Where it does not,
+the first pass is run again as it is, and the model's own logits are used from then on.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 from ..kernels.decode_step import StepResult, decode_step
@@ -27,6 +24,29 @@ Pass = Callable[[], Any]
 Keep = Callable[
     [Any], Any
 ]  # gets what goes into the head; the dtype of what comes out, None: refused
+# What may be asked of a stand-in, and what gives it back where that changes nothing of it.
+_LOOKS = {
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta",
+    "is_sparse", "is_leaf", "grad_fn", "names", "size", "dim", "ndimension", "numel", "nelement",
+    "element_size", "itemsize", "nbytes", "is_floating_point", "is_complex", "is_quantized", "get_device",
+    "__len__", "__hash__", "is_contiguous",
+}  # fmt: skip
+_CONVERTS = {
+    "to",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "type",
+    "cpu",
+    "cuda",
+    "detach",
+    "contiguous",
+}
+
+
+class _TouchedError(Exception):
+    """The model has done something with its logits."""
 
 
 class Head:
@@ -37,8 +57,7 @@ class Head:
     ):
         """`wanted`: whether hidden states may be used at all; `why` not, in words for the report."""
         self._layer: Any = None
-        self._found: Any = None  # the way in which passes are run, once one has shown itself to do
-        self._note = note
+        self._note, self._is_last = note, False
         why = obstacle(layer) if wanted else why or "that was asked for"
         if why:
             note(f"works on logits: {why}")
@@ -65,8 +84,6 @@ class Head:
         """What goes into the head in each of these passes, or what they return where that differs."""
         import torch
 
-        if self._layer is None:
-            return tuple(forward() for forward in passes)
         seen: list[Any] = []
 
         def keep(hidden: Any) -> Any:
@@ -74,16 +91,11 @@ class Head:
             plain = not torch.is_autocast_enabled(hidden.device.type)
             return hidden.dtype if plain and hidden.dtype == self._layer.weight.dtype else None
 
-        for way in (self._found,) if self._found else (_returns_view, _returns_logits):
-            seen.clear()
-            try:
-                does = all(way(self._layer, forward, keep) for forward in passes)
-            except RuntimeError:  # a write into the view, or an error of the model's own
-                break
-            if does:
-                self._use_hidden(_returns_view if way is _returns_view else _returns_hidden)
-                return tuple(seen)
-        return self._use_logits(passes)
+        if self._layer is not None and all(self._is_last_in(one, keep) for one in passes):
+            self._use_hidden()
+            return tuple(seen)
+        self._use_logits()
+        return tuple(forward() for forward in passes)
 
     def rows(self, forward: Pass, wanted: Any) -> Any:
         """(R, V): the wanted rows of the (B, N, V) logits that the pass makes."""
@@ -95,11 +107,11 @@ class Head:
             rows.append(linear(hidden[wanted]))
             return rows[0].dtype
 
-        with contextlib.suppress(RuntimeError):
-            if _returns_view(self._layer, forward, keep):
-                self._use_hidden(_returns_view)
-                return rows[0].detach()
-        return self._use_logits([forward])[0][wanted].detach()
+        if self._is_last_in(forward, keep):
+            self._use_hidden()
+            return rows[0].detach()
+        self._use_logits()
+        return forward()[wanted].detach()
 
     def decode_step(self, out: Any, tokens: Any, uncond: Any = None, **options: Any) -> StepResult:
         """`maskgit.decode_step` on what `run` has returned."""
@@ -109,72 +121,72 @@ class Head:
             out, self.weight, tokens, head_bias=self.bias, uncond_hidden=uncond, **options
         )
 
-    def _use_hidden(self, way: Any) -> None:
-        self._found = way
+    def _is_last_in(self, forward: Pass, keep: Keep) -> bool:
+        """Whether a pass returns the very stand-in that its head gave, once."""
+        layer, given, usable = self._layer, list[Any](), list[bool]()
+
+        def stand_in(hidden: Any) -> Any:
+            dtype = keep(hidden)
+            usable.append(dtype is not None)
+            one = layer.weight.new_empty(1, dtype=dtype)
+            shape = (*hidden.shape[:-1], len(layer.weight))
+            given.append(one.expand(shape).as_subclass(_stand_in_class()))
+            return given[-1]
+
+        try:
+            with replaced_forward(layer, stand_in):
+                out = forward()
+        except AdapterError:
+            raise
+        except Exception as error:  # of a touch, or of the model's own, which comes again without
+            if self._is_last and not isinstance(error, _TouchedError):
+                raise
+            return False
+        return usable == [True] and out is given[0]
+
+    def _use_hidden(self) -> None:
+        self._is_last = True
         self._note(HIDDEN)
 
-    def _use_logits(self, passes: Any) -> tuple[Any, ...]:
-        if self._found:
+    def _use_logits(self) -> None:
+        if self._layer is None:
+            return
+        if self._is_last:
             raise AdapterError(
                 "target: expected the head to come last in every pass, got one that changes its "
                 "logits; patch with hidden_states=False"
             )
         self._layer = None
-        self._note("works on logits: the model changes them after its head")
-        return tuple(forward() for forward in passes)
+        self._note("works on logits: the model does more with them after its head")
 
 
-def _returns_view(layer: Any, forward: Pass, keep: Keep) -> bool:
-    """Whether a pass returns the very view that it gets in the place of logits."""
-    given: list[Any] = []
-    usable: list[bool] = []
+@cache
+def _stand_in_class() -> Any:
+    """The class of stand-ins: a tensor that may be looked at, and nothing else."""
+    import torch
 
-    def stand_in(hidden: Any) -> Any:
-        dtype = keep(hidden)
-        usable.append(dtype is not None)
-        one = layer.weight.new_empty(1, dtype=dtype)
-        given.append(one.expand(*hidden.shape[:-1], len(layer.weight)))
-        return given[-1]
+    class StandIn(torch.Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            name = getattr(func, "__name__", "")
+            if name == "__get__":
+                name = getattr(func.__self__, "__name__", "")
+            own = args[0] if args else None
+            if name in _LOOKS:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **(kwargs or {}))
+            if name in _CONVERTS and isinstance(own, cls):
+                with torch._C.DisableTorchFunctionSubclass():
+                    probe = torch.empty(0, dtype=own.dtype, device=own.device)
+                    out = func(probe, *args[1:], **(kwargs or {}))
+                    same = getattr(out, "dtype", None) == own.dtype and out.device == own.device
+                if same and not (kwargs or {}).get("copy"):
+                    return own
+            raise _TouchedError(name)
 
-    with replaced_forward(layer, stand_in):
-        out = forward()
-    if usable != [True] or type(out) is not type(given[0]):
-        return False
-    same = ("dtype", "shape", "device")
-    return (
-        all(getattr(out, name) == getattr(given[0], name) for name in same)
-        and out.data_ptr() == given[0].data_ptr()
-        and out.stride() == given[0].stride()
-    )
-
-
-def _returns_logits(layer: Any, forward: Pass, keep: Keep) -> bool:
-    """Whether a pass returns a copy of its head's logits, to the bit."""
-    return _returns_same(layer, forward, keep, layer.forward)
-
-
-def _returns_hidden(layer: Any, forward: Pass, keep: Keep) -> bool:
-    """Whether a pass without its head returns what goes into it, to the bit."""
-    return _returns_same(layer, forward, keep, lambda hidden: hidden)
-
-
-def _returns_same(layer: Any, forward: Pass, keep: Keep, function: Keep) -> bool:
-    given: list[Any] = []
-    usable: list[bool] = []
-
-    def watched(hidden: Any) -> Any:
-        usable.append(keep(hidden) is not None)
-        given.append(function(hidden))
-        return given[-1]
-
-    with replaced_forward(layer, watched):
-        out = forward()
-    if usable != [True] or type(out) is not type(given[0]):
-        return False
-    kept = given[0]
-    if out.dtype != kept.dtype or out.shape != kept.shape:
-        return False
-    return bool(((out == kept) | (out.isnan() & kept.isnan())).all())
+    return StandIn
 
 
 def output_layer(model: Any) -> Any:

@@ -19,7 +19,8 @@ before it, which score in float64.  Others are refused.
 Where the model's last layer is a plain linear one, and the model does nothing after it, it is left out
 of the forward pass and applied to the masked positions of the active block alone, guidance mixed on
 its input: no (B, N, V) logits, no float64 copies.  Otherwise the model's logits are used as they are;
-`report.notes` says which.
+`report.notes` says which.  In half precision guided logits are then rounded once, where theirs are
+rounded three times; `hidden_states=False` rounds as theirs.
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
 generator (or given as `seeds`): the same law, drawn exactly where theirs stops at 2^-24 or 2^-53;
@@ -39,6 +40,7 @@ from typing import Any, NamedTuple
 from ..kernels.common.arrays import kind_of
 from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule
+from ..kernels.decode_step.checks import as_index
 from ..sampler import generate as run_steps
 from .common import (
     AdapterError,
@@ -129,9 +131,11 @@ def install(
     handle = Handle(target, report)
     options: dict[str, Any] = {"noise": noise, "backend": backend, "hidden_states": hidden_states}
     options |= {"fixed": fixed, "score_dtype": version.score_dtype, "report": report}
-    signature = inspect.signature(target.generate)
+    original, signature = target.generate, inspect.signature(target.generate)
 
     def replacement(*args: Any, seeds: Any = None, **kwargs: Any) -> Any:
+        if not handle.is_active:  # called by a name from before
+            return original(*args, **kwargs)
         report.calls += 1
         return generate(**signature.bind(*args, **kwargs).arguments, seeds=seeds, **options)
 
@@ -225,6 +229,7 @@ def generate(
     if remasking not in _REMASKING:
         raise ValueError(f"remasking: expected {' or '.join(_REMASKING)}, got {remasking!r}")
     report = Report("llada", _CODEBASE, "called directly") if report is None else report
+    mask_id = as_index("mask_id", mask_id)
     batch, length = prompt.shape
     device = getattr(model, "device", prompt.device)
     x = torch.full((batch, length + gen_length), mask_id, dtype=torch.long, device=device)
