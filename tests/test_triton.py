@@ -57,7 +57,7 @@ def test_fields(fields, noise):
     )
 
 
-@pytest.mark.parametrize("vocab", [1, 129, 2049])
+@pytest.mark.parametrize("vocab", [1, 129, 1500, 2049, 4200])
 def test_sizes(vocab):
     check(make_case(StepRule.preset("maskgit"), vocab=vocab, length=9, seed=vocab), "triton")
 

@@ -51,6 +51,8 @@ def test_a_sample_of_everything():
         *options("head-size", [48, 72, 96]),
     )
     assert audit(kernels) == []
+    step = [k["kernel"] for k in kernels if k["op"] == "decode-step" and k["rule"] == "maskgit"]
+    assert set(step) == {"sample_kernel", "commit_kernel"}  # two kernels a step
     assert {k["kernel"] for k in kernels} >= {
         "sample_kernel", "commit_kernel", "head_kernel", "finish_kernel", "list_kernel",
         "attention_kernel",

@@ -321,11 +321,11 @@ def tiles(
     wanted = fields.pop("programs") * multiprocessors(device)
     if not dense:  # V-major: neighbouring positions are neighbours in memory
         return fields | {"rows": 32, "leaves": 1, "splits": 1}
-    size = (
-        fields["rows"] * fields["leaves"] // (2 if leaves < fields["leaves"] and not heavy else 1)
-    )
+    size = fields["rows"] * fields["leaves"]
     fields["leaves"] = min(fields["leaves"], 1 << (leaves - 1).bit_length())
     rows = size // fields["leaves"]
+    if rows > 1 and not heavy:
+        rows, size = rows // 2, size // 2
     while rows > 1 and num_rows // rows < wanted:
         rows //= 2
     fields["rows"] = rows
