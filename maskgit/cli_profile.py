@@ -66,6 +66,10 @@ def profile(
             if "instructions_per_logit" in facts:
                 facts["budget"] = BUDGET[4 if labels["dtype"] == "float32" else 2]
             found.append(facts)
+    if not found:
+        raise ValueError(
+            "op: expected float16 or bfloat16 for attention, or a rule that the head fuses"
+        )
     if as_json:
         common.print_json({"from": "the compiler, not a run", "kernels": found})
         return

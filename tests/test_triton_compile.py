@@ -101,6 +101,7 @@ def test_what_is_refused():
         (["--rule", "nothing"], "rule: expected"),
         (["--dtype", "int8"], "dtype: expected"),
         (["--shape", "0x0"], "shape: expected"),
+        (["--op", "attention", "--dtype", "float32"], "op: expected float16 or bfloat16"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "maskgit.cli", "profile", *arguments],

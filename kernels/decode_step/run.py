@@ -87,8 +87,8 @@ def decode_step(
     )
     out = call("decode_step", x, plan, logits, backend)
     if is_checked(check):
-        taking_part = _taking_part(rule, tokens, mask_token_id, eligible)
-        suspects = taking_part & (like(out[2], logits) == -np.inf)
+        eligible = taking_part(rule, tokens, mask_token_id, eligible)
+        suspects = eligible & (like(out[2], logits) == -np.inf)
         _raise_on_dead_rows(suspects, x, plan, logits, backend)
     return results(out, logits, tokens)
 
@@ -161,7 +161,7 @@ def complete(x: StepInputs, rule: StepRule) -> StepInputs:
     batch, length = (x.tokens if x.logits is None else x.logits).shape[:2]
     if x.tokens is None:  # rows without a sequence, all to be drawn
         x = x._replace(tokens=_all_masked(batch, length), eligible=_everywhere(batch, length))
-    eligible = _taking_part(rule, x.tokens, x.mask_token_id, x.eligible)
+    eligible = taking_part(rule, x.tokens, x.mask_token_id, x.eligible)
     start = x.num_masked_at_start
     return x._replace(
         eligible=eligible,
@@ -224,7 +224,7 @@ def _plan(
     return resolve(rule, step, num_steps, table_size(rule, *model.shape[:2]))
 
 
-def _taking_part(rule: StepRule, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
+def taking_part(rule: StepRule, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
     """(B, N) bool: the masked positions that `eligible` admits; known ones too where they are revised."""
     is_masked = tokens == mask_token_id
     if rule.touches_known:

@@ -30,15 +30,13 @@ def decode_step(
 ) -> tuple[tuple[Any, Any, Any], Any]:  # fmt: skip
     """What plain.py's function of that name does; nothing waits for the device."""
     x = run.to_gpu(x, hidden)
-    wanted = x.eligible
-    if plain.chooses_first(plan):
-        rows = plain.chosen(x, plan, hidden, backend)
-        wanted = rows if wanted is None else wanted & rows
+    wanted = run.taking_part(plan.rule, x.tokens, x.mask_token_id, x.eligible)
+    if plain.chooses_first(plan):  # such a rule draws for no known token
+        wanted = wanted & (x.tokens == x.mask_token_id) & plain.chosen(x, plan, hidden, backend)
     drawn, score = sample_rows(x, plan, hidden, *plain.codebook(plan, weight, bias), wanted)
     scores = x.scores if plan.rule.score == "given" else score
     out = run.call("decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend)
-    taken = x.tokens == x.mask_token_id
-    return out, (taken if wanted is None else taken & wanted) & (drawn < 0)
+    return out, wanted & (drawn < 0)
 
 
 def fuses(x: StepInputs, plan: ResolvedStep, hidden: Any, weight: Any) -> bool:

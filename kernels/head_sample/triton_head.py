@@ -17,10 +17,10 @@ rounded to 16 bits.
 Which rows: `list_kernel` lists those that take part, on the device.  The list's length decides how
 programs are dealt out, so the time follows the masked rows without the host knowing their number.
 
-Two regimes.  Many rows (rows x D x V products): 256 rows by one leaf, 128 accumulators a thread; bound by
-the tensor cores, and the hidden states of all rows and some leaves of W lie in L2.  Few rows: W is the
-left operand, 128 x K by K x 16 ... 64, since tensor cores take at least 64 rows there; bound by reading
-W, with two programs on a multiprocessor so that the last ones share the bandwidth.
+Two regimes.  More than 64 rows: 128 rows by one leaf, 64 accumulators a thread; bound by the tensor cores,
+and the hidden states of all rows and some leaves of W lie in L2.  Few rows: W is the left operand, 128 x K
+by K x 16 or 32, since tensor cores take at least 64 rows there; bound by reading W, with two programs for
+each multiprocessor so that the last ones share the bandwidth.
 
 Limits: rules that filter, that score in float64, that take Dream's argmax of probabilities, that score
 held tokens or get injected token noise go through plain.py.  NaN counts as -inf; an infinite product as

@@ -21,9 +21,8 @@ from .common import AdapterError
 
 HIDDEN = "works on hidden states: the head is applied to the rows that are drawn alone"
 Pass = Callable[[], Any]
-Keep = Callable[
-    [Any], Any
-]  # gets what goes into the head; the dtype of what comes out, None: refused
+# Gets what goes into the head; returns the dtype of what comes out, None to refuse.
+Keep = Callable[[Any], Any]
 # What may be asked of a stand-in, and what gives it back where that changes nothing of it.
 _LOOKS = {
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta",
