@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -71,7 +72,8 @@ def profile(
             "op: expected float16 or bfloat16 for attention, or a rule that the head fuses"
         )
     if as_json:
-        common.print_json({"from": "the compiler, not a run", "kernels": found})
+        about = {"from": "the compiler, not a run", "triton": version("triton")}
+        common.print_json(about | {"kernels": found})
         return
     table = Table(box=None, title="from the compiler, not a run", title_justify="left")
     for column in COLUMNS.values():
