@@ -1,4 +1,4 @@
-"""The `maskgit profile` command: what a GPU's compiler makes of the kernels, on any machine."""
+"""The `maskgit profile` command: what the compilers of GPUs and TPUs make of the kernels, on any machine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,19 @@ from maskgit import cli_common as common
 
 OPS = ("decode-step", "head", "attention")
 DTYPES = ("bfloat16", "float16", "float32")
+TPUS = ("tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu7x")
+LABEL = "from the compiler's schedule, not a run"
 COLUMNS = {
     "kernel": "kernel", "for": "for", "target": "target", "registers": "regs", "spill_bytes": "spills",
     "shared_bytes": "shared", "instructions_per_logit": "instr/logit", "budget": "budget",
+}  # fmt: skip
+
+
+TPU_COLUMNS = {
+    "version": "version", "for": "for", "target": "target", "cycles": "cycles",
+    "cycles_per_step": "cycles/step", "compute_per_memory": "compute/memory", "busiest": "busiest",
+    "busy": "busy", "bytes_per_logit_byte": "bytes/logit byte", "temporary_bytes": "temporaries",
+    "block_bytes": "VMEM", "fewer_cycles_than_plain": "vs plain jnp",
 }  # fmt: skip
 
 
@@ -26,7 +36,11 @@ COLUMNS = {
 def profile(
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", help="sm_80, sm_90, sm_100, gfx942. [default: sm_90]"),
+        typer.Option(
+            "--target",
+            help="sm_80, sm_90, sm_100, gfx942, tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, tpu7x. "
+            "[default: sm_90]",
+        ),
     ] = None,
     op: Annotated[
         list[str] | None, typer.Option("--op", help="decode-step, head, attention. [default: all]")
@@ -49,14 +63,29 @@ def profile(
     ] = None,
     as_json: common.JsonOption = False,
 ) -> None:
-    """Compile kernels for GPUs that need not be here: registers, spills, instructions for a logit."""
+    """Compile kernels for GPUs and TPUs that need not be here, and print what the compiler says.
+
+    GPUs: registers, spills, instructions for a logit.  TPUs: cycles of the final schedule, memory,
+    bytes, beside XLA's estimate for the same step in plain jax.numpy.
+    """
+    wanted = target or ["sm_90"]
+    tpus = [name for name in wanted if name.startswith("tpu")]
+    if tpus:
+        if len(tpus) < len(wanted):
+            raise ValueError(f"target: expected GPUs or TPUs in one call, got {', '.join(wanted)}")
+        _profile_tpus(
+            tpus, _legal("op", op or list(OPS), OPS), rule or ["maskgit"], shape or ["maskgit-256"],
+            _legal("dtype", dtype or ["bfloat16"], ("bfloat16", "float32")), width, head_size or [64],
+            as_json,
+        )  # fmt: skip
+        return
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec("torch") is None:
         raise ValueError("profile: needs torch and triton; pip install torch triton")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise ValueError("TRITON_INTERPRET: expected unset, since kernels are compiled, not run")
     from maskgit.benchmarks.profile_triton import BUDGET, TARGETS, compiled
 
-    targets = _legal("target", target or ["sm_90"], TARGETS)
+    targets = _legal("target", wanted, (*TARGETS, *TPUS))
     found = []
     for labels, launch in _launches(
         _legal("op", op or list(OPS), OPS), rule or ["maskgit"], shape or ["amused-512"],
@@ -75,12 +104,54 @@ def profile(
         about = {"from": "the compiler, not a run", "triton": version("triton")}
         common.print_json(about | {"kernels": found})
         return
-    table = Table(box=None, title="from the compiler, not a run", title_justify="left")
-    for column in COLUMNS.values():
-        table.add_column(column, overflow="fold")
     for facts in found:
         facts["for"] = " ".join(facts[name] for name in ("rule", "shape", "dtype"))
-        table.add_row(*(str(facts.get(key, "-")) for key in COLUMNS))
+    _print_table("from the compiler, not a run", COLUMNS, found)
+
+
+def _profile_tpus(
+    targets: list[str], ops: list[str], rules: list[str], shapes: list[str], dtypes: list[str],
+    width: int, head_sizes: list[int], as_json: bool,
+) -> None:  # fmt: skip
+    """The TPU compiler's view; the compiler is loaded once it knows where to write its schedules."""
+    from maskgit import StepRule
+    from maskgit.benchmarks import tpu_compiler
+    from maskgit.benchmarks.shapes import parse_shape
+
+    reason = tpu_compiler.why_missing()
+    if reason is not None:
+        raise ValueError(f"profile: {reason}")
+    _legal("target", targets, TPUS)
+    chosen = [StepRule.preset(name) for name in _names(rules)]
+    sizes = [parse_shape(text) for text in shapes]
+    found: list[dict[str, Any]] = []
+    with tpu_compiler.schedules() as folder:
+        from maskgit.benchmarks import profile_tpu
+
+        for call in profile_tpu.calls(ops, chosen, sizes, dtypes, width, head_sizes):
+            for name in targets:
+                found += call(name, folder)
+    if as_json:
+        about = {"from": LABEL, "jax": version("jax"), "libtpu": version("libtpu")}
+        common.print_json(about | {"kernels": found})
+        return
+    for facts in found:
+        facts["for"] = " ".join(facts[n] for n in ("op", "rule", "shape", "dtype"))
+    _print_table(LABEL, TPU_COLUMNS, found)
+
+
+def _names(rules: list[str]) -> list[str]:
+    from maskgit import StepRule
+
+    return list(StepRule.presets()) if rules == ["all"] else rules
+
+
+def _print_table(title: str, columns: dict[str, str], found: list[dict[str, Any]]) -> None:
+    table = Table(box=None, title=title, title_justify="left")
+    for column in columns.values():
+        table.add_column(column, overflow="fold")
+    for facts in found:
+        table.add_row(*(str(facts.get(key, "-")) for key in columns))
     Console(highlight=False).print(table)
 
 
@@ -100,7 +171,7 @@ def _launches(
     from maskgit.benchmarks import profile_triton as triton
     from maskgit.benchmarks.shapes import parse_shape
 
-    names = list(StepRule.presets()) if rules == ["all"] else rules
+    names = _names(rules)
     sizes = [parse_shape(text) for text in shapes]
     seen = set()
     for dtype in dtypes:

@@ -189,7 +189,7 @@ def native_seeds(seeds: np.ndarray | None, kind: str) -> Any:
 
 def kind_for(backend: str, dtype: str) -> str:
     """Which library's arrays a backend is tested with."""
-    if backend == "jax":
+    if backend in ("jax", "pallas"):
         return "jax"
     return "torch" if backend in ("torch", "triton") or dtype == "bfloat16" else "numpy"
 

@@ -35,7 +35,9 @@ def as_single_operations(backend, compiled):
 
 def replay(golden, meta, rule, s, backend):
     """(next_tokens, candidate_tokens) of step s."""
-    kind = {"torch": "torch", "triton": "torch", "jax": "jax"}.get(backend, "numpy")
+    kind = {"torch": "torch", "triton": "torch", "jax": "jax", "pallas": "jax"}.get(
+        backend, "numpy"
+    )
     dtype = meta["dtype"]
     if kind == "numpy" and dtype == "bfloat16":
         kind = "torch"

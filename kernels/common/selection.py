@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 from functools import cache
 
+from .simulation import is_simulating
+
 
 def _needs(package: str) -> Callable[[], str | None]:
     def probe() -> str | None:
@@ -48,10 +50,27 @@ def _triton() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
+def _has_tpu() -> bool:
+    import jax
+
+    return bool(jax.default_backend() == "tpu")
+
+
+def _pallas() -> str | None:
+    missing = _needs("jax")()
+    if missing is not None or is_simulating():
+        return missing
+    if _has_tpu():
+        return None
+    return (
+        "jax finds no TPU (MASKGIT_PALLAS_INTERPRET=1 runs the kernels in a simulator, for tests)"
+    )
+
+
 # name -> (reason why it cannot run here or None, array kind it computes in)
 BACKENDS: dict[str, tuple[Callable[[], str | None], str]] = {
     "triton": (_triton, "torch"),
-    "pallas": (lambda: "this version has no TPU kernels yet", "jax"),
+    "pallas": (_pallas, "jax"),
     "cpp": (_cpp, "numpy"),
     "torch": (_needs("torch"), "torch"),
     "jax": (_needs("jax"), "jax"),
@@ -64,6 +83,7 @@ _AUTO = {
     ("torch", "cuda"): ("triton", "torch"),
     ("torch", "other"): ("torch",),
     ("jax", "cpu"): ("jax",),
+    ("jax", "tpu"): ("pallas", "jax"),
     ("jax", "other"): ("jax",),
     ("numpy", "cpu"): ("cpp", "reference"),
 }
@@ -97,6 +117,8 @@ def choose(backend: str, kind: str, device: str) -> str:
     place = "cpu" if device == "cpu" else "other"
     if kind == "torch" and device.startswith("cuda"):
         place = "cuda"
+    if kind == "jax" and place == "other" and _has_tpu():
+        place = "tpu"
     if backend == "auto":
         forced = os.environ.get("MASKGIT_BACKEND", "auto")
         if forced not in ("", "auto"):

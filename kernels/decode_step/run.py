@@ -39,6 +39,7 @@ from .spec import StepInputs, StepRule
 
 _MODULES = {
     "triton": ".triton_cuda",
+    "pallas": ".pallas_tpu",
     "cpp": ".cpu",
     "torch": ".torch_ref",
     "jax": ".jax_ref",
@@ -284,10 +285,15 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
     dtype = "float32" if x.logits is None else dtype_name(logits)
     if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
         return getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
-    x = complete(x, plan.rule)
+    if chosen == "pallas":
+        x = x._replace(
+            seeds=key_words(x.seeds, (x.tokens if x.logits is None else x.logits).shape[0])
+        )
+    else:
+        x = complete(x, plan.rule)
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
-    if chosen == "jax":
-        return _jitted(name)(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
+    if native == "jax":
+        return _jitted(name, chosen)(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
     return getattr(backend_module(chosen), name)(x, plan, dtype)
 
 
@@ -298,11 +304,11 @@ def backend_for(model: Any, backend: str) -> str:
 
 
 @cache
-def _jitted(name: str) -> Any:
-    """The jax backend's function as one compiled program per plan, dtype and shapes."""
+def _jitted(name: str, backend: str) -> Any:
+    """A jax backend's function as one compiled program per plan, dtype and shapes."""
     import jax
 
-    function = getattr(backend_module("jax"), name)
+    function = getattr(backend_module(backend), name)
 
     def call(x: StepInputs, mask_token_id: int, plan: ResolvedStep, dtype: str) -> Any:
         return function(x._replace(mask_token_id=mask_token_id), plan, dtype)

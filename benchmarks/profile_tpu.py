@@ -1,0 +1,205 @@
+"""What the TPU compiler makes of the kernels, beside the same work in plain jax.numpy (tpu_compiler.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from maskgit.kernels.decode_step import jax_ref, pallas_tpu
+from maskgit.kernels.decode_step.plan import resolve, table_size
+from maskgit.kernels.decode_step.spec import StepInputs
+
+from maskgit import StepRule
+
+from .shapes import ITEM_SIZES, Shape, parse_shape
+from .tpu_compiler import (
+    BYTES_PER_CYCLE,
+    compiled,
+    kernel_schedules,
+    memory,
+    xla_cycles,
+)  # fmt: skip
+
+STEP, NUM_STEPS = 3, 8  # the step that is compiled
+
+
+def step_arrays(rule: StepRule, shape: Shape, dtype: str) -> tuple[Any, ...]:
+    """Shapes of logits, tokens, seeds, scores and num_commit."""
+    size = (shape.batch, shape.length)
+    of = jax.ShapeDtypeStruct
+    return (
+        of((*size, shape.vocab), dtype), of(size, jnp.int32), of((shape.batch, 2), jnp.uint32),
+        of(size, jnp.float32), of((shape.batch,), jnp.int32),
+    )  # fmt: skip
+
+
+def step_inputs(rule: StepRule, arrays: tuple[Any, ...], mask_token_id: int) -> StepInputs:
+    """What a backend gets of one step, as `decode_step` was called."""
+    logits, tokens, seeds, scores, num_commit = arrays
+    needs_scores = rule.score == "given" or rule.remask == "conf"
+    return StepInputs(
+        logits, tokens, None, None, seeds if rule.needs_seeds else None, None, None, None, None, 0.0,
+        mask_token_id, scores=scores if needs_scores else None,
+        num_commit=num_commit if rule.count == "given" else None,
+    )  # fmt: skip
+
+
+def fused_step(rule: StepRule, shape: Shape, dtype: str) -> Callable[..., Any]:
+    """One decode step by the kernels."""
+    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, shape.batch, shape.length))
+
+    def step(*arrays: Any) -> Any:
+        return pallas_tpu.decode_step(step_inputs(rule, arrays, shape.vocab - 1), plan, dtype)
+
+    return step
+
+
+def kernels(rule: StepRule, shape: Shape, dtype: str) -> list[tuple[Any, Callable[..., Any], Any]]:
+    """(what it is compiled for, function of arrays, their shapes) of both kernels of a step."""
+    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, shape.batch, shape.length))
+    arrays = step_arrays(rule, shape, dtype)
+    x, mask = step_inputs(rule, arrays, shape.vocab - 1), shape.vocab - 1
+
+    def draw(*arrays: Any) -> Any:
+        return pallas_tpu.draw(step_inputs(rule, arrays, mask), plan, dtype, has_log_z=False)
+
+    def commit(*arrays: Any) -> Any:
+        _, tokens, _, scores, _ = arrays
+        drawn = step_inputs(rule, arrays, mask)._replace(logits=None, drawn=tokens, scores=scores)
+        return pallas_tpu.decode_step(drawn, plan, dtype)
+
+    rows = pallas_tpu.row_spec(x, plan, dtype, has_log_z=False)
+    counts = pallas_tpu.commit_spec(x, plan, dtype)
+    given = (x.seeds is None, x.scores is None, x.num_commit is None)
+    return [(("rows", rows, given), draw, arrays), (("commit", counts, given), commit, arrays)]
+
+
+def plain_step(rule: StepRule, shape: Shape, dtype: str) -> Callable[..., Any]:
+    """The same step in jax.numpy; for MaskGIT's rule as the original writes it."""
+    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, shape.batch, shape.length))
+    mask = shape.vocab - 1
+
+    def step(*arrays: Any) -> Any:
+        from maskgit.kernels.decode_step import run
+
+        x = run.complete(step_inputs(rule, arrays, mask), rule)
+        return jax_ref.decode_step(x, plan, dtype)
+
+    def original(logits: Any, tokens: Any, seeds: Any, *_: Any) -> Any:
+        draw, choose = jax.random.split(jax.random.wrap_key_data(seeds[0]))
+        unknown = tokens == mask
+        drawn = jnp.where(unknown, jax.random.categorical(draw, logits), tokens)
+        probs = jax.nn.softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(probs, drawn[..., None], -1)[..., 0]
+        chosen = jnp.where(unknown, chosen, jnp.inf)
+        noise = jax.random.gumbel(choose, chosen.shape)
+        confidence = jnp.log(chosen) + plan.choice_temperature * noise
+        left = jnp.maximum(1, jnp.minimum(unknown.sum(-1, keepdims=True) - 1, int(plan.table[-1])))
+        cut = jnp.take_along_axis(jnp.sort(confidence, axis=-1), left, axis=-1)
+        return jnp.where(confidence < cut, mask, drawn), drawn, confidence
+
+    return original if rule.name == "maskgit" else step
+
+
+def fused_facts(
+    rule: StepRule, shape: Shape, dtype: str, target: str, folder: Path
+) -> dict[str, Any]:
+    """Bytes, temporaries and cycles of the fused step for one core of the target."""
+    arrays = step_arrays(rule, shape, dtype)
+    clear(folder)
+    program = compiled(fused_step(rule, shape, dtype), arrays, target)
+    x = step_inputs(rule, arrays, shape.vocab - 1)
+    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, shape.batch, shape.length))
+    spec = pallas_tpu.row_spec(x, plan, dtype, has_log_z=False)
+    commit = pallas_tpu.commit_spec(x, plan, dtype)
+    logits, width = shape.num_bytes(dtype), spec.rows * spec.width * ITEM_SIZES[dtype]
+    moved = logits + 4 * shape.rows * (
+        3 + 7
+    )  # fields and results of both kernels, see their estimates
+    facts: dict[str, Any] = {"version": "fused"} | memory(program)
+    facts |= {"block_bytes": 2 * width, "bytes_per_logit_byte": round(moved / logits, 4)}
+    grid = pallas_tpu.grid_of(shape.batch, shape.length, spec)
+    rows = kernel_schedules(folder, "maskgit_rows", grid, walks_again=spec.quick)
+    commits = kernel_schedules(folder, "maskgit_commit", -(-shape.batch // commit.rows), False)
+    facts["xla_cycles"] = xla_cycles(program)
+    facts["cycles"] = rows[0].cycles + commits[0].cycles + facts["xla_cycles"]
+    facts |= {
+        "rows_cycles": rows[0].cycles, "cycles_per_step": rows[0].cycles_per_step,
+        "bundles": rows[0].bundles, "commit_cycles": commits[0].cycles, "busiest": rows[0].busiest,
+        "busy": rows[0].busy,
+    }  # fmt: skip
+    if target in BYTES_PER_CYCLE:
+        facts["memory_cycles"] = round(logits / BYTES_PER_CYCLE[target])
+        facts["compute_per_memory"] = round(rows[0].cycles / facts["memory_cycles"], 3)
+    return facts
+
+
+def plain_facts(rule: StepRule, shape: Shape, dtype: str, target: str) -> dict[str, Any]:
+    """The same of the step in jax.numpy, by XLA's own estimate."""
+    program = compiled(plain_step(rule, shape, dtype), step_arrays(rule, shape, dtype), target)
+    moved = program.cost_analysis()["bytes accessed"] / shape.num_bytes(dtype)
+    facts: dict[str, Any] = {"version": "plain jnp"} | memory(program)
+    return facts | {"bytes_per_logit_byte": round(moved, 2), "cycles": xla_cycles(program)}
+
+
+def step_facts(
+    rule: StepRule, shape: Shape, dtype: str, target: str, folder: Path
+) -> list[dict[str, Any]]:
+    """Both; the plain step in a process of its own, where no schedules are written: gigabytes of them."""
+    labels = {"op": "decode-step", "rule": rule.name, "shape": shape.name, "dtype": dtype}
+    labels["target"] = target
+    fused = labels | fused_facts(rule, shape, dtype, target, folder)
+    sizes = f"{shape.batch}x{shape.length}x{shape.vocab}"
+    environment = {k: v for k, v in os.environ.items() if k != "LIBTPU_INIT_ARGS"}
+    command = [
+        sys.executable,
+        "-m",
+        "maskgit.benchmarks.profile_tpu",
+        rule.name,
+        sizes,
+        dtype,
+        target,
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    plain = labels | json.loads(done.stdout)
+    fused["fewer_cycles_than_plain"] = round(plain["cycles"] / fused["cycles"], 2)
+    return [fused, plain]
+
+
+def clear(folder: Path) -> None:
+    """Forget what the compiler has written so far."""
+    for old in folder.iterdir():
+        old.unlink()
+
+
+def calls(
+    ops: list[str], rules: list[StepRule], shapes: list[Shape], dtypes: list[str], width: int,
+    head_sizes: list[int],
+) -> list[Callable[[str, Path], list[dict[str, Any]]]]:  # fmt: skip
+    """What `maskgit profile` reports: functions of (target, folder of schedules)."""
+    made: list[Callable[[str, Path], list[dict[str, Any]]]] = []
+    for dtype in dtypes:
+        for shape in shapes:
+            for rule in rules:
+                if "decode-step" in ops:
+                    made.append(partial(_step_call, rule, shape, dtype))
+    return made
+
+
+def _step_call(
+    rule: StepRule, shape: Shape, dtype: str, target: str, folder: Path
+) -> list[dict[str, Any]]:
+    return step_facts(rule, shape, dtype, target, folder)
+
+
+if __name__ == "__main__":
+    name, size, kind, chip = sys.argv[1:]
+    print(json.dumps(plain_facts(StepRule.preset(name), parse_shape(size), kind, chip)))

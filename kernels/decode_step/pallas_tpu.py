@@ -1,0 +1,406 @@
+"""The decode step on TPUs: what each kernel is compiled for, its blocks, and its two launches.
+
+    rows      (pallas_rows.py)    one read of the logits: candidates, scores, log Z
+    commit    (pallas_commit.py)  counts, selection and re-masking of whole sequences
+
+Nothing else runs for most rules: both kernels read tokens, seeds and counts as they were given, and
+what passes between them is 8 bytes a row.  A block of rows is at most 4 MB where that holds 8 rows (16
+of 16-bit logits), and there are two of them in VMEM; blocks are taken from (B, N, V) as it lies.
+Numbers that change from step to step are scalars in SMEM, so that steps share a kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..common.simulation import interpret_params
+from .pallas_commit import CommitSpec, commit_kernel
+from .pallas_rows import LANES, LEAF, LOG2E, SEQUENCES, RowSpec, rows_kernel
+from .plan import ResolvedStep, gumbel_below
+from .reference import threshold_in
+from .spec import StepInputs, StepRule
+
+BLOCK_BYTES = 4 << 20
+MOST_BLOCK_BYTES = 24 << 20  # two of these fit in the 64 MB of the smaller chips
+MOST_ROWS = 512
+FEW = 4  # rows of a block where there are no more
+_NEEDS_NO_Z = ("logit", "random", "given")
+
+
+def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    drawn, score = x.drawn, x.scores
+    if drawn is None:
+        drawn, score, _ = draw(x, plan, dtype, has_log_z=False)
+    return _commit(x, drawn, score, plan, dtype)
+
+
+def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(candidate or -1, score, log_z), each (B, N); (-1, -inf, -inf) where not eligible."""
+    return draw(x, plan, dtype, has_log_z=True)
+
+
+def draw(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> tuple[Any, Any, Any]:
+    """Candidates, scores and, if asked for, log Z by the rows kernel."""
+    batch, length, vocab = x.logits.shape
+    nothing = jnp.full((batch, length), -jnp.inf)
+    if batch * length == 0:
+        return jnp.full((batch, length), -1, jnp.int32), nothing, nothing
+    spec = row_spec(x, plan, dtype, has_log_z)
+    fields = {"tokens": x.tokens, "eligible": x.eligible, "positions": x.positions}
+    keys = "none" if x.seeds is None or spec.draw != "race" else "scalars"
+    shape = (batch, length)
+    if length < SEQUENCES < batch:  # short sequences, as one list of rows
+        shape = (1, batch * length)
+        if fields["positions"] is None:
+            fields["positions"] = jnp.broadcast_to(
+                jnp.arange(length, dtype=jnp.int32), (batch, length)
+            )
+        if keys == "scalars":
+            keys = "fields"
+            for i in (0, 1):
+                fields[f"key{i}"] = jnp.broadcast_to(x.seeds[:, i : i + 1], (batch, length))
+    fields = {n: as_int32(f).reshape(shape) for n, f in fields.items() if f is not None}
+    arrays = [
+        a.reshape(*shape, vocab)
+        for a in (x.logits, x.uncond_logits, x.token_gumbel)
+        if a is not None
+    ]
+    seeds = as_int32(x.seeds) if keys == "scalars" else None
+    out = sample_rows(arrays, fields, seeds, keys, _numbers(x, plan), spec, has_log_z)
+    return (*(a.reshape(batch, length) for a in out), nothing)[:3]
+
+
+def block_rows(length: int, row_bytes: int, dtype: str) -> int:
+    """Rows of a block: what fits into 4 MB, and no more than there are; from 128 on, in 128s."""
+    least = 8 if dtype == "float32" else 16
+    if least * row_bytes > MOST_BLOCK_BYTES:
+        raise ValueError(
+            f"logits: expected rows of at most {MOST_BLOCK_BYTES // least >> 10} KB with backend "
+            f"'pallas', got {row_bytes >> 10} KB"
+        )
+    most = max(least, min(MOST_ROWS, BLOCK_BYTES // row_bytes))
+    wanted = min(most, length)
+    if wanted > LANES // 2 and most >= LANES:
+        return -(-wanted // LANES) * LANES if wanted < most else most // LANES * LANES
+    size = FEW if length <= FEW else least
+    while size < wanted and 2 * size <= most:
+        size *= 2
+    return size
+
+
+def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> RowSpec:
+    """What the rows kernel is compiled for."""
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"logits: expected float32 or bfloat16 with backend 'pallas', got {dtype}")
+    batch, length, vocab = x.logits.shape
+    noise = x.token_gumbel is not None
+    spec = rule_spec(
+        plan.rule, plan.sample_temperature > 0, plan.sample_temperature == plan.score_temperature,
+        noise, x.uncond_logits is not None, dtype, has_log_z, x.mask_token_id,
+    )  # fmt: skip
+    size = (4 if dtype == "float32" else 2) * (1 + (spec.guide > 0)) + 4 * noise
+    rows = batch * length if length < SEQUENCES < batch else length
+    whole = -(-vocab // LEAF) * LEAF
+    banned, score_banned = (
+        tuple(i for i in ids if i < vocab) for ids in (spec.banned, spec.score_banned)
+    )
+    return dataclasses.replace(
+        spec, rows=block_rows(rows, whole * size, dtype), vocab=vocab, banned=banned,
+        score_banned=score_banned,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def rule_spec(
+    rule: StepRule, draws: bool, same: bool, noise: bool, guided: bool, dtype: str, has_log_z: bool,
+    mask_token_id: int,
+) -> RowSpec:  # fmt: skip
+    """What of a RowSpec follows from the rule; rows and vocab are to be filled in."""
+    start = rule.vocab_slice[0] if rule.vocab_slice else 0
+    filters: list[tuple[str, float, bool]] = []
+    scaled = "temperature" not in rule.filters
+    for name in rule.filters:
+        if name == "temperature":
+            scaled = True
+            continue
+        value = getattr(rule, name)
+        if name == "top_k" or value < 1 or name == "min_p":
+            filters.append((name, float(value), scaled))
+    greedy = "greedy_probs" if rule.greedy_on == "probs" else "greedy"
+    draw = ("noise" if noise else "race") if draws else greedy
+    banned = rule.banned_ids + ((mask_token_id,) if rule.ban_mask_token else ())
+    apart = (filters and not rule.score_filtered) or rule.score_banned_ids
+    return RowSpec(
+        rows=0,
+        vocab=0,
+        vocab_start=start,
+        dtype=dtype,
+        guide=0 if not guided else 2 if rule.guidance_dtype == "logits" else 1,
+        banned=tuple(sorted({i - start for i in banned if i >= start})),
+        filters=tuple(filters),
+        below=rule.top_p_keep == "below",
+        draw=draw,
+        score=rule.score,
+        score_filtered=rule.score_filtered,
+        score_banned=tuple(i - start for i in rule.score_banned_ids if i >= start),
+        needs_z=has_log_z or rule.score not in _NEEDS_NO_Z,
+        rounding=dtype if rule.score_dtype == "logits" else "float32",
+        shared=draw == "race" and same and not apart,
+        held=rule.revise == "held",
+        touches_known=rule.touches_known,
+        mask_token_id=mask_token_id,
+    )
+
+
+def _numbers(x: StepInputs, plan: ResolvedStep) -> tuple[jax.Array, jax.Array]:
+    """(step, the other numbers of pallas_rows.Numbers)."""
+    temperature = plan.sample_temperature
+    scalars = [
+        x.guidance_scale, temperature, LOG2E / temperature if temperature > 0 else 1.0,
+        LOG2E / plan.score_temperature, LOG2E / plan.filter_temperature,
+    ]  # fmt: skip
+    return _step(plan), jnp.stack([jnp.float32(s) for s in scalars])[None]
+
+
+def _step(plan: ResolvedStep, *others: Any) -> jax.Array:
+    step = int(np.uint32(plan.step).view(np.int32))
+    return jnp.stack([jnp.asarray(n, jnp.int32) for n in (step, *others)])[None]
+
+
+def as_int32(x: jax.Array) -> jax.Array:
+    """The low 32 bits."""
+    if x.dtype == jnp.int32 or x.dtype == jnp.bool_:
+        return x.astype(jnp.int32)
+    return x.astype(jnp.uint32).view(jnp.int32)
+
+
+def grid_of(batch: int, length: int, spec: RowSpec) -> int:
+    """Steps of the rows kernel's grid."""
+    return -(-batch // SEQUENCES) * min(batch, SEQUENCES) * -(-length // spec.rows)
+
+
+def sample_rows(
+    arrays: list[Any], fields: dict[str, Any], seeds: Any, keys: str, numbers: tuple[Any, Any],
+    spec: RowSpec, has_log_z: bool,
+) -> Any:  # fmt: skip
+    """The rows kernel on (B, N, V) logits, unconditional logits and noise: two or three results."""
+    batch, length, vocab = arrays[0].shape
+    blocks, together = -(-length // spec.rows), min(batch, SEQUENCES)
+    width = -(-blocks * spec.rows // LANES) * LANES
+    kinds = [jnp.int32, jnp.float32, jnp.float32][: 2 + has_log_z]
+    last = batch - 1
+
+    def of_rows(group: Any, sequence: Any, block: Any) -> Any:
+        return jnp.minimum(group * SEQUENCES + sequence, last), block, 0
+
+    def of_sequences(group: Any, sequence: Any, block: Any) -> Any:
+        return group, 0
+
+    rows = pl.BlockSpec((None, spec.rows, spec.width), of_rows)
+    field = pl.BlockSpec((together, width), of_sequences)
+    scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
+    of_key = pl.BlockSpec((together, 2), of_sequences, memory_space=pltpu.SMEM)
+    block = sum(spec.rows * spec.width * a.dtype.itemsize for a in arrays)
+    return pl.pallas_call(
+        functools.partial(
+            rows_kernel, spec=spec, names=tuple(fields), batch=batch, length=length,
+            has_noise=len(arrays) > 1 + (spec.guide > 0), keys=keys,
+        ),
+        grid=(-(-batch // SEQUENCES), together, blocks),
+        in_specs=[
+            scalar, scalar, *[of_key] * (seeds is not None), *[field] * len(fields),
+            *[rows] * len(arrays),
+        ],
+        out_specs=[field] * len(kinds),
+        out_shape=[jax.ShapeDtypeStruct((batch, length), kind) for kind in kinds],
+        scratch_shapes=[pltpu.VMEM((16, LANES), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=_vmem(block),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=8 * batch * length * vocab,
+            transcendentals=batch * length * vocab,
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays)
+            + 4 * batch * length * (len(fields) + len(kinds)),
+        ),
+        interpret=interpret_params(),
+        name="maskgit_rows",
+    )(*numbers, *[a for a in (seeds,) if a is not None], *fields.values(), *arrays)  # fmt: skip
+
+
+def _vmem(block: int) -> int | None:
+    """VMEM for two blocks and what is spilled; the chip's default where that is enough."""
+    return None if block <= BLOCK_BYTES else 2 * block + (8 << 20)
+
+
+def commit_spec(x: StepInputs, plan: ResolvedStep, dtype: str) -> CommitSpec:
+    """What the commit kernel is compiled for at this step."""
+    rule = plan.rule
+    batch, length = x.tokens.shape
+
+    def bound(value: float) -> float:
+        return float(threshold_in(value, rule.score_dtype, dtype, np.float32))
+
+    adds_noise = plan.choice_temperature > 0 and rule.score != "random"
+    by_noise = rule.score == "random" or plan.count == "bernoulli" or rule.remask != "none"
+    noise = "given" if x.choice_gumbel is not None else "stream"
+    return CommitSpec(
+        rows=_sequences(batch, length),
+        length=length,
+        mask_token_id=int(x.mask_token_id),
+        count="all" if plan.commit_all else plan.count,
+        cut=rule.cut,
+        fraction_of_mean=plan.count_rows == "mean",
+        limit_is_given=plan.count_rows == "first",
+        clamps=plan.clamps,
+        looks_up=_looks_up(plan),
+        least_is_quota=rule.min_commit == "quota",
+        source=rule.score if rule.score in ("random", "given") else "drawn",
+        noise=noise if adds_noise or by_noise else "none",
+        adds_noise=adds_noise,
+        threshold=bound(rule.threshold) if plan.count != "entropy_bound" else rule.threshold,
+        threshold_strict=rule.threshold_strict,
+        slack=rule.threshold_slack,
+        low_threshold=bound(rule.low_threshold),
+        factor=rule.factor,
+        factor_tail=rule.factor_tail,
+        revise=rule.revise != "no",
+        touches_known=rule.touches_known,
+        edit_threshold=rule.edit_threshold,
+        remasks=rule.remask != "none",
+        remasks_by_score=rule.remask == "conf",
+        skip_mask_token=rule.skip_mask_token,
+    )
+
+
+def _sequences(batch: int, length: int) -> int:
+    """Sequences of a block: 8 or a few times 8, all at once where there are fewer."""
+    most = max(8, min(64, (1 << 15) // max(length, 1) // 8 * 8))
+    return batch if batch <= most else most
+
+
+def _commit(
+    x: StepInputs, drawn: Any, score: Any, plan: ResolvedStep, dtype: str
+) -> tuple[Any, Any, Any]:
+    """Counts in a few XLA operations on (B,) arrays, the rest by the commit kernel."""
+    batch, length = x.tokens.shape
+    kind = x.tokens.dtype
+    if batch * length == 0:
+        return x.tokens, x.tokens, jnp.zeros((batch, length), jnp.float32)
+    spec = commit_spec(x, plan, dtype)
+    drawn = drawn.astype(jnp.int32)
+    needs_scores = spec.source == "given" or spec.remasks_by_score
+    streams = spec.noise == "stream"
+    given = {
+        "tokens": x.tokens,
+        "drawn": drawn,
+        "eligible": x.eligible,
+        "positions": x.positions if streams else None,
+        "start": x.num_masked_at_start[:, None]
+        if spec.looks_up and x.num_masked_at_start is not None
+        else None,
+        "num_commit": None if x.num_commit is None else x.num_commit[:, None],
+        "seeds": x.seeds if streams else None,
+        "table": plan.table[None] if spec.looks_up else None,
+    }
+    given = {n: as_int32(jnp.asarray(a)) for n, a in given.items() if a is not None}
+    for name, array, is_read in (
+        ("score", score, spec.source == "drawn"), ("scores", x.scores, needs_scores),
+        ("gumbel", x.choice_gumbel, spec.noise == "given"),
+    ):  # fmt: skip
+        if is_read:
+            given[name] = array.astype(jnp.float32)
+    below, share = gumbel_below(plan.remask_chance), np.float32(plan.commit_fraction)
+    scalars = (plan.choice_temperature, plan.commit_below, share, below, plan.remask_chance)
+    numbers = _step(plan, *_of_batch(x, drawn, plan)), jnp.float32(scalars)[None]
+    out = commit_rows(given, numbers, spec)
+    return out[0].astype(kind), out[1].astype(kind), out[2]
+
+
+def _looks_up(plan: ResolvedStep) -> bool:
+    """Whether each sequence looks its count up by its own number of masked positions."""
+    each = plan.count_base != "positions" and plan.count_rows in ("each", "mean")
+    return bool(plan.table.size) and each
+
+
+def commit_rows(given: dict[str, Any], numbers: tuple[Any, Any], spec: CommitSpec) -> Any:
+    """The commit kernel on fields of Inputs by name: next tokens, candidates, confidence, (B, N)."""
+    batch, length = given["tokens"].shape
+    scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
+    shape = (spec.rows, spec.width)
+    block = pl.BlockSpec(shape, lambda i: (i, 0))
+
+    def spec_of(name: str, array: Any) -> pl.BlockSpec:
+        if name == "table":
+            return pl.BlockSpec(array.shape, lambda i: (0, 0))
+        if array.shape[1] != length or name in ("start", "num_commit", "seeds"):
+            return pl.BlockSpec((spec.rows, array.shape[1]), lambda i: (i, 0))
+        return block
+
+    compared = batch * spec.width * (spec.width if spec.needs_ranks else 1)
+    outputs = [jnp.int32, jnp.int32, jnp.float32]
+    return pl.pallas_call(
+        functools.partial(commit_kernel, spec=spec, names=tuple(given)),
+        grid=(-(-batch // spec.rows),),
+        in_specs=[scalar, scalar, *(spec_of(n, a) for n, a in given.items())],
+        out_specs=[block] * 3,
+        out_shape=[jax.ShapeDtypeStruct((batch, length), kind) for kind in outputs],
+        scratch_shapes=[
+            pltpu.VMEM(shape if spec.rows > 1 else (spec.width // LANES, LANES), jnp.int32),
+            pltpu.VMEM(shape, jnp.int32),
+            pltpu.VMEM(shape, jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * compared,
+            transcendentals=2 * batch * length,
+            bytes_accessed=4 * (sum(a.size for a in given.values()) + 3 * batch * length),
+        ),
+        interpret=interpret_params(),
+        name="maskgit_commit",
+    )(*numbers, *given.values())
+
+
+def _of_batch(x: StepInputs, drawn: jax.Array, plan: ResolvedStep) -> tuple[Any, Any]:
+    """(target, upper limit) of the count where these are the same for all sequences."""
+    rule, rows = plan.rule, plan.count_rows
+    if plan.count_base == "positions" and rows != "first" and plan.table.size:
+        return int(plan.table[-1]), 0
+    if rows == "each":
+        return 1, 0
+    takes_part = x.tokens == x.mask_token_id
+    if rule.touches_known:
+        takes_part = takes_part | True
+    if x.eligible is not None:
+        takes_part = takes_part & x.eligible
+    competes = takes_part if rule.revise != "no" else takes_part & (x.tokens == x.mask_token_id)
+    if rule.skip_mask_token:
+        competes = competes & (drawn != x.mask_token_id)
+    if rows == "mean":
+        if plan.count != "fraction":
+            return 1, 0
+        counts = np.arange(x.tokens.size + 1, dtype=np.float32) / np.float32(x.tokens.shape[0])
+        mean = (counts * np.float32(plan.commit_fraction)).astype(np.int32)
+        return jnp.asarray(mean)[competes.sum()], 0
+    start = x.num_masked_at_start
+    start = takes_part.sum(1) if start is None else start
+    start = start[0] if rows == "first" else start.sum()
+    limit = competes[0].sum()
+    if plan.count == "given" or not plan.table.size:
+        return 1, limit
+    table = jnp.asarray(plan.table, dtype=jnp.int32)
+    target = (
+        table[-1] if plan.count_base == "positions" else table[start.clip(0, plan.table.size - 1)]
+    )
+    return target, limit

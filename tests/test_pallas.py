@@ -1,0 +1,235 @@
+"""The TPU kernels in jax's simulator of TPU memories, against the float64 reference.
+
+Every run looks for races, starts from memory full of NaN and raises at a read outside an array.  A
+case is seconds, so that all presets and fields are slow tests; what always runs is a sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+from helpers import (  # noqa: E402
+    CORE,
+    FREE,
+    Case,
+    check,
+    compare,
+    compare_stats,
+    golden_rule,
+    make_case,
+    run,
+    run_stats,
+)
+from maskgit.kernels.common import selection  # noqa: E402
+from maskgit.kernels.common.simulation import compiling  # noqa: E402
+from maskgit.kernels.decode_step import pallas_tpu  # noqa: E402
+from maskgit.kernels.decode_step.plan import resolve, table_size  # noqa: E402
+from maskgit.kernels.decode_step.spec import StepInputs  # noqa: E402
+from test_contract import FIELDS, SIZED, _guidance, spoil  # noqa: E402
+from test_golden import FILES, first_of_each_function, meta_of, replay  # noqa: E402
+
+import maskgit  # noqa: E402
+from maskgit import StepRule  # noqa: E402
+
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch):
+    monkeypatch.setenv("MASKGIT_PALLAS_INTERPRET", "1")
+    selection.why_missing.cache_clear()
+    yield
+    monkeypatch.undo()
+    selection.why_missing.cache_clear()
+
+
+def sampled(names: Any, always: tuple[str, ...]) -> list[Any]:
+    """The names as parameters, all but a few of them slow."""
+    return [n if n in always else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+def test_asked_for_by_name_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASKGIT_PALLAS_INTERPRET")
+    selection.why_missing.cache_clear()
+    with pytest.raises(ValueError, match="jax finds no TPU"):
+        run(make_case(StepRule.preset("maskgit")), "pallas")
+
+
+def test_float16_and_rows_too_long_are_refused() -> None:
+    case = make_case(StepRule.preset("maskgit"), dtype="float16")
+    with pytest.raises(ValueError, match="expected float32 or bfloat16"):
+        run(case, "pallas")
+    with pytest.raises(ValueError, match="rows of at most"):
+        pallas_tpu.block_rows(100, 64 << 20, "float32")
+
+
+@pytest.mark.parametrize("preset", sampled(FREE, ("maskgit", "titok", "dream-entropy")))
+def test_every_preset(preset: str) -> None:
+    rule = StepRule.preset(preset)
+    for step, dtype, noise in (
+        (0, "bfloat16", "seeds"), (3, "float32", "seeds"), (3, "bfloat16", "injected"),
+        (7, "float32", "injected"),
+    ):  # fmt: skip
+        guidance = 2.5 if step == 3 else None
+        case = make_case(rule, seed=step, dtype=dtype, noise=noise, step=step, guidance=guidance)
+        check(case, "pallas")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field(name: str, dtype: str) -> None:
+    rule = StepRule(name=name, **FIELDS[name])
+    mask = 20 if "ban-mask" in name else None
+    case = make_case(rule, seed=1, dtype=dtype, step=1, mask_token_id=mask)
+    check(dataclasses.replace(case, **_guidance(case)), "pallas")
+    if rule.score != "random" and not rule.ban_mask_token:
+        case = dataclasses.replace(case, choice_gumbel=None)
+        compare_stats(case, run_stats(case, "pallas"), wide=False)
+
+
+@pytest.mark.parametrize("name", ["all-filters", "top-p-below", "filtered-margin"])
+def test_filters(name: str) -> None:
+    check(make_case(StepRule(name=name, **FIELDS[name]), seed=4, step=1), "pallas")
+
+
+@pytest.mark.parametrize("vocab", sampled(map(str, (1, 2, 17, 127, 128, 129, 1000, 1025, 2049, 5000)), ("129", "2049")))  # fmt: skip
+def test_every_vocabulary_size(vocab: str) -> None:
+    names = ("maskgit",) if vocab in ("129", "2049") else SIZED
+    for name in names:
+        for dtype in DTYPES:
+            case = make_case(SIZED[name], vocab=int(vocab), length=9, dtype=dtype, seed=int(vocab))
+            check(case, "pallas")
+
+
+@pytest.mark.parametrize("shape", sampled(
+    ["3x4x700", "1x3x5000", "2x257x300", "9x40x260", "70x5x33", "1x1100x129", "2x40x20000"], ("9x40x260",)
+))  # fmt: skip
+def test_every_layout_of_rows(shape: str) -> None:
+    """Rows in every number of lanes, blocks that end raggedly, more sequences than a block holds."""
+    batch, length, vocab = map(int, shape.split("x"))
+    for name, dtype in (("maskgit", "bfloat16"), ("dream-entropy", "float32")):
+        case = make_case(SIZED[name], batch=batch, length=length, vocab=vocab, dtype=dtype, seed=3)
+        check(case, "pallas")
+
+
+@pytest.mark.parametrize(
+    "name", sampled([*CORE, "all-filters", "typical", "score-cold"], ("maskgit",))
+)
+def test_bad_entries(name: str) -> None:
+    rule = StepRule.preset(name) if name in CORE else StepRule(name=name, **FIELDS[name])
+    for dtype, guidance in (("float32", None), ("bfloat16", 1.5), ("bfloat16", None)):
+        case = make_case(rule, dtype=dtype, length=40, vocab=150, guidance=guidance)
+        check(spoil(case, 5), "pallas")
+
+
+@pytest.mark.parametrize("count", sampled(["masked", "quota", "fraction", "threshold", "factor"], ("masked",)))  # fmt: skip
+def test_ties_of_positions(count: str) -> None:
+    rng = np.random.default_rng(3)
+    for cut in ("strict", "inclusive", "exact"):
+        rule = StepRule(cut=cut, count=count, sample_temperature=0.0, score="prob", threshold=0.4)  # type: ignore[arg-type]
+        case = make_case(rule, length=32, vocab=12, step=2, batch=4, mask_token_id=99)
+        rows = rng.integers(0, 2, (4, 32, 1)) * np.eye(12)[rng.integers(0, 12, (4, 32))]
+        case = dataclasses.replace(case, logits=(4 * rows).astype(np.float32))
+        assert not check(case, "pallas").token_ties
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", CORE)
+def test_uneven_rows_and_eligibility(preset: str) -> None:
+    rng = np.random.default_rng(1)
+    case = make_case(StepRule.preset(preset), batch=4, length=30, vocab=50, step=4)
+    tokens = case.tokens.copy()
+    for b, count in enumerate((0, 1, 15, 30)):
+        tokens[b] = np.where(np.arange(30) < count, 50, 7)
+    eligible = rng.random(tokens.shape) < 0.6
+    for start in (None, np.array([30, 0, 5, 30])):
+        case = dataclasses.replace(
+            case, tokens=tokens, eligible=eligible, num_masked_at_start=start
+        )
+        check(case, "pallas")
+
+
+@pytest.mark.slow
+def test_large_vocabulary() -> None:
+    for name, dtype in (("maskgit", "bfloat16"), ("llada", "bfloat16"), ("filters", "float32")):
+        case = make_case(SIZED[name], batch=1, length=4, vocab=126_464, dtype=dtype, masked=1.0)
+        check(case, "pallas")
+
+
+def test_a_row_is_the_same_wherever_it_lies() -> None:
+    """Alone, among others, in lanes of its own or dealt out to several: the same token."""
+    rule = StepRule.preset("maskgit")
+    case = make_case(rule, batch=2, length=130, vocab=400, masked=1.0)
+    together = run_stats(case, "pallas")
+    for part in (slice(0, 3), slice(0, 40)):
+        alone = dataclasses.replace(case, logits=case.logits[:, part], tokens=case.tokens[:, part])
+        tokens, *numbers = run_stats(alone, "pallas")
+        np.testing.assert_array_equal(together[0][:, part], tokens)
+        for a, b in zip(together[1:], numbers, strict=True):  # sums in another order
+            np.testing.assert_allclose(a[:, part], b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=[] if path.stem in _QUICK else [pytest.mark.slow])
+    for _QUICK in [{"maskgit-decode", *sorted(first_of_each_function())[:3]}]
+    for path in FILES
+])  # fmt: skip
+def test_tokens_are_those_of_the_codebase_itself(path: Any) -> None:
+    meta = meta_of(path)
+    if meta["dtype"] not in DTYPES:
+        pytest.skip("float16 is not for TPUs")
+    with np.load(path, allow_pickle=False) as file:
+        golden = {name: file[name] for name in file.files}
+    for s in range(0, len(golden["step"]), 3):
+        next_tokens, _ = replay(
+            golden, json.loads(str(golden["meta"])), golden_rule(path.stem), s, "pallas"
+        )
+        np.testing.assert_array_equal(next_tokens, golden["expected"][s], f"after step {s}")
+
+
+@pytest.mark.parametrize("preset", ["maskgit", "titok", "soundstorm", "mdlm"])
+@pytest.mark.parametrize("shape", ["64x256x1024", "8x32x126464", "3x257x50258"])
+def test_cost_estimates_are_those_of_the_block_specs(preset: str, shape: str) -> None:
+    """What each kernel says that it reads and writes is what its blocks add up to."""
+    batch, length, vocab = map(int, shape.split("x"))
+    rule = StepRule.preset(preset)
+    plan = resolve(rule, 3, 8, table_size(rule, batch, length))
+    of = jax.ShapeDtypeStruct
+
+    def step(logits: Any, tokens: Any, seeds: Any) -> Any:
+        x = StepInputs(logits, tokens, None, None, seeds, None, None, None, None, 0.0, vocab - 1)
+        return pallas_tpu.decode_step(x, plan, "bfloat16")
+
+    with compiling():
+        traced = jax.make_jaxpr(step)(
+            of((batch, length, vocab), jnp.bfloat16), of((batch, length), jnp.int32), of((batch, 2), jnp.uint32)
+        )  # fmt: skip
+    calls = [e for e in traced.eqns if e.primitive.name == "pallas_call"]
+    assert len(calls) == 2
+    for call in calls:
+        mapping = call.params["grid_mapping"]
+        moved = 0
+        for block in mapping.block_mappings:
+            array = block.array_aval if hasattr(block, "array_aval") else block.array_shape_dtype
+            if "smem" not in str(block.transformed_block_aval).lower():
+                moved += int(np.prod(array.shape)) * jnp.dtype(array.dtype).itemsize
+        estimate = call.params["cost_estimate"].bytes_accessed
+        assert estimate == pytest.approx(moved, rel=0.01)
+    bytes_of_logits = 2 * batch * length * vocab
+    total = sum(call.params["cost_estimate"].bytes_accessed for call in calls)
+    assert total <= 1.05 * bytes_of_logits
+
+
+def test_confidences_agree_with_jax() -> None:
+    case: Case = make_case(StepRule.preset("maskgit"), length=50, vocab=333, step=2)
+    compare(case, run(case, "reference"), run(case, "pallas"))
+    assert maskgit.available_backends()["pallas"] is None

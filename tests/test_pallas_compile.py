@@ -1,0 +1,135 @@
+"""The TPU kernels, compiled by the real TPU compiler for chips that are not here, and what it says.
+
+What always runs is a sample; `make test-all` compiles every kernel of every preset, at every named shape,
+in float32 and bfloat16, for four chips.  Presets that lead to the same kernel are compiled once.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from maskgit.benchmarks import tpu_compiler
+from maskgit.benchmarks.shapes import SHAPES, parse_shape
+
+from maskgit import StepRule
+
+if tpu_compiler.why_missing() is not None:
+    pytest.skip(str(tpu_compiler.why_missing()), allow_module_level=True)
+
+tpu_compiler.prepare()
+
+from maskgit.benchmarks import profile_tpu  # noqa: E402
+
+TARGETS = ("tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu7x")
+SAMPLE = [
+    ("tpu-v5e", "maskgit", "maskgit-256", "bfloat16"),
+    ("tpu-v5e", "titok", "titok-l-32", "float32"),
+    ("tpu-v5e", "dream-entropy", "dream-block", "bfloat16"),
+    ("tpu-v5e", "sdar", "sdar-block", "float32"),
+    ("tpu-v5p", "maskgit", "soundstorm", "float32"),
+    ("tpu-v5p", "muse-critic", "muse-256", "bfloat16"),
+    ("tpu-v6e", "llada", "llada-block", "bfloat16"),
+    ("tpu-v6e", "dinfer-hierarchy", "llada2-block", "bfloat16"),
+    ("tpu7x", "mdlm", "mdlm", "bfloat16"),
+    ("tpu7x", "maskgit", "magvit-v2", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("target", "rule", "shape", "dtype"), SAMPLE)
+def test_the_compiler_accepts_it(target: str, rule: str, shape: str, dtype: str) -> None:
+    size, step_rule = SHAPES[shape], StepRule.preset(rule)
+    step = profile_tpu.fused_step(step_rule, size, dtype)
+    program = tpu_compiler.compiled(step, profile_tpu.step_arrays(step_rule, size, dtype), target)
+    assert tpu_compiler.memory(program)["temporary_bytes"] < 1 << 20
+    text = program.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    for word in ("callback", "outfeed", "sort("):
+        assert word not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_of_every_preset(target: str, shape: str, dtype: str) -> None:
+    size, seen = SHAPES[shape], set()
+    for name in StepRule.presets():
+        rule = StepRule.preset(name)
+        for key, kernel, arrays in profile_tpu.kernels(rule, size, dtype):
+            if key not in seen:
+                seen.add(key)
+                tpu_compiler.compiled(kernel, arrays, target)
+    assert len(seen) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("filters", [
+    {"filters": ("top_k", "temperature", "top_p"), "top_k": 40, "top_p": 0.9},
+    {"filters": ("typical_p", "min_p"), "typical_p": 0.9, "min_p": 0.01, "score_filtered": True},
+])  # fmt: skip
+def test_filters(target: str, filters: dict[str, Any]) -> None:
+    rule, size = StepRule(**filters), parse_shape("2x64x5000")
+    step = profile_tpu.fused_step(rule, size, "bfloat16")
+    tpu_compiler.compiled(step, profile_tpu.step_arrays(rule, size, "bfloat16"), target)
+
+
+def test_cycles_of_the_schedule() -> None:
+    """MaskGIT's step on a v5e: the figures of docs/tpu.md, from the compiler's final schedule."""
+    command = [
+        sys.executable,
+        "-c",
+        "from maskgit.cli import main; main()",
+        "profile",
+        "--target",
+        "tpu-v5e",
+        "--json",
+    ]
+    shapes = ["maskgit-256", "amused-256", "llada-block"]
+    for shape in shapes:
+        command += ["--shape", shape]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert report["from"] == "from the compiler's schedule, not a run"
+    fused = {f["shape"]: f for f in report["kernels"] if f["version"] == "fused"}
+    plain = {f["shape"]: f for f in report["kernels"] if f["version"] == "plain jnp"}
+    assert set(fused) == set(plain) == set(shapes)
+    for facts in fused.values():
+        assert facts["bytes_per_logit_byte"] <= 1.05
+        assert facts["temporary_bytes"] < 1 << 20
+    assert fused["maskgit-256"]["cycles"] <= 113_000  # a tenth of XLA's 1.13 M in float32
+    for shape in ("amused-256", "llada-block"):  # V of 8192 and above
+        assert fused[shape]["compute_per_memory"] <= 1.5
+        assert plain[shape]["cycles"] >= 9 * fused[shape]["cycles"]
+
+
+def test_trip_counts_are_read_from_the_schedule() -> None:
+    """A kernel with a known number of additions: the parser counts its loops as often as they run."""
+    code = """
+import sys
+from maskgit.benchmarks import tpu_compiler as t
+with t.schedules() as folder:
+    import jax, jax.numpy as jnp
+    from jax.experimental import pallas as pl
+    def kernel(x, y):
+        def body(i, c):
+            return c * 1.5 + x[...]
+        y[...] = jax.lax.fori_loop(0, int(sys.argv[1]), body, x[...])
+    def f(x):
+        spec = pl.BlockSpec((8, 128), lambda i: (i, 0))
+        out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(kernel, grid=(6,), in_specs=[spec], out_specs=spec, out_shape=out, name="counted")(x)
+    t.compiled(f, (jax.ShapeDtypeStruct((48, 128), jnp.float32),), "tpu-v5e")
+    print(t.kernel_schedules(folder, "counted", 6, False)[0].cycles)
+"""
+    few, many = (
+        int(subprocess.run([sys.executable, "-c", code, n], capture_output=True, text=True, check=True).stdout)
+        for n in ("100", "300")
+    )  # fmt: skip
+    per_trip = (many - few) / (6 * 200)
+    assert 1 <= per_trip <= 12
