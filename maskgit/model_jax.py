@@ -1,0 +1,269 @@
+"""MaskGIT's transformer in JAX: the parameters of model.py by the same names, from the same file.
+
+    weights = model_jax.load("weights.safetensors")
+    out = model_jax.generate(weights, classes, seeds=seeds, num_steps=8)      # one compiled program
+
+`params` is a flat dict of arrays by their names in the torch model's state dict, so a checkpoint serves
+both.  Matrices are (out, in) as there.  The function is that of model.py: post-LayerNorm, tanh GELU,
+a head that multiplies by the codebook's rows of the tied embedding alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskgit.config import ConfigError, PresetConfig, TransformerConfig, from_dict
+from maskgit.kernels.attention import attention
+from maskgit.kernels.decode_step import StepRule, as_rule
+from maskgit.sampler import GenerateResult
+from maskgit.sampler import generate as generate_tokens
+
+Params = Mapping[str, jax.Array]
+
+
+class Weights(NamedTuple):
+    """A transformer's parameters, its configuration, and the settings it is sampled with."""
+
+    params: dict[str, jax.Array]
+    config: PresetConfig
+
+
+def load(path: str | Path, dtype: Any = jnp.float32) -> Weights:
+    """The transformer of a file that `maskgit.checkpoint.save_weights` wrote; torch is not needed.
+
+    Raises:
+        ValueError: no such file, not a checkpoint of weights, altered, or of another shape.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="np") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    found = (metadata.get("format"), metadata.get("format_version"), metadata.get("kind"))
+    if found != ("maskgit-checkpoint", "1", "weights"):
+        raise ValueError(f"{path}: expected a maskgit checkpoint of weights, got {found}")
+    if metadata.get("sha256") != _digest(tensors, metadata["config"], metadata["info"]):
+        raise ValueError(f"{path}: tensors or metadata do not match the file's own SHA-256")
+    try:
+        config = from_dict(PresetConfig, json.loads(metadata["config"]))
+    except ConfigError as error:
+        raise ValueError(f"{path}: bad configuration: {error}") from error
+    prefix = "transformer."
+    named = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    params = {name: jnp.asarray(value).astype(dtype) for name, value in named.items()}
+    check(params, config.transformer)
+    return Weights(params, config)
+
+
+def _digest(tensors: Mapping[str, np.ndarray[Any, Any]], *texts: str) -> str:
+    """SHA-256 (hex) as checkpoint.py forms it."""
+    digest = hashlib.sha256("\0".join(texts).encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name}|torch.{array.dtype.name}|{tuple(array.shape)}|".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def from_torch(state_dict: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    """Parameters from the state dict of a `MaskGitTransformer`."""
+    return {
+        k: jnp.asarray(v.detach().float().cpu().numpy()).astype(dtype)
+        for k, v in state_dict.items()
+    }
+
+
+def shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter."""
+    width, mlp = config.hidden_size, config.mlp_size
+    out: dict[str, tuple[int, ...]] = {
+        "embedding.word.weight": (config.vocab_size, width),
+        "embedding.position.weight": (config.num_tokens + 1, width),
+        "head.dense.weight": (width, width),
+        "head.dense.bias": (width,),
+        "head.bias": (config.vocab_size,),
+    }
+    norms = ["embedding.norm", "head.norm"]
+    for i in range(config.num_layers):
+        layer = f"layers.{i}"
+        norms += [f"{layer}.attention.norm", f"{layer}.mlp.norm"]
+        for name, shape in (
+            ("attention.qkv", (3 * width, width)), ("attention.out", (width, width)),
+            ("mlp.up", (mlp, width)), ("mlp.down", (width, mlp)),
+        ):  # fmt: skip
+            out[f"{layer}.{name}.weight"], out[f"{layer}.{name}.bias"] = shape, shape[:1]
+    return out | {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+
+
+def check(params: Params, config: TransformerConfig) -> None:
+    """ValueError naming the first parameter that is missing, unknown or of another shape."""
+    wanted = shapes(config)
+    for name in sorted(set(wanted) ^ set(params)):
+        what = "missing" if name in wanted else "not one of this model"
+        raise ValueError(f"params: {name!r} is {what}")
+    for name, shape in wanted.items():
+        if tuple(params[name].shape) != shape:
+            raise ValueError(f"params: {name!r}: expected {shape}, got {tuple(params[name].shape)}")
+
+
+def _linear(params: Params, name: str, x: jax.Array) -> jax.Array:
+    out = jnp.einsum("...i,oi->...o", x, params[f"{name}.weight"], precision="highest")
+    return out + params[f"{name}.bias"]
+
+
+def _norm(params: Params, name: str, x: jax.Array, config: TransformerConfig) -> jax.Array:
+    """LayerNorm with float32 statistics."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + config.layer_norm_eps)
+    normal = (centred * scale).astype(x.dtype)
+    return normal * params[f"{name}.weight"] + params[f"{name}.bias"]
+
+
+def _layer(
+    params: Params, name: str, x: jax.Array, config: TransformerConfig, backend: str
+) -> jax.Array:
+    """(B, L, D) -> (B, L, D)."""
+    batch, length, width = x.shape
+    qkv = _linear(params, f"{name}.attention.qkv", x)
+    qkv = qkv.reshape(batch, length, 3, config.num_heads, width // config.num_heads)
+    y = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], backend=backend)
+    y = _linear(params, f"{name}.attention.out", y.reshape(batch, length, width))
+    x = _norm(params, f"{name}.attention.norm", x + y, config)
+    y = jax.nn.gelu(_linear(params, f"{name}.mlp.up", x), approximate=True)
+    y = _linear(params, f"{name}.mlp.down", y)
+    return _norm(params, f"{name}.mlp.norm", x + y, config)
+
+
+def hidden(
+    params: Params, config: TransformerConfig, tokens: jax.Array, class_ids: jax.Array,
+    *, attention_backend: str = "auto",
+) -> jax.Array:  # fmt: skip
+    """Last hidden states (B, N, D) at the image positions.
+
+    tokens is (B, N) with the mask id where unknown; class_ids is (B,), where `num_classes` stands for "no
+    class" in a model that has it.
+    """
+    first = (config.codebook_size + class_ids)[:, None].astype(tokens.dtype)
+    ids = jnp.concatenate([first, tokens], axis=1)
+    x = params["embedding.word.weight"][ids] + params["embedding.position.weight"][: ids.shape[1]]
+    x = _norm(params, "embedding.norm", x, config)
+    for i in range(config.num_layers):
+        x = _layer(params, f"layers.{i}", x, config, attention_backend)
+    return x[:, 1:]
+
+
+def project(params: Params, config: TransformerConfig, states: jax.Array) -> jax.Array:
+    """(..., D) -> (..., D): what is multiplied by the codebook's embedding."""
+    x = jax.nn.gelu(_linear(params, "head.dense", states), approximate=True)
+    return _norm(params, "head.norm", x, config)
+
+
+def head_weight(params: Params, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+    """The head's matrix (codebook_size, D) and bias (codebook_size,)."""
+    size = config.codebook_size
+    return params["embedding.word.weight"][:size], params["head.bias"][:size]
+
+
+def logits(
+    params: Params, config: TransformerConfig, tokens: jax.Array, class_ids: jax.Array
+) -> jax.Array:
+    """Logits (B, N, codebook_size); see `hidden` for the arguments."""
+    states = project(params, config, hidden(params, config, tokens, class_ids))
+    weight, bias = head_weight(params, config)
+    return jnp.einsum("...i,oi->...o", states, weight, precision="highest") + bias
+
+
+def generate(
+    weights: Weights,
+    class_ids: jax.Array,
+    *,
+    seeds: jax.Array,
+    num_steps: int | None = None,
+    rule: StepRule | str | None = None,
+    guidance_scale: float | None = None,
+    tokens: jax.Array | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """Images' tokens (B, N) for (B,) classes: the whole loop as one compiled program.
+
+    Args:
+        weights: see `load`.
+        class_ids: (B,) integers.
+        seeds: (B,) 64-bit integers or (B, 2) uint32 words, one for each image.
+        num_steps, rule, guidance_scale: by default those of the weights.  A scale s other than 1 needs a
+            model with a null class: u + s (c - u), mixed on what goes into the head.
+        tokens: (B, N), the mask id where tokens are to be generated; by default everywhere.
+        backend: of the decode step, as in `maskgit.decode_step`.
+
+    Raises:
+        ValueError: guidance without a null class, shapes that do not fit, and as `generate`.
+
+    Semantics: schedule and counts are compiled in, seeds, classes and tokens are arguments: further
+    calls with other values and equal shapes run the same program, and nothing waits for the host.
+    """
+    config, settings = weights.config.transformer, weights.config.generate
+    step_rule = as_rule(settings.rule if rule is None else rule)
+    if rule is None or rule == settings.rule:
+        step_rule = dataclasses.replace(
+            step_rule, choice_temperature=settings.choice_temperature,
+            sample_temperature=settings.sample_temperature,
+        )  # fmt: skip
+    scale: float | None = settings.guidance_scale if guidance_scale is None else guidance_scale
+    scale = None if scale == 1.0 else scale
+    if scale is not None and config.null_class_id is None:
+        raise ValueError(f"guidance_scale: expected 1, this model has no null class, got {scale}")
+    class_ids = jnp.asarray(class_ids)
+    if class_ids.ndim != 1:
+        raise ValueError(f"class_ids: expected shape (B,), got {class_ids.shape}")
+    size = (class_ids.shape[0], config.num_tokens)
+    if tokens is None:
+        tokens = jnp.full(size, config.mask_token_id, jnp.int32)
+    if tuple(tokens.shape) != size:
+        raise ValueError(f"tokens: expected shape {size}, got {tuple(tokens.shape)}")
+    steps = num_steps or settings.num_steps
+    run = _program(config, step_rule, steps, scale, backend)
+    out: jax.Array = run(weights.params, tokens, class_ids, jnp.asarray(seeds))
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _program(
+    config: TransformerConfig, rule: StepRule, steps: int, scale: float | None, backend: str
+) -> Any:
+    """The compiled loop for one model, rule and number of steps."""
+
+    @jax.jit
+    def run(params: Params, tokens: jax.Array, class_ids: jax.Array, seeds: jax.Array) -> jax.Array:
+        def forward(x: jax.Array) -> Any:
+            if scale is None:
+                return project(params, config, hidden(params, config, x, class_ids))
+            none = jnp.full_like(class_ids, config.num_classes)
+            both = hidden(params, config, jnp.tile(x, (2, 1)), jnp.concatenate([class_ids, none]))
+            both = project(params, config, both)
+            return both[: len(x)], both[len(x) :]
+
+        weight, bias = head_weight(params, config)
+        out: GenerateResult = generate_tokens(
+            forward, tokens, rule=rule, mask_token_id=config.mask_token_id, num_steps=steps,
+            seeds=seeds, guidance_scale=scale, head_weight=weight, head_bias=bias, backend=backend,
+        )  # fmt: skip
+        return out.tokens
+
+    return run

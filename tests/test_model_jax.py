@@ -1,0 +1,151 @@
+"""The JAX model against the torch model, one file for both; the whole loop as one program."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+torch = pytest.importorskip("torch")
+import jax.numpy as jnp  # noqa: E402
+
+from maskgit import checkpoint, model, model_jax, pipeline  # noqa: E402
+from maskgit.config import TransformerConfig, preset  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return model_jax.load(pipeline.WEIGHTS_DIR / "digits.safetensors")
+
+
+def official(layers):
+    """google-research/maskgit's transformer: 16 heads of 48."""
+    return dataclasses.replace(preset("maskgit-official").transformer, num_layers=layers)
+
+
+def pair(config, seed=0):
+    torch.manual_seed(seed)
+    net = model.MaskGitTransformer(config).eval()
+    with torch.no_grad():  # biases and norms that are not the identity
+        for p in net.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return net, model_jax.from_torch(net.state_dict())
+
+
+def inputs(config, batch, seed=1):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, config.codebook_size, (batch, config.num_tokens))
+    tokens[rng.random(tokens.shape) < 0.6] = config.mask_token_id
+    return tokens, rng.integers(0, config.num_classes, batch)
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(24, marks=pytest.mark.slow)])
+def test_the_official_forward_is_that_of_torch(layers):
+    """Both in float32, against torch in float64: an error of at most twice torch's own and an eps."""
+    config = official(layers)
+    assert (config.num_heads, config.hidden_size) == (16, 768)
+    net, params = pair(config)
+    tokens, classes = inputs(config, 2)
+    given = torch.from_numpy(tokens), torch.from_numpy(classes)
+    with torch.inference_mode():
+        theirs = net(*given).numpy()
+        exact = net.double()(*given).numpy()
+    ours = np.asarray(model_jax.logits(params, config, jnp.asarray(tokens), jnp.asarray(classes)))
+    own, other = np.abs(ours - exact).max(), np.abs(theirs - exact).max()
+    assert own <= 2 * other + np.finfo(np.float32).eps * np.abs(exact).max()
+
+
+def test_one_file_serves_both(digits):
+    net = checkpoint.load_weights(pipeline.WEIGHTS_DIR / "digits.safetensors").transformer
+    tokens, classes = inputs(net.config, 3)
+    with torch.inference_mode():
+        expected = net(torch.from_numpy(tokens), torch.from_numpy(classes)).numpy()
+    got = model_jax.logits(
+        digits.params, digits.config.transformer, jnp.asarray(tokens), jnp.asarray(classes)
+    )
+    np.testing.assert_allclose(got, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_generation_is_one_program_and_gives_the_tokens_of_torch(digits):
+    classes, seeds = np.arange(6) % 10, np.arange(6) + 100
+    words = np.stack([seeds, seeds * 0], axis=1).astype(np.uint32)
+    before = model_jax._program.cache_info().misses
+    got = np.asarray(model_jax.generate(digits, jnp.asarray(classes), seeds=jnp.asarray(words)))
+    expected = (
+        pipeline.load().generate_tokens(classes.tolist(), seeds=seeds.tolist()).tokens.numpy()
+    )
+    assert (
+        got == expected
+    ).mean() > 0.99  # near ties may go the other way, and change what follows
+    other = model_jax.generate(digits, jnp.asarray(classes[::-1]), seeds=jnp.asarray(words + 1))
+    assert (np.asarray(other) != got).any()
+    assert model_jax._program.cache_info().misses == before + 1
+
+
+def test_generation_has_no_host_callback_and_traces_seeds_and_classes(digits):
+    config = digits.config.transformer
+
+    @jax.jit
+    def run(params, classes, seeds):
+        weights = model_jax.Weights(params, digits.config)
+        return model_jax.generate(weights, classes, seeds=seeds, num_steps=3)
+
+    args = digits.params, jnp.arange(2), jnp.zeros((2, 2), jnp.uint32)
+    text = run.lower(*args).as_text()
+    assert "callback" not in text
+    out = np.asarray(run(*args))
+    assert out.shape == (2, config.num_tokens)
+    assert (out < config.codebook_size).all()
+
+
+def test_known_tokens_stay(digits):
+    config = digits.config.transformer
+    tokens = np.full((2, config.num_tokens), config.mask_token_id)
+    tokens[:, :5] = 7
+    out = model_jax.generate(
+        digits, jnp.array([1, 2]), seeds=jnp.zeros((2, 2), jnp.uint32), tokens=jnp.asarray(tokens)
+    )
+    assert (np.asarray(out)[:, :5] == 7).all()
+
+
+def test_what_does_not_fit_is_named(digits, tmp_path):
+    seeds = jnp.zeros((2, 2), jnp.uint32)
+    bare = dataclasses.replace(digits.config.transformer, null_class=False)
+    bare = digits._replace(config=dataclasses.replace(digits.config, transformer=bare))
+    with pytest.raises(ValueError, match="no null class"):
+        model_jax.generate(bare, jnp.arange(2), seeds=seeds, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="tokens: expected shape"):
+        model_jax.generate(digits, jnp.arange(2), seeds=seeds, tokens=jnp.zeros((2, 3), jnp.int32))
+    with pytest.raises(ValueError, match="no such file"):
+        model_jax.load(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"not one")
+    with pytest.raises(ValueError, match="not a readable"):
+        model_jax.load(tmp_path / "bad.safetensors")
+    short = {k: v for k, v in digits.params.items() if k != "head.bias"}
+    with pytest.raises(ValueError, match=r"'head.bias' is missing"):
+        model_jax.check(short, digits.config.transformer)
+    raw = bytearray((pipeline.WEIGHTS_DIR / "digits.safetensors").read_bytes())
+    raw[-5] ^= 1
+    (tmp_path / "altered.safetensors").write_bytes(raw)
+    with pytest.raises(ValueError, match="SHA-256"):
+        model_jax.load(tmp_path / "altered.safetensors")
+
+
+def test_guidance_uses_the_null_class():
+    config = TransformerConfig(
+        codebook_size=20, num_classes=3, num_tokens=64, hidden_size=32, num_layers=1, num_heads=4,
+        mlp_size=64, null_class=True,
+    )  # fmt: skip
+    _, params = pair(config)
+    params["embedding.word.weight"] *= 30  # so that classes and guidance matter
+    small = dataclasses.replace(
+        preset("digits"), transformer=config, generate=dataclasses.replace(preset("digits").generate, guidance_scale=1.0),
+        tokenizer=dataclasses.replace(preset("digits").tokenizer, codebook_size=20),
+    )  # fmt: skip
+    weights = model_jax.Weights(params, small)
+    args = {"seeds": jnp.zeros((2, 2), jnp.uint32), "num_steps": 4}
+    plain = model_jax.generate(weights, jnp.arange(2), **args)
+    same = model_jax.generate(weights, jnp.arange(2), guidance_scale=1.0, **args)
+    np.testing.assert_array_equal(plain, same)
+    strong = model_jax.generate(weights, jnp.arange(2), guidance_scale=8.0, **args)
+    assert (np.asarray(strong) != np.asarray(plain)).any()
