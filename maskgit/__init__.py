@@ -10,6 +10,7 @@ from ._version import __version__
 from .audit import TieReport, audit_ties
 from .kernels.attention import attention
 from .kernels.common.selection import available_backends
+from .kernels.common.sharding import sharded
 from .kernels.decode_step import (
     StepNoise,
     StepResult,
@@ -44,4 +45,5 @@ __all__ = [
     "layouts",
     "plan_masked_counts",
     "sample_tokens",
+    "sharded",
 ]

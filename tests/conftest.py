@@ -17,6 +17,9 @@ def _interpret_triton():
 
 
 _interpret_triton()
+# so that tests of a mesh of chips find one: must be there before jax is first used
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
 from maskgit.kernels.common.selection import is_interpreting  # noqa: E402
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -30,18 +32,24 @@ def philox4x32(counter: tuple[jax.Array, ...], key: tuple[jax.Array, ...]) -> tu
     return c0, c1, c2, c3
 
 
-def gumbel(seeds: jax.Array, positions: jax.Array, step: int, stream: int, size: int) -> jax.Array:
-    """The first `size` standard Gumbel variates of each position's stream, (B, N, size) float32.
+def gumbel(
+    seeds: jax.Array, positions: jax.Array, step: int, stream: int, size: int, first: Any = 0
+) -> jax.Array:
+    """`size` standard Gumbel variates of each position's stream from `first` on, (B, N, size) float32.
 
     seeds (B, 2) and positions (B, N) are uint32 words.
     """
-    block = jnp.arange((size + 1) // 2, dtype=_U32)
+    whole = isinstance(first, int) and first == 0
+    block = jnp.arange((size + 1) // 2 + (0 if whole else 1), dtype=_U32)
+    if not whole:
+        block = block + jnp.asarray(first).astype(_U32) // 2
     position = jnp.asarray(positions).astype(_U32)[..., None]
     key = jnp.asarray(seeds).astype(_U32)[:, None, None, :]
     w = philox4x32((block, position, _U32(step), _U32(stream)), (key[..., 0], key[..., 1]))
     high, low = jnp.stack((w[0], w[2]), axis=-1), jnp.stack((w[1], w[3]), axis=-1)
     pairs = gumbel_from_words(high, low)
-    return pairs.reshape(*pairs.shape[:-2], 2 * pairs.shape[-2])[..., :size]
+    flat = pairs.reshape(*pairs.shape[:-2], 2 * pairs.shape[-2])
+    return flat[..., :size] if whole else jax.lax.dynamic_slice_in_dim(flat, first % 2, size, -1)
 
 
 def gumbel_from_words(high: jax.Array, low: jax.Array) -> jax.Array:

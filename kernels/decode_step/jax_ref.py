@@ -8,6 +8,7 @@ enabled (`jax_enable_x64`); without them they are scored, and confidences return
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,7 +20,69 @@ from .plan import ResolvedStep
 from .spec import StepInputs
 
 LEAF, GROUPS, PER_GROUP = 128, 16, 8
+_BIG = 2**31 - 1
 _FLOAT_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of the vocabulary are here: all, or a shard's, from column `first` on.
+
+    Of a shard, every result is that of the whole row, on every chip of the mesh's `axis`; chips
+    exchange one number a row for each call.
+    """
+
+    axis: str | None = None
+    first: Any = 0
+
+    def top(self, x: jax.Array) -> jax.Array:
+        """The largest of each row, (..., 1)."""
+        top = x.max(-1, keepdims=True)
+        return top if self.axis is None else jax.lax.pmax(top, self.axis)
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """The sum of each row, (...)."""
+        total = x.sum(-1)
+        return total if self.axis is None else jax.lax.psum(total, self.axis)
+
+    def best(self, keys: jax.Array, first: Any) -> jax.Array:
+        """Number of the largest key, (...), of equal ones the lowest; `first`: that of keys[..., 0]."""
+        here = keys.argmax(-1) + first
+        if self.axis is None:
+            return here
+        top = keys.max(-1)
+        is_best = top == jax.lax.pmax(top, self.axis)
+        return jax.lax.pmin(jnp.where(is_best, here, _BIG), self.axis)
+
+    def take(self, values: jax.Array, column: jax.Array) -> jax.Array:
+        """values (..., columns here) at a column of the whole row, (...)."""
+        size = values.shape[-1]
+        place = column - self.first
+        found = _take(values, place.clip(0, size - 1))
+        return self.of_owner(found, (place >= 0) & (place < size))
+
+    def of_owner(self, x: jax.Array, is_here: jax.Array) -> jax.Array:
+        """x (...) of the chip that has it."""
+        if self.axis is None:
+            return x
+        return jax.lax.pmax(
+            jnp.where(is_here, x, -jnp.inf if x.dtype.kind == "f" else -1), self.axis
+        )
+
+    def pair(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The two largest of each row, (...); 0 for a second where there is but one column."""
+        found = jax.lax.top_k(x, min(2, x.shape[-1]))[0]
+        found = jnp.pad(found, [(0, 0)] * (x.ndim - 1) + [(0, 2 - found.shape[-1])])
+        if self.axis is None:
+            return found[..., 0], found[..., 1]
+        first = jax.lax.pmax(found[..., 0], self.axis)
+        mine = jax.lax.axis_index(self.axis)
+        owner = jax.lax.pmin(jnp.where(found[..., 0] == first, mine, _BIG), self.axis)
+        rest = jnp.where(owner == mine, found[..., 1], found[..., 0])
+        return first, jax.lax.pmax(rest, self.axis)
+
+
+_ALL = Columns()
 
 
 def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
@@ -72,28 +135,30 @@ def _gumbel_below(chance: jax.Array) -> jax.Array:
     return jnp.where(chance >= 1, jnp.inf, inside)
 
 
-def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def sample_tokens(
+    x: StepInputs, plan: ResolvedStep, dtype: str, columns: Columns = _ALL
+) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N); (-1, -inf, -inf) where not eligible.
 
-    Candidates are int32, int64 with 64-bit types enabled; score and log_z float32, float64 for
+    Of a shard of the logits, on every chip the whole rows' results (jax_sharded.py).  Candidates are int32, int64 with 64-bit types enabled; score and log_z float32, float64 for
     rules that score in float64 with 64-bit types enabled.
     """
-    row, start = _rows(x, plan, dtype)
-    alive = x.eligible & jnp.isfinite(row).any(-1)
+    row, start = _rows(x, plan, dtype, columns)
+    alive = x.eligible & jnp.isfinite(columns.top(jnp.where(row < jnp.inf, row, -jnp.inf)))[..., 0]
     row = jnp.minimum(row, _FLOAT_MAX)  # +inf wins like the largest float
     filtered = jnp.where(keep_mask(row, plan), row, -jnp.inf) if plan.rule.filters else row
-    token = _draw(filtered, x, plan, dtype)
+    token = _draw(filtered, x, plan, dtype, columns)
     known = x.eligible & (x.tokens != x.mask_token_id)
     scored = alive
     if plan.rule.revise == "held":  # scores the token that stands there
-        own = x.tokens - start
-        token = jnp.where(known, own.clip(0, row.shape[-1] - 1), token)
-        scored = alive & (~known | ((own >= 0) & (own < row.shape[-1])))
+        own, size = x.tokens - start, row.shape[-1] * columns_of(columns)
+        token = jnp.where(known, own.clip(0, size - 1), token)
+        scored = alive & (~known | ((own >= 0) & (own < size)))
     base = filtered if plan.rule.score_filtered else row
-    ids = [i - start for i in plan.rule.score_banned_ids if 0 <= i - start < row.shape[-1]]
+    ids = plan.rule.score_banned_ids
     if ids:
-        base = base.at[..., np.array(ids)].set(-jnp.inf)
-    score, log_z = _score(base, token, plan, dtype)
+        base = jnp.where(_is_one_of(ids, start, row.shape[-1], columns), -jnp.inf, base)
+    score, log_z = _score(base, token, plan, dtype, columns)
     if ids:  # where nothing is left in the score's softmax
         score = jnp.where(jnp.isnan(score), 0.0 if plan.rule.score == "prob" else -jnp.inf, score)
     drawn = jnp.where(alive, token + start, -1)
@@ -104,7 +169,19 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     )
 
 
-def _rows(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[jax.Array, int]:
+def columns_of(columns: Columns) -> int:
+    """Number of shards."""
+    return 1 if columns.axis is None else jax.lax.axis_size(columns.axis)
+
+
+def _is_one_of(ids: tuple[int, ...], start: int, size: int, columns: Columns) -> jax.Array:
+    """(size,) bool: whether a column is that of one of the ids."""
+    here = jnp.arange(size, dtype=jnp.int32) + columns.first
+    wanted = np.array([i - start for i in ids if i >= start], np.int32)
+    return (here[:, None] == wanted).any(-1)
+
+
+def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, columns: Columns) -> tuple[jax.Array, int]:
     """Rows with guidance mixed in, NaN and banned columns as -inf; and the first column's id."""
     wide = plan.rule.score_dtype == "float64" and jax.config.read("jax_enable_x64")
     compute = jnp.float64 if wide else jnp.float32
@@ -119,14 +196,17 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[jax.Array, int
             row = uncond + x.guidance_scale * (row - uncond)
     start = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
     ids = plan.rule.banned_ids + ((x.mask_token_id,) if plan.rule.ban_mask_token else ())
-    banned = np.zeros(row.shape[-1], bool)
-    banned[[i - start for i in ids if 0 <= i - start < row.shape[-1]]] = True
-    return jnp.where(jnp.isnan(row) | banned, -jnp.inf, row), start
+    odd = jnp.isnan(row)
+    if ids:
+        odd = odd | _is_one_of(ids, start, row.shape[-1], columns)
+    return jnp.where(odd, -jnp.inf, row), start
 
 
-def _scaled(row: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+def _scaled(
+    row: jax.Array, temperature: float, columns: Columns = _ALL
+) -> tuple[jax.Array, jax.Array]:
     """(row - its maximum) / temperature, and that maximum; finite entries never overflow to NaN."""
-    top = row.max(-1, keepdims=True)
+    top = columns.top(row)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     return (row - top) / temperature, top
 
@@ -143,62 +223,69 @@ def _take(values: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
-def _draw(row: jax.Array, x: StepInputs, plan: ResolvedStep, dtype: str) -> jax.Array:
+def _draw(
+    row: jax.Array, x: StepInputs, plan: ResolvedStep, dtype: str, columns: Columns
+) -> jax.Array:
     """Candidates (B, N): argmax, Gumbel-max on injected noise, or the hierarchical draw."""
     temperature = plan.sample_temperature
     if temperature == 0:
         if plan.rule.greedy_on == "probs":
-            exps = jnp.exp(_scaled(row, 1.0)[0])
-            probs = exps / exps.sum(-1, keepdims=True)
+            exps = jnp.exp(_scaled(row, 1.0, columns)[0])
+            probs = exps / columns.total(exps)[..., None]
             row = round_to(probs, plan.rule.score_dtype, dtype)
-        return row.argmax(-1)
+        return columns.best(row, columns.first)
     if x.token_gumbel is not None:
         noisy = row + temperature * jnp.asarray(x.token_gumbel).astype(row.dtype)
         keys = jnp.where(jnp.isfinite(row) & ~jnp.isnan(noisy), noisy, -jnp.inf)
-        none = jnp.isneginf(keys).all(-1, keepdims=True)
-        return jnp.where(none, row, keys).argmax(-1)
-    scaled = _scaled(row, temperature)[0]
+        none = jnp.isneginf(columns.top(keys))
+        return columns.best(jnp.where(none, row, keys), columns.first)
+    scaled = _scaled(row, temperature, columns)[0]
     leaves = -(-row.shape[-1] // LEAF)
     after = leaves * LEAF - row.shape[-1]
     scaled = jnp.pad(scaled, ((0, 0), (0, 0), (0, after)), constant_values=-jnp.inf)
     tree = scaled.reshape(*row.shape[:2], leaves, PER_GROUP, GROUPS)
+    start = columns.first // LEAF  # a shard begins with a leaf
 
-    def variates(stream: int, size: int) -> jax.Array:
-        return philox_jax.gumbel(x.seeds, x.positions, plan.step, stream, size)
+    def variates(stream: int, size: int, first: Any = 0) -> jax.Array:
+        return philox_jax.gumbel(x.seeds, x.positions, plan.step, stream, size, first)
 
-    leaf = (_log_sum_exp(tree, (-2, -1)) + variates(philox.STREAM_LEAF, leaves)).argmax(-1)
-    inside = jnp.take_along_axis(tree, leaf[..., None, None, None], axis=-3)[..., 0, :, :]
+    keys = _log_sum_exp(tree, (-2, -1)) + variates(philox.STREAM_LEAF, leaves, start)
+    leaf = columns.best(keys, start)
+    here = (leaf - start).clip(0, leaves - 1)
+    inside = jnp.take_along_axis(tree, here[..., None, None, None], axis=-3)[..., 0, :, :]
     inner = variates(philox.STREAM_INNER, GROUPS + PER_GROUP)
     group = (_log_sum_exp(inside, -2) + inner[..., :GROUPS]).argmax(-1)
     inside = jnp.take_along_axis(inside, group[..., None, None], axis=-1)[..., 0]
-    token = (inside + inner[..., GROUPS:]).argmax(-1)
-    return leaf * LEAF + token * GROUPS + group
+    token = leaf * LEAF + (inside + inner[..., GROUPS:]).argmax(-1) * GROUPS + group
+    return columns.of_owner(token, here == leaf - start)
 
 
 def _score(
-    row: jax.Array, token: jax.Array, plan: ResolvedStep, dtype: str
+    row: jax.Array, token: jax.Array, plan: ResolvedStep, dtype: str, columns: Columns
 ) -> tuple[jax.Array, jax.Array]:
     """The rule's score of the candidates and log Z, in the compute dtype."""
     kind = plan.rule.score
-    z, top = _scaled(row, plan.score_temperature)
+    z, top = _scaled(row, plan.score_temperature, columns)
     exps = jnp.exp(z)
-    total = exps.sum(-1)
+    total = columns.total(exps)
     log_total = jnp.log(total)
     log_z = top[..., 0] / plan.score_temperature + log_total
     if kind == "logit":
-        value = _take(row, token)
+        value = columns.take(row, token)
     elif kind in ("random", "given"):
         value = jnp.zeros_like(total)
     elif kind == "margin":
-        pair = jax.lax.top_k(exps, min(2, row.shape[-1]))[0] / total[..., None]
-        pair = round_to(pair, plan.rule.score_dtype, dtype)
-        value = pair[..., 0] - pair[..., 1] if pair.shape[-1] > 1 else pair[..., 0]
+        one, two = (v / total for v in columns.pair(exps))
+        one, two = (round_to(v, plan.rule.score_dtype, dtype) for v in (one, two))
+        value = one - two
     elif kind == "neg_entropy":
-        value = jnp.where(exps > 0, exps * z, 0.0).sum(-1) / total - log_total
+        value = columns.total(jnp.where(exps > 0, exps * z, 0.0)) / total - log_total
     elif kind == "log_prob":
-        value = _take(z, token) - log_total
+        value = columns.take(z, token) - log_total
+    elif kind == "prob":
+        value = jnp.exp(columns.take(z, token)) / total
     else:
-        value = (_take(exps, token) if kind == "prob" else exps.max(-1)) / total
+        value = columns.top(exps)[..., 0] / total
     return round_to(value, plan.rule.score_dtype, dtype), log_z
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from ..common.arrays import dtype_name, is_on_host, kind_of, like, to_kind, to_numpy, widen
 from ..common.philox import seed_words
 from ..common.selection import BACKENDS, choose, is_interpreting
+from ..common.sharding import active
 from .checks import (
     check_candidates,
     check_commit_arrays,
@@ -82,8 +83,8 @@ def decode_step(
     )  # fmt: skip
     check_guidance(logits, uncond_logits, guidance_scale)
     x = x._replace(
-        logits=columns(logits, rule),
-        uncond_logits=columns(uncond_logits, rule),
+        logits=_own_columns(logits, rule),
+        uncond_logits=_own_columns(uncond_logits, rule),
         guidance_scale=float(guidance_scale or 0.0),
     )
     out = call("decode_step", x, plan, logits, backend)
@@ -92,6 +93,11 @@ def decode_step(
         suspects = eligible & (like(out[2], logits) == -np.inf)
         _raise_on_dead_rows(suspects, x, plan, logits, backend)
     return results(out, logits, tokens)
+
+
+def _own_columns(logits: Any, rule: StepRule) -> Any:
+    """The columns that may be drawn; on a mesh all, since a slice would move them between chips."""
+    return logits if active() is not None else columns(logits, rule)
 
 
 def is_checked(check: bool) -> bool:
@@ -259,7 +265,7 @@ def sample_tokens(
     check_noise(logits, vocab, rule, plan, seeds, token_gumbel, None, both=False)
     check_positions(positions, logits)
     x = StepInputs(
-        logits=columns(logits, rule),
+        logits=_own_columns(logits, rule),
         tokens=None,
         eligible=None,
         num_masked_at_start=_zeros(batch),
@@ -292,6 +298,10 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
     else:
         x = complete(x, plan.rule)
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
+    if active() is not None:
+        if native != "jax":
+            raise ValueError(f"backend: expected one of jax's on a mesh, got {chosen!r}")
+        return _on_mesh(name, active())(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
     if native == "jax":
         return _jitted(name, chosen)(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
     return getattr(backend_module(chosen), name)(x, plan, dtype)
@@ -312,6 +322,21 @@ def _jitted(name: str, backend: str) -> Any:
 
     def call(x: StepInputs, mask_token_id: int, plan: ResolvedStep, dtype: str) -> Any:
         return function(x._replace(mask_token_id=mask_token_id), plan, dtype)
+
+    return jax.jit(call, static_argnames=("mask_token_id", "plan", "dtype"))
+
+
+@cache
+def _on_mesh(name: str, sharding: Any) -> Any:
+    """The same on a mesh of chips."""
+    import jax
+
+    from . import jax_sharded
+
+    function = getattr(jax_sharded, name)
+
+    def call(x: StepInputs, mask_token_id: int, plan: ResolvedStep, dtype: str) -> Any:
+        return function(x._replace(mask_token_id=mask_token_id), plan, dtype, sharding)
 
     return jax.jit(call, static_argnames=("mask_token_id", "plan", "dtype"))
 

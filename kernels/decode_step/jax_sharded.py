@@ -1,0 +1,114 @@
+"""The decode step on a mesh of chips: sequences over one axis, the vocabulary over another.
+
+Each chip holds V / n columns of its rows and computes on them what jax_ref.py does on all: every
+maximum, sum and race of a row is finished by one reduction of a single number a row (jax_ref.Columns).
+All chips work relative to the maximum of the whole row, and a leaf of 128 columns lies on one chip, so
+each leaf's race key has the same bits as on one device, and so has the candidate.  Only sums over the
+row (log Z) are formed in another order.  What is selected is computed from (B, N) arrays on every chip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from ..common.sharding import Sharding
+from . import jax_ref
+from .jax_ref import LEAF, Columns
+from .plan import ResolvedStep
+from .spec import StepInputs
+
+_OF_COLUMNS = ("logits", "uncond_logits", "token_gumbel")
+_OF_SEQUENCES = ("num_masked_at_start", "num_commit", "seeds")
+
+
+def decode_step(
+    x: StepInputs, plan: ResolvedStep, dtype: str, sharding: Sharding
+) -> tuple[Any, Any, Any]:
+    """jax_ref's function of that name on a mesh; `x.logits` have all columns, vocab_slice or not."""
+    drawn, score = x.drawn, x.scores
+    if drawn is None:
+        drawn, score, _ = sample_tokens(x, plan, dtype, sharding)
+    scores = x.scores if plan.rule.score == "given" else score
+    return jax_ref.decode_step(x._replace(logits=None, drawn=drawn, scores=scores), plan, dtype)
+
+
+def sample_tokens(
+    x: StepInputs, plan: ResolvedStep, dtype: str, sharding: Sharding
+) -> tuple[Any, Any, Any]:
+    """jax_ref's function of that name on a mesh."""
+    _check(x, plan, sharding)
+    vocab, rule = x.logits.shape[-1], plan.rule
+    shards = 1 if sharding.vocab is None else sharding.mesh.shape[sharding.vocab]
+    first, stop = rule.vocab_slice or (0, vocab)
+    local = dataclasses.replace(plan, rule=dataclasses.replace(rule, vocab_slice=None))
+    fields = {
+        name: value
+        for name, value in x._asdict().items()
+        if value is not None and not isinstance(value, int | float)
+    }
+    if x.token_gumbel is not None:  # as wide as the slice
+        after = vocab - x.token_gumbel.shape[-1]
+        fields["token_gumbel"] = jnp.pad(x.token_gumbel, ((0, 0), (0, 0), (0, after)))
+    guidance = jnp.asarray(fields.pop("guidance_scale", x.guidance_scale), jnp.float32)
+
+    def shard(arrays: dict[str, Any], guidance: Any) -> tuple[Any, Any, Any]:
+        start: Any = 0
+        if sharding.vocab is not None:
+            start = jax.lax.axis_index(sharding.vocab) * (vocab // shards)
+        own = StepInputs(**(dict.fromkeys(StepInputs._fields) | arrays))._replace(
+            guidance_scale=guidance, mask_token_id=x.mask_token_id
+        )
+        column = start + jnp.arange(vocab // shards, dtype=jnp.int32)
+        own = own._replace(logits=_outside(own.logits, column, first, stop))
+        columns = Columns(sharding.vocab if shards > 1 else None, start)
+        return jax_ref.sample_tokens(own, local, dtype, columns)
+
+    specs = {name: _spec(name, sharding) for name in fields}
+    out = P(sharding.batch)
+    return jax.shard_map(  # type: ignore[no-any-return]
+        shard, mesh=sharding.mesh, in_specs=(specs, P()), out_specs=(out, out, out), check_vma=False
+    )(fields, guidance)
+
+
+def _spec(name: str, sharding: Sharding) -> P:
+    if name in _OF_COLUMNS:
+        return P(sharding.batch, None, sharding.vocab)
+    return P(sharding.batch)
+
+
+def _outside(logits: Any, column: Any, first: int, stop: int) -> Any:
+    """Logits with NaN, which counts as -inf with and without guidance, outside the rule's slice."""
+    return jnp.where((column >= first) & (column < stop), logits, np.nan)
+
+
+def _check(x: StepInputs, plan: ResolvedStep, sharding: Sharding) -> None:
+    batch, _, vocab = x.logits.shape
+    shape = dict(sharding.mesh.shape)
+    if sharding.batch is not None and batch % shape[sharding.batch]:
+        raise ValueError(
+            f"logits: expected sequences in a multiple of the {shape[sharding.batch]} chips of axis "
+            f"{sharding.batch!r}, got {batch}"
+        )
+    if sharding.vocab is None or shape[sharding.vocab] == 1:
+        return
+    whole = LEAF * shape[sharding.vocab]
+    if vocab % whole:
+        raise ValueError(
+            f"logits: expected a vocabulary that is a multiple of {whole}, {LEAF} for each chip of axis "
+            f"{sharding.vocab!r}, got {vocab}"
+        )
+    if plan.rule.vocab_slice and plan.rule.vocab_slice[0]:
+        raise ValueError(
+            "rule: expected a vocab_slice that starts at 0 on a mesh, "
+            f"got {plan.rule.vocab_slice!r}"
+        )
+    if plan.rule.filters:
+        raise ValueError(
+            f"rule: expected no filters with the vocabulary on a mesh, got {plan.rule.filters!r}"
+        )
