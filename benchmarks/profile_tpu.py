@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from maskgit.kernels.decode_step import jax_ref, pallas_tpu
+from maskgit.kernels.decode_step import jax_ref, pallas_tpu, run
 from maskgit.kernels.decode_step.plan import resolve, table_size
 from maskgit.kernels.decode_step.spec import StepInputs
+from maskgit.kernels.head_sample import pallas_tpu as head
 
 from maskgit import StepRule
 
@@ -88,8 +89,6 @@ def plain_step(rule: StepRule, shape: Shape, dtype: str) -> Callable[..., Any]:
     mask = shape.vocab - 1
 
     def step(*arrays: Any) -> Any:
-        from maskgit.kernels.decode_step import run
-
         x = run.complete(step_inputs(rule, arrays, mask), rule)
         return jax_ref.decode_step(x, plan, dtype)
 
@@ -174,6 +173,71 @@ def step_facts(
     return [fused, plain]
 
 
+def head_arrays(rows: int, width: int, vocab: int, dtype: str) -> tuple[Any, ...]:
+    """Shapes of hidden (1, rows, D), W, bias, tokens and seeds."""
+    of = jax.ShapeDtypeStruct
+    return (
+        of((1, rows, width), dtype), of((vocab, width), dtype), of((vocab,), dtype),
+        of((1, rows), jnp.int32), of((1, 2), jnp.uint32),
+    )  # fmt: skip
+
+
+def fused_head(rule: StepRule, rows: int, vocab: int) -> Callable[..., Any]:
+    """Candidates, scores and log Z from hidden rows by the fused head."""
+    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, 1, rows))
+
+    def draw(hidden: Any, weight: Any, bias: Any, tokens: Any, seeds: Any) -> Any:
+        x = StepInputs(
+            None, tokens, None, None, seeds, None, None, None, None, 0.0, vocab - 1
+        )  # fmt: skip
+        x = run.complete(x, rule)
+        return head.sample_rows(x, hidden, weight, bias, x.eligible, plan)
+
+    return draw
+
+
+def plain_head(rule: StepRule, rows: int, vocab: int) -> Callable[..., Any]:
+    """The product, and the draw in jax.numpy."""
+    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, 1, rows))
+
+    def draw(hidden: Any, weight: Any, bias: Any, tokens: Any, seeds: Any) -> Any:
+        logits = hidden @ weight.T + bias
+        x = StepInputs(
+            logits, tokens, None, None, seeds, None, None, None, None, 0.0, vocab - 1
+        )  # fmt: skip
+        return jax_ref.sample_tokens(run.complete(x, rule), plan, str(hidden.dtype))
+
+    return draw
+
+
+def head_facts(
+    rule: StepRule, rows: int, width: int, vocab: int, dtype: str, target: str, folder: Path
+) -> list[dict[str, Any]]:
+    """Of the fused head and of the plain one: cycles, temporaries, and the product's own cycles."""
+    arrays = head_arrays(rows, width, vocab, dtype)
+    clear(folder)
+    program = compiled(fused_head(rule, rows, vocab), arrays, target)
+    x = StepInputs(None, arrays[3], None, None, arrays[4], None, None, None, None, 0.0, vocab - 1)
+    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, 1, rows))
+    spec = head.head_spec(x, plan, arrays[0], arrays[1], True)
+    steps = -(-rows // spec.rows) * -(-vocab // spec.tile) * (width // spec.depth)
+    labels = {"op": "head", "rule": rule.name, "shape": f"{rows}x{width}x{vocab}", "dtype": dtype}
+    labels["target"] = target
+    schedule = kernel_schedules(folder, "maskgit_head", steps, walks_again=False)[0]
+    facts: dict[str, Any] = labels | {"version": "fused"} | memory(program)
+    facts |= {
+        "cycles": schedule.cycles + xla_cycles(program), "cycles_per_step": schedule.cycles_per_step,
+        "busiest": schedule.busiest, "busy": schedule.busy, "bundles": schedule.bundles,
+    }  # fmt: skip
+    if target in BYTES_PER_CYCLE:
+        moved = vocab * width * ITEM_SIZES[dtype] * -(-rows // spec.rows)
+        facts["memory_cycles"] = round(moved / BYTES_PER_CYCLE[target])
+        facts["compute_per_memory"] = round(schedule.cycles / facts["memory_cycles"], 3)
+        if dtype == "bfloat16":  # four units of 128 x 128, a row each a cycle
+            facts["product_cycles"] = round(rows * width * vocab / (4 * 128 * 128))
+    return [facts]
+
+
 def clear(folder: Path) -> None:
     """Forget what the compiler has written so far."""
     for old in folder.iterdir():
@@ -190,14 +254,19 @@ def calls(
         for shape in shapes:
             for rule in rules:
                 if "decode-step" in ops:
-                    made.append(partial(_step_call, rule, shape, dtype))
+                    made.append(partial(step_facts, rule, shape, dtype))
+                if "head" in ops and head_fuses(rule):
+                    sizes = (rule, shape.rows, width, shape.vocab, dtype)
+                    made.append(partial(head_facts, *sizes))
     return made
 
 
-def _step_call(
-    rule: StepRule, shape: Shape, dtype: str, target: str, folder: Path
-) -> list[dict[str, Any]]:
-    return step_facts(rule, shape, dtype, target, folder)
+def head_fuses(rule: StepRule) -> bool:
+    """Whether the fused head serves a rule."""
+    of = jax.ShapeDtypeStruct
+    x = step_inputs(rule, step_arrays(rule, parse_shape("1x1x128"), "bfloat16"), 127)
+    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, 1, 1))
+    return head.fuses(x, plan, of((1, 1, 128), "bfloat16"), None)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ class _Bundle:
     text: str
 
 
-_LINE = re.compile(r"^\s+(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s[> ]*\{")
+_LINE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s[> ]*\{")
 _EXIT = re.compile(r"%(\w+) = scmp\.ge\.s32\.totalorder [^;]*?(\d+) /\* loop exit test")
 _BRANCH = re.compile(r"sbr\.rel \(!?%(\w+)\) target = \$region(\d+)")
 

@@ -233,3 +233,79 @@ def test_confidences_agree_with_jax() -> None:
     case: Case = make_case(StepRule.preset("maskgit"), length=50, vocab=333, step=2)
     compare(case, run(case, "reference"), run(case, "pallas"))
     assert maskgit.available_backends()["pallas"] is None
+
+
+def hidden_case(preset: str, dtype: str, shape: tuple[int, int, int, int], **changes: Any) -> tuple[Any, ...]:
+    """Hidden states, head, bias, tokens and options of a step."""
+    rng = np.random.default_rng(5)
+    batch, length, width, vocab = shape
+    hidden, weight = (jnp.asarray(rng.normal(size=s), dtype) for s in ((batch, length, width), (vocab, width)))
+    bias = jnp.asarray(rng.normal(size=vocab), dtype)
+    tokens = np.full((batch, length), vocab - 1, np.int32)
+    tokens[rng.random(tokens.shape) < 0.4] = 3
+    rule = dataclasses.replace(StepRule.preset(preset), greedy_on="logits", **changes)
+    seeds = jnp.asarray(rng.integers(0, 2**31, (batch, 2)), jnp.uint32)
+    options = {"rule": rule, "mask_token_id": vocab - 1, "step": 2, "num_steps": 8, "seeds": seeds}
+    return hidden * 0.3, weight, bias, jnp.asarray(tokens), options
+
+
+@pytest.mark.parametrize("preset", sampled(
+    ["maskgit", "llada", "dream-entropy", "dream-margin", "titok", "mdlm", "open-dllm-p2", "random"],
+    ("maskgit", "dream-margin"),
+))  # fmt: skip
+def test_the_head_without_logits(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same tokens as with logits, in several blocks of rows, tiles and depths; known rows cost nothing."""
+    from maskgit.kernels.head_sample import pallas_tpu as head
+
+    changes = {"revise": "no"} if preset == "open-dllm-p2" else {}
+    hidden, weight, bias, tokens, options = hidden_case(preset, "float32", (2, 150, 256, 700), **changes)
+    monkeypatch.setattr(head, "MOST_ROWS", 128)
+    monkeypatch.setattr(head, "MOST_DEPTH", 128)
+    monkeypatch.setattr(head, "TILE_BYTES", 1 << 17)
+    calls = []
+    rows = head.head_rows
+    monkeypatch.setattr(head, "head_rows", lambda *a: calls.append(a[-1]) or rows(*a))
+    for given in (bias, None):
+        got, expected = (
+            maskgit.decode_step_from_hidden(
+                hidden, weight, tokens, head_bias=given, backend=backend, **options
+            )
+            for backend in ("pallas", "reference")
+        )
+        np.testing.assert_array_equal(got.candidate_tokens, expected.candidate_tokens)
+        np.testing.assert_array_equal(got.next_tokens, expected.next_tokens)
+        np.testing.assert_allclose(got.confidence, expected.confidence, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2
+    assert calls[0].depth == 128
+    assert calls[0].tile == 256
+
+
+def test_the_head_in_bfloat16_and_with_guidance_and_a_slice() -> None:
+    hidden, weight, bias, tokens, options = hidden_case(
+        "maskgit", "bfloat16", (1, 40, 128, 600), vocab_slice=(0, 500), banned_ids=(7,)
+    )
+    out = maskgit.decode_step_from_hidden(
+        hidden, weight, tokens, head_bias=bias, uncond_hidden=hidden * 0.5, guidance_scale=2.0,
+        backend="pallas", **options,
+    )  # fmt: skip
+    mixed = (0.5 * hidden.astype(jnp.float32) + 2.0 * 0.5 * hidden.astype(jnp.float32)).astype("bfloat16")
+    wide = [a.astype(jnp.float32) for a in (mixed, weight, bias)]
+    exact = maskgit.decode_step_from_hidden(
+        wide[0], wide[1], tokens, head_bias=wide[2], backend="reference", **options
+    )
+    agree = np.asarray(out.candidate_tokens) == np.asarray(exact.candidate_tokens)
+    assert agree.mean() > 0.95
+    drawn = np.asarray(out.candidate_tokens)[np.asarray(tokens) == 599]
+    assert drawn.max() < 500
+    assert (drawn != 7).all()
+
+
+def test_heads_that_are_not_fused_still_run() -> None:
+    hidden, weight, bias, tokens, options = hidden_case(
+        "maskgit", "float32", (1, 12, 64, 300), filters=("top_k",), top_k=5
+    )
+    got, expected = (
+        maskgit.decode_step_from_hidden(hidden, weight, tokens, head_bias=bias, backend=b, **options)
+        for b in ("pallas", "reference")
+    )
+    np.testing.assert_array_equal(got.candidate_tokens, expected.candidate_tokens)

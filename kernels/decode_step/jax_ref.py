@@ -140,8 +140,9 @@ def sample_tokens(
 ) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N); (-1, -inf, -inf) where not eligible.
 
-    Of a shard of the logits, on every chip the whole rows' results (jax_sharded.py).  Candidates are int32, int64 with 64-bit types enabled; score and log_z float32, float64 for
-    rules that score in float64 with 64-bit types enabled.
+    Of a shard of the logits, on every chip the whole rows' results (jax_sharded.py).  Candidates are
+    int32, int64 with 64-bit types enabled; score and log_z float32, float64 for rules that score in
+    float64 with 64-bit types enabled.
     """
     row, start = _rows(x, plan, dtype, columns)
     alive = x.eligible & jnp.isfinite(columns.top(jnp.where(row < jnp.inf, row, -jnp.inf)))[..., 0]

@@ -61,9 +61,9 @@ def sample_tokens(
         start: Any = 0
         if sharding.vocab is not None:
             start = jax.lax.axis_index(sharding.vocab) * (vocab // shards)
-        own = StepInputs(**(dict.fromkeys(StepInputs._fields) | arrays))._replace(
-            guidance_scale=guidance, mask_token_id=x.mask_token_id
-        )
+        given: dict[str, Any] = dict.fromkeys(StepInputs._fields) | arrays
+        given |= {"guidance_scale": guidance, "mask_token_id": x.mask_token_id}
+        own = StepInputs(**given)
         column = start + jnp.arange(vocab // shards, dtype=jnp.int32)
         own = own._replace(logits=_outside(own.logits, column, first, stop))
         columns = Columns(sharding.vocab if shards > 1 else None, start)

@@ -521,17 +521,22 @@ def _race_of_leaves(rows: Rows, words: Any, body: Any, carry: Any) -> tuple[Any,
     return carry, found
 
 
-def _race_in_leaf(x: jax.Array, words: Words, waits: Any, rows: Rows) -> jax.Array:
-    """Index within a leaf x [128, 128] of the winner of the group and the token race, [1, 128]."""
+def race_in_leaf(
+    x: jax.Array, words: Words, waits: Any, scratch: Any, draw_scale: Any, step: Any
+) -> jax.Array:
+    """Index within a leaf x [128, 128] of the winner of the group and the token race, [1, 128].
+
+    waits: of the token race in sublanes 4 to 7, if they are there already.
+    """
     top = jnp.max(x, axis=0, keepdims=True)
-    w = jnp.exp2((x - jnp.where(top > -jnp.inf, top, 0.0)) * rows.numbers.draw_scale)
+    w = jnp.exp2((x - jnp.where(top > -jnp.inf, top, 0.0)) * draw_scale)
     sublane = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0)
 
     def draw(pair: jax.Array) -> Any:
-        return exponentials(pair, words.position, rows.numbers.step, STREAM_INNER, words.key)
+        return exponentials(pair, words.position, step, STREAM_INNER, words.key)
 
-    rows.scratch[...] = functools.reduce(jnp.add, [w[16 * i : 16 * i + 16] for i in range(8)])
-    sums = [rows.scratch[pl.ds(i, 8, stride=2), :] for i in (0, 1)]
+    scratch[...] = functools.reduce(jnp.add, [w[16 * i : 16 * i + 16] for i in range(8)])
+    sums = [scratch[pl.ds(i, 8, stride=2), :] for i in (0, 1)]
     group = _winner(sums, draw(sublane), sublane)
     mine = jax.lax.broadcasted_iota(jnp.int32, (16, LANES), 0) == group
     pair = sublane if waits is None else sublane - 4
@@ -586,7 +591,9 @@ def _chosen(
     y = scored(x, xf, leaf, None, rows)
     token = found.token
     if race:
-        token = leaf * LEAF + _race_in_leaf(xf, words, found.waits, rows)
+        n = rows.numbers
+        inner = race_in_leaf(xf, words, found.waits, rows.scratch, n.draw_scale, n.step)
+        token = leaf * LEAF + inner
     if spec.held:
         token = jnp.where(is_own, own, token)
     mine = rows.place == token - leaf * LEAF
@@ -601,10 +608,11 @@ def _chosen(
     return token, y
 
 
-def _score(y: Any, reference: Any, found: Stats, rows: Rows) -> tuple[Any, Any]:
-    """(score of a candidate whose logit is y, log Z), [1, 128]."""
-    spec, scale = rows.spec, rows.numbers.score_scale
-    kind, z = spec.rounding, found.z
+def score_of(
+    y: Any, reference: Any, z: Any, tz: Any, first: Any, second: Any, scale: Any, spec: RowSpec
+) -> tuple[Any, Any]:
+    """(score of a candidate whose logit is y, log Z), [1, 128], from what Stats says of the row."""
+    kind = spec.rounding
     if not spec.needs_z:
         return round_to(y, kind) if spec.score == "logit" else y * 0.0, y * 0.0
     log_sum = jnp.log(z)
@@ -616,12 +624,12 @@ def _score(y: Any, reference: Any, found: Stats, rows: Rows) -> tuple[Any, Any]:
     elif spec.score == "log_prob":
         score = t * LN2 - log_sum
     elif spec.score == "top1_prob":
-        score = jnp.exp2((found.first - reference) * scale) / z
+        score = jnp.exp2((first - reference) * scale) / z
     elif spec.score == "margin":
-        one, two = (jnp.exp2((v - reference) * scale) / z for v in (found.first, found.second))
+        one, two = (jnp.exp2((v - reference) * scale) / z for v in (first, second))
         score = round_to(one, kind) - round_to(two, kind)
     elif spec.score == "neg_entropy":
-        score = found.tz * LN2 / z - log_sum
+        score = tz * LN2 / z - log_sum
     else:
         score = jnp.zeros_like(z)
     if spec.score != "prob":
@@ -662,7 +670,10 @@ def _group(rows: Rows, words: Any, safe: bool) -> tuple[tuple[Any, Any, Any], ja
         token = _first_of_probs(rows, conditions, reference, found.mass)
         found = found._replace(token=token)
     token, y = _chosen(rows, words, conditions, found, safe)
-    score, log_z = _score(y, score_reference, found, rows)
+    scale = rows.numbers.score_scale
+    score, log_z = score_of(
+        y, score_reference, found.z, found.tz, found.first, found.second, scale, spec
+    )
     drawn = jnp.where(alive, token + spec.vocab_start, -1)
     is_scored = alive
     if spec.held:

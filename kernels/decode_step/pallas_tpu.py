@@ -76,7 +76,7 @@ def draw(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> tupl
         if a is not None
     ]
     seeds = as_int32(x.seeds) if keys == "scalars" else None
-    out = sample_rows(arrays, fields, seeds, keys, _numbers(x, plan), spec, has_log_z)
+    out = sample_rows(arrays, fields, seeds, keys, numbers(x, plan), spec, has_log_z)
     return (*(a.reshape(batch, length) for a in out), nothing)[:3]
 
 
@@ -162,7 +162,7 @@ def rule_spec(
     )
 
 
-def _numbers(x: StepInputs, plan: ResolvedStep) -> tuple[jax.Array, jax.Array]:
+def numbers(x: StepInputs, plan: ResolvedStep) -> tuple[jax.Array, jax.Array]:
     """(step, the other numbers of pallas_rows.Numbers)."""
     temperature = plan.sample_temperature
     scalars = [

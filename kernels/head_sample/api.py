@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from ..common.arrays import dtype_name, kind_of, to_numpy
 from ..common.selection import check_name
+from ..common.sharding import active
 from ..decode_step import run
 from ..decode_step.api import check_op_arguments, counts_tensor, rule_and_noise, seeds_like
 from ..decode_step.checks import (
@@ -114,10 +116,12 @@ def decode(
     )  # fmt: skip
     mixed = mix(hidden, uncond_hidden, guidance_scale)
     way: Any = plain
-    if run.backend_for(hidden, backend) == "triton":
-        from . import triton_cuda
-
-        way = triton_cuda if triton_cuda.fuses(x, plan, mixed, head_weight) else plain
+    chosen = run.backend_for(hidden, backend)
+    if chosen in ("triton", "pallas") and active() is None:
+        fused: Any = import_module(
+            {"triton": ".triton_cuda", "pallas": ".pallas_tpu"}[chosen], __package__
+        )
+        way = fused if fused.fuses(x, plan, mixed, head_weight) else plain
     out, dead = way.decode_step(x, plan, mixed, head_weight, head_bias, backend)
     if run.is_checked(check):
         raise_on_dead_rows(to_numpy(dead), "hidden")
