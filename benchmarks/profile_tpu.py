@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from maskgit.kernels.attention import pallas_tpu as attention
 from maskgit.kernels.decode_step import jax_ref, pallas_tpu, run
 from maskgit.kernels.decode_step.plan import resolve, table_size
 from maskgit.kernels.decode_step.spec import StepInputs
@@ -238,6 +239,38 @@ def head_facts(
     return [facts]
 
 
+def attention_facts(
+    length: int, size: int, dtype: str, target: str, folder: Path
+) -> list[dict[str, Any]]:
+    """Of attention in 64 sequences of 768 units: cycles, and the share of the matrix units' peak."""
+    batch, heads = 64, max(1, 768 // size)
+    of = jax.ShapeDtypeStruct
+    flat, whole = of((batch, length, heads * size), dtype), of((batch, length, heads, size), dtype)
+
+    def call(*arrays: Any) -> Any:
+        q, k, v = (a.reshape(whole.shape) for a in arrays)
+        return attention.attention(q, k, v, None, size**-0.5).reshape(flat.shape)
+
+    clear(folder)
+    program = compiled(call, (flat,) * 3, target)
+    spec = attention.attention_spec(whole, whole, False)
+    steps = batch * heads // spec.heads * -(-length // spec.rows)
+    schedule = kernel_schedules(folder, "maskgit_attention", steps, walks_again=False)[0]
+    moved = 4 * batch * length * heads * size * ITEM_SIZES[dtype]
+    facts: dict[str, Any] = {"op": "attention", "rule": "-", "dtype": dtype, "target": target}
+    facts |= {"shape": f"{batch}x{length}x{heads}x{size}", "version": "fused"} | memory(program)
+    facts |= {
+        "cycles": schedule.cycles, "cycles_per_step": schedule.cycles_per_step,
+        "bundles": schedule.bundles, "busiest": schedule.busiest, "busy": schedule.busy,
+    }  # fmt: skip
+    if target in BYTES_PER_CYCLE:
+        facts["memory_cycles"] = round(moved / BYTES_PER_CYCLE[target])
+        facts["compute_per_memory"] = round(schedule.cycles / facts["memory_cycles"], 3)
+        product = 2 * batch * heads * length * length * size / (4 * 128 * 128)
+        facts["peak_share"] = round(product / schedule.cycles, 3)
+    return [facts]
+
+
 def clear(folder: Path) -> None:
     """Forget what the compiler has written so far."""
     for old in folder.iterdir():
@@ -251,6 +284,8 @@ def calls(
     """What `maskgit profile` reports: functions of (target, folder of schedules)."""
     made: list[Callable[[str, Path], list[dict[str, Any]]]] = []
     for dtype in dtypes:
+        for size in head_sizes if "attention" in ops else []:
+            made.append(partial(attention_facts, 257, size, dtype))
         for shape in shapes:
             for rule in rules:
                 if "decode-step" in ops:

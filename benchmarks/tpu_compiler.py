@@ -69,7 +69,7 @@ def topology(name: str) -> Any:
 def compiled(function: Any, arguments: Any, target: str) -> Any:
     """`function` of arrays (or shapes) compiled for one core of a target.
 
-    Arguments lie row-major, as the product that made them would leave them: alone, XLA would rather
+    Arguments and results lie row-major, as the products around would have them: alone, XLA would rather
     turn logits whose vocabulary is no multiple of 128, and copy them before the kernel.
     """
     import jax
@@ -78,10 +78,14 @@ def compiled(function: Any, arguments: Any, target: str) -> Any:
     from maskgit.kernels.common.simulation import compiling
 
     here = SingleDeviceSharding(topology(TOPOLOGIES[target]).devices[0])
+
+    def formats(tree: Any) -> Any:
+        return jax.tree.map(lambda a: Format(Layout(tuple(range(len(a.shape)))), here), tree)
+
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
-    formats = jax.tree.map(lambda a: Format(Layout(tuple(range(len(a.shape)))), here), shapes)
     with compiling():
-        jitted = jax.jit(function, in_shardings=formats, out_shardings=here)
+        results = formats(jax.eval_shape(function, *shapes))
+        jitted = jax.jit(function, in_shardings=formats(shapes), out_shardings=results)
         return jitted.lower(*shapes).compile()
 
 

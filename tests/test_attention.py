@@ -39,9 +39,11 @@ def truth(q, k, v, padding=None, scale=None):
 
 
 def run(arrays, backend, dtype="float32", padding=None, **options):
-    kind = {"jax": "jax", "reference": "torch" if dtype == "bfloat16" else "numpy"}.get(
-        backend, "torch"
-    )
+    kind = {
+        "jax": "jax",
+        "pallas": "jax",
+        "reference": "torch" if dtype == "bfloat16" else "numpy",
+    }.get(backend, "torch")
     q, k, v = (native(x, kind, dtype) for x in arrays)
     mask = None if padding is None else native(padding, kind)
     out = maskgit.attention(q, k, v, key_padding_mask=mask, backend=backend, **options)

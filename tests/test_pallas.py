@@ -235,11 +235,15 @@ def test_confidences_agree_with_jax() -> None:
     assert maskgit.available_backends()["pallas"] is None
 
 
-def hidden_case(preset: str, dtype: str, shape: tuple[int, int, int, int], **changes: Any) -> tuple[Any, ...]:
+def hidden_case(
+    preset: str, dtype: str, shape: tuple[int, int, int, int], **changes: Any
+) -> tuple[Any, ...]:
     """Hidden states, head, bias, tokens and options of a step."""
     rng = np.random.default_rng(5)
     batch, length, width, vocab = shape
-    hidden, weight = (jnp.asarray(rng.normal(size=s), dtype) for s in ((batch, length, width), (vocab, width)))
+    hidden, weight = (
+        jnp.asarray(rng.normal(size=s), dtype) for s in ((batch, length, width), (vocab, width))
+    )
     bias = jnp.asarray(rng.normal(size=vocab), dtype)
     tokens = np.full((batch, length), vocab - 1, np.int32)
     tokens[rng.random(tokens.shape) < 0.4] = 3
@@ -258,7 +262,9 @@ def test_the_head_without_logits(preset: str, monkeypatch: pytest.MonkeyPatch) -
     from maskgit.kernels.head_sample import pallas_tpu as head
 
     changes = {"revise": "no"} if preset == "open-dllm-p2" else {}
-    hidden, weight, bias, tokens, options = hidden_case(preset, "float32", (2, 150, 256, 700), **changes)
+    hidden, weight, bias, tokens, options = hidden_case(
+        preset, "float32", (2, 150, 256, 700), **changes
+    )
     monkeypatch.setattr(head, "MOST_ROWS", 128)
     monkeypatch.setattr(head, "MOST_DEPTH", 128)
     monkeypatch.setattr(head, "TILE_BYTES", 1 << 17)
@@ -288,7 +294,9 @@ def test_the_head_in_bfloat16_and_with_guidance_and_a_slice() -> None:
         hidden, weight, tokens, head_bias=bias, uncond_hidden=hidden * 0.5, guidance_scale=2.0,
         backend="pallas", **options,
     )  # fmt: skip
-    mixed = (0.5 * hidden.astype(jnp.float32) + 2.0 * 0.5 * hidden.astype(jnp.float32)).astype("bfloat16")
+    mixed = (0.5 * hidden.astype(jnp.float32) + 2.0 * 0.5 * hidden.astype(jnp.float32)).astype(
+        "bfloat16"
+    )
     wide = [a.astype(jnp.float32) for a in (mixed, weight, bias)]
     exact = maskgit.decode_step_from_hidden(
         wide[0], wide[1], tokens, head_bias=wide[2], backend="reference", **options
@@ -305,7 +313,9 @@ def test_heads_that_are_not_fused_still_run() -> None:
         "maskgit", "float32", (1, 12, 64, 300), filters=("top_k",), top_k=5
     )
     got, expected = (
-        maskgit.decode_step_from_hidden(hidden, weight, tokens, head_bias=bias, backend=b, **options)
+        maskgit.decode_step_from_hidden(
+            hidden, weight, tokens, head_bias=bias, backend=b, **options
+        )
         for b in ("pallas", "reference")
     )
     np.testing.assert_array_equal(got.candidate_tokens, expected.candidate_tokens)

@@ -7,12 +7,13 @@ from numbers import Real
 from typing import Any
 
 from ..common.arrays import dtype_name, is_on_host, kind_of, like, to_numpy, widen
-from ..common.selection import BACKENDS, check_name, why_missing
+from ..common.selection import BACKENDS, check_name, on_tpu, why_missing
 from ..decode_step.checks import check_no_grad, check_same_kind
 
 DTYPES = ("float16", "bfloat16", "float32")
 MODULES = {
     "triton": "triton_cuda",
+    "pallas": "pallas_tpu",
     "torch": "torch_ref",
     "jax": "jax_ref",
     "reference": "reference",
@@ -37,8 +38,9 @@ def attention(
         key_padding_mask: (B, M) bool, True at keys that are padding and left out, as in
             torch.nn.MultiheadAttention.
         scale: of the scores; by default 1 / sqrt(D).
-        backend: "auto", "triton", "torch", "jax" or "reference".  On a GPU "auto" takes Triton's kernel
-            where tuned data says that it is the faster one, else scaled_dot_product_attention.
+        backend: "auto", "triton", "pallas", "torch", "jax" or "reference".  On a GPU "auto" takes
+            Triton's kernel where tuned data says that it is the faster one, else
+            scaled_dot_product_attention; on a TPU Pallas's kernel where its keys fit in VMEM.
 
     Returns:
         (B, N, H, D) in the dtype of q.  Softmax and sums are in float32.  A sequence whose keys are all
@@ -79,6 +81,10 @@ def choose(backend: str, q: Any, k: Any) -> str:
             from .triton_cuda import wins
 
             return "triton" if why_missing("triton") is None and wins(q, k) else "torch"
+        if kind == "jax" and on_tpu(q):
+            from .pallas_tpu import fits
+
+            return "pallas" if fits(q, k) else "jax"
         return {"torch": "torch", "jax": "jax"}.get(kind, "reference")
     reason = None if backend in MODULES else "it has no attention"
     reason = reason or why_missing(backend)

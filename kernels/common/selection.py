@@ -50,6 +50,15 @@ def _triton() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
+def on_tpu(x: object) -> bool:
+    """Whether a jax array is on a TPU, or will be, under a trace."""
+    import jax
+
+    if isinstance(x, jax.core.Tracer):
+        return _has_tpu()
+    return all(d.platform == "tpu" for d in x.devices())  # type: ignore[attr-defined]
+
+
 def _has_tpu() -> bool:
     import jax
 
