@@ -2,6 +2,7 @@
 
 import platform
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -34,10 +35,21 @@ ISA_FLAGS = {
 }
 
 
+def xla_headers():
+    """Where jaxlib has XLA's headers: in the environment that is installed into, if it is there."""
+    for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        include = Path(site) / "jaxlib" / "include"
+        if (include / "xla" / "ffi" / "api" / "ffi.h").is_file():
+            return [str(include)]
+    print("maskgit: jaxlib is missing, the C++ backend will not serve jitted JAX", file=sys.stderr)
+    return []
+
+
 def extension():
     """The extension and its build step, or nothing where pybind11 is missing."""
     try:
         from pybind11.setup_helpers import Pybind11Extension, build_ext
+        from setuptools.errors import CompileError
     except ImportError:
         print("maskgit: pybind11 is missing, installing without the C++ backend", file=sys.stderr)
         return {}
@@ -57,18 +69,29 @@ def extension():
 
             def compile_one(obj, src, ext_name, cc_args, extra, pp_opts):
                 isa = Path(src).stem.removeprefix("decode_step_")
-                plain(obj, src, ext_name, cc_args, extra + ISA_FLAGS.get(isa, []), pp_opts)
+                flags = extra + ISA_FLAGS.get(isa, [])
+                try:
+                    plain(obj, src, ext_name, cc_args, flags, pp_opts)
+                except CompileError:
+                    if isa != "ffi":
+                        raise
+                    print("maskgit: XLA's headers do not compile, building without them")
+                    plain(obj, src, ext_name, cc_args, [*flags, "-UMASKGIT_WITH_FFI"], pp_opts)
 
             self.compiler._compile = compile_one
             super().build_extension(ext)
 
-    common = ["bindings", "dispatch", "select", "thread_pool"]
+    common = ["bindings", "dispatch", "ffi", "select", "thread_pool"]
+    includes = xla_headers()
+    if includes:
+        macros.append(("MASKGIT_WITH_FFI", None))
     sources = [f"csrc/{name}.cpp" for name in common + [f"decode_step_{isa}" for isa in isas]]
     module = Pybind11Extension(
         "maskgit._C",
         sources,
         depends=[str(p) for p in Path("csrc").glob("*.h")],
         define_macros=macros,
+        include_dirs=includes,
         cxx_std=17,
         extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wno-psabi", "-pthread"],
         extra_link_args=["-pthread"],

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "dispatch.h"
+#include "ffi.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -128,6 +129,19 @@ PYBIND11_MODULE(_C, m) {
     if (filters.size() > 5) throw py::value_error("filters: expected at most 5");
     p.num_filters = static_cast<int>(filters.size());
     for (size_t i = 0; i < filters.size(); ++i) p.filters[i] = filters[i].first, p.filter_values[i] = filters[i].second;
+  });
+  c.def("to_bytes", [](StepParams p) {  // without what points into this process
+    p.logits = p.uncond = p.token_gumbel = Strided{};
+    p.tokens = p.masked_at_start = p.banned = p.score_banned = p.num_commit = nullptr;
+    p.eligible = nullptr, p.seeds = p.positions = nullptr, p.table = nullptr;
+    p.choice_noise = nullptr, p.scores = p.remask_bounds = nullptr;
+    p.next_tokens = p.candidates = nullptr, p.confidence = p.log_z = nullptr;
+    return py::bytes(reinterpret_cast<const char*>(&p), sizeof p);
+  });
+  m.def("ffi_handlers", [] {
+    py::dict found;
+    for (const auto& [name, handler] : maskgit::ffi_handlers()) found[name.c_str()] = py::capsule(handler);
+    return found;
   });
   m.def("decode_step", &maskgit::decode_step, py::call_guard<py::gil_scoped_release>());
   m.def("sample_tokens", &maskgit::sample_tokens, py::call_guard<py::gil_scoped_release>());

@@ -210,7 +210,7 @@ def generate(
         num_steps, rule, guidance_scale: by default those of the weights.  A scale s other than 1 needs a
             model with a null class: u + s (c - u), mixed on what goes into the head.
         tokens: (B, N), the mask id where tokens are to be generated; by default everywhere.
-        backend: of the decode step, as in `maskgit.decode_step`.
+        backend: of the decode step, as in `maskgit.decode_step`; with "pallas" of attention too.
 
     Raises:
         ValueError: guidance without a null class, shapes that do not fit, and as `generate`.
@@ -251,12 +251,16 @@ def _program(
 
     @jax.jit
     def run(params: Params, tokens: jax.Array, class_ids: jax.Array, seeds: jax.Array) -> jax.Array:
+        def states(x: jax.Array, classes: jax.Array) -> jax.Array:
+            kind = "pallas" if backend == "pallas" else "auto"
+            out = hidden(params, config, x, classes, attention_backend=kind)
+            return project(params, config, out)
+
         def forward(x: jax.Array) -> Any:
             if scale is None:
-                return project(params, config, hidden(params, config, x, class_ids))
+                return states(x, class_ids)
             none = jnp.full_like(class_ids, config.num_classes)
-            both = hidden(params, config, jnp.tile(x, (2, 1)), jnp.concatenate([class_ids, none]))
-            both = project(params, config, both)
+            both = states(jnp.tile(x, (2, 1)), jnp.concatenate([class_ids, none]))
             return both[: len(x)], both[len(x) :]
 
         weight, bias = head_weight(params, config)

@@ -38,6 +38,8 @@ def replay(golden, meta, rule, s, backend):
     kind = {"torch": "torch", "triton": "torch", "jax": "jax", "pallas": "jax"}.get(
         backend, "numpy"
     )
+    if backend == "cpp in jax":
+        kind, backend = "jax", "cpp"
     dtype = meta["dtype"]
     if kind == "numpy" and dtype == "bfloat16":
         kind = "torch"

@@ -28,7 +28,6 @@ from helpers import (  # noqa: E402
     run,
     run_stats,
 )
-from maskgit.kernels.common import selection  # noqa: E402
 from maskgit.kernels.common.simulation import compiling  # noqa: E402
 from maskgit.kernels.decode_step import pallas_tpu  # noqa: E402
 from maskgit.kernels.decode_step.plan import resolve, table_size  # noqa: E402
@@ -45,10 +44,6 @@ DTYPES = ("float32", "bfloat16")
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch):
     monkeypatch.setenv("MASKGIT_PALLAS_INTERPRET", "1")
-    selection.why_missing.cache_clear()
-    yield
-    monkeypatch.undo()
-    selection.why_missing.cache_clear()
 
 
 def sampled(names: Any, always: tuple[str, ...]) -> list[Any]:
@@ -58,7 +53,6 @@ def sampled(names: Any, always: tuple[str, ...]) -> list[Any]:
 
 def test_asked_for_by_name_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASKGIT_PALLAS_INTERPRET")
-    selection.why_missing.cache_clear()
     with pytest.raises(ValueError, match="jax finds no TPU"):
         run(make_case(StepRule.preset("maskgit")), "pallas")
 

@@ -9,7 +9,6 @@ pytest.importorskip("torch")  # whose error is the measure
 import jax.numpy as jnp  # noqa: E402
 from maskgit.benchmarks import tpu_compiler  # noqa: E402
 from maskgit.kernels.attention import pallas_tpu  # noqa: E402
-from maskgit.kernels.common import selection  # noqa: E402
 from test_attention import SIZES, check, problem, run  # noqa: E402
 
 import maskgit  # noqa: E402
@@ -18,10 +17,6 @@ import maskgit  # noqa: E402
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch):
     monkeypatch.setenv("MASKGIT_PALLAS_INTERPRET", "1")
-    selection.why_missing.cache_clear()
-    yield
-    monkeypatch.undo()
-    selection.why_missing.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

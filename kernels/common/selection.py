@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 
-from .simulation import is_simulating
+from .simulation import is_compiling, is_simulating
 
 
 def _needs(package: str) -> Callable[[], str | None]:
@@ -67,7 +67,7 @@ def _has_tpu() -> bool:
 
 def _pallas() -> str | None:
     missing = _needs("jax")()
-    if missing is not None or is_simulating():
+    if missing is not None or is_simulating() or is_compiling():
         return missing
     if _has_tpu():
         return None
@@ -86,12 +86,14 @@ BACKENDS: dict[str, tuple[Callable[[], str | None], str]] = {
     "reference": (lambda: None, "numpy"),
 }
 
+TRACED = "a traced array"  # stands for its device
+
 # What "auto" tries, in order, by (array kind, device type).
 _AUTO = {
     ("torch", "cpu"): ("cpp", "torch"),
     ("torch", "cuda"): ("triton", "torch"),
     ("torch", "other"): ("torch",),
-    ("jax", "cpu"): ("jax",),
+    ("jax", "cpu"): ("cpp", "jax"),
     ("jax", "tpu"): ("pallas", "jax"),
     ("jax", "other"): ("jax",),
     ("numpy", "cpu"): ("cpp", "reference"),
@@ -99,14 +101,40 @@ _AUTO = {
 
 
 @cache
+def _probed(name: str) -> str | None:
+    return BACKENDS[name][0]()
+
+
 def why_missing(name: str) -> str | None:
     """None where the backend can run in this process, else the reason."""
-    return BACKENDS[name][0]()
+    return _pallas() if name == "pallas" else _probed(name)
 
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name: None where it can run, else the reason why it cannot."""
     return {name: why_missing(name) for name in BACKENDS}
+
+
+def serves_jax() -> bool:
+    """Whether the C++ core can be called from jitted JAX programs."""
+    if why_missing("cpp") is not None:
+        return False
+    from ..decode_step import cpu_ffi
+
+    return cpu_ffi.why_missing() is None
+
+
+def _can(name: str, kind: str) -> bool:
+    return why_missing(name) is None and (name != "cpp" or kind != "jax" or serves_jax())
+
+
+def _in_jax_on_cpu(kind: str, device: str) -> bool:
+    """Whether a traced jax array is going to be on the CPU, where the C++ core serves it."""
+    if kind != "jax" or device != TRACED or not serves_jax():
+        return False
+    import jax
+
+    return bool(jax.default_backend() == "cpu") and not is_compiling()
 
 
 def check_name(backend: str) -> str:
@@ -136,9 +164,11 @@ def choose(backend: str, kind: str, device: str) -> str:
                     f"MASKGIT_BACKEND: expected auto, {', '.join(BACKENDS)}, got {forced!r}"
                 )
             return choose(forced, kind, device)
-        return next(name for name in _AUTO[kind, place] if why_missing(name) is None)
+        if _in_jax_on_cpu(kind, device):
+            place = "cpu"
+        return next(name for name in _AUTO[kind, place] if _can(name, kind))
     reason = why_missing(backend)
-    if reason is None and backend == "cpp" and place != "cpu":
+    if reason is None and backend == "cpp" and place != "cpu" and not _in_jax_on_cpu(kind, device):
         reason = f"it works on CPU arrays, not on {device}"
     if reason is not None:
         legal = [name for name in BACKENDS if why_missing(name) is None]

@@ -17,6 +17,11 @@ def is_simulating() -> bool:
     return wanted and not _compiles.get()
 
 
+def is_compiling() -> bool:
+    """Whether kernels are traced to be compiled for a TPU that need not be here."""
+    return _compiles.get()
+
+
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """Kernels traced in this block are compiled, for a TPU that need not be here."""

@@ -130,12 +130,13 @@ def _whole_strides(x: Any) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _banned(rule: Any, mask_token_id: int, vocab: int) -> Any:
+def banned(rule: Any, mask_token_id: int, vocab: int) -> Any:
+    """Columns that are never drawn."""
     ids = set(rule.banned_ids) | ({mask_token_id} if rule.ban_mask_token else set())
-    return _without_slice(ids, rule, vocab)
+    return without_slice(ids, rule, vocab)
 
 
-def _without_slice(ids: Any, rule: Any, vocab: int) -> Any:
+def without_slice(ids: Any, rule: Any, vocab: int) -> Any:
     """Ids as indices of the columns that are left."""
     start = rule.vocab_slice[0] if rule.vocab_slice else 0
     return np.array(sorted(i - start for i in ids if 0 <= i - start < vocab), np.int64)
@@ -173,11 +174,11 @@ def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, lis
         candidates[...], confidence[...] = x.drawn, x.scores
     keep += [tokens, eligible, start, positions]
     if x.logits is not None and (plan.rule.banned_ids or plan.rule.ban_mask_token):
-        banned = _banned(plan.rule, x.mask_token_id, x.logits.shape[2])
-        p.banned, p.num_banned = banned, banned.size
-        keep.append(banned)
+        ids = banned(plan.rule, x.mask_token_id, x.logits.shape[2])
+        p.banned, p.num_banned = ids, ids.size
+        keep.append(ids)
     if x.logits is not None and plan.rule.score_banned_ids:
-        ids = _without_slice(plan.rule.score_banned_ids, plan.rule, x.logits.shape[2])
+        ids = without_slice(plan.rule.score_banned_ids, plan.rule, x.logits.shape[2])
         p.score_banned, p.num_score_banned = ids, ids.size
         keep.append(ids)
     if x.uncond_logits is not None:
@@ -198,6 +199,16 @@ def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, lis
     p.mask_token_id = x.mask_token_id
     p.num_threads = num_threads()
     return p, keep, (candidates, confidence)
+
+
+def numbers(plan: ResolvedStep, dtype: str, mask_token_id: int) -> Any:
+    """The parameters of a step without its arrays, for csrc/ffi.cpp."""
+    from maskgit import _C
+
+    p = _C.StepParams(_numbers(plan, dtype))
+    p.mask_token_id = mask_token_id
+    p.draw_choice_noise = _uses_choice_noise(plan)
+    return p
 
 
 @lru_cache(maxsize=1024)

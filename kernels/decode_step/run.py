@@ -16,7 +16,7 @@ import numpy as np
 
 from ..common.arrays import dtype_name, is_on_host, kind_of, like, to_kind, to_numpy, widen
 from ..common.philox import seed_words
-from ..common.selection import BACKENDS, choose, is_interpreting
+from ..common.selection import BACKENDS, TRACED, choose, is_interpreting, serves_jax
 from ..common.sharding import active
 from .checks import (
     check_candidates,
@@ -42,6 +42,7 @@ _MODULES = {
     "triton": ".triton_cuda",
     "pallas": ".pallas_tpu",
     "cpp": ".cpu",
+    "cpp in jax": ".cpu_ffi",
     "torch": ".torch_ref",
     "jax": ".jax_ref",
     "reference": ".reference",
@@ -297,6 +298,11 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
         )
     else:
         x = complete(x, plan.rule)
+    if chosen == "cpp" and kind_of(logits) == "jax" and serves_jax():
+        x = _to_framework(x, "jax", logits)
+        return _jitted(name, "cpp in jax")(
+            x._replace(mask_token_id=0), x.mask_token_id, plan, dtype
+        )
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
     if active() is not None:
         if native != "jax":
@@ -308,9 +314,20 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
 
 
 def backend_for(model: Any, backend: str) -> str:
-    """The backend that runs on arrays like `model`."""
-    device = "cpu" if is_on_host(model) else str(getattr(model, "device", "a traced array"))
+    """The backend that runs on arrays like `model`; on a mesh, jax's own."""
+    if active() is not None and backend == "auto" and kind_of(model) == "jax":
+        return "jax"
+    device = "cpu" if is_on_host(model) else _device_of(model)
     return choose(backend, kind_of(model) or "numpy", device)
+
+
+def _device_of(model: Any) -> str:
+    import sys
+
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(model, jax.core.Tracer):
+        return TRACED
+    return str(getattr(model, "device", TRACED))
 
 
 @cache

@@ -1,0 +1,114 @@
+"""The C++ backend inside jitted JAX programs on the CPU: the core as an XLA FFI call (csrc/ffi.cpp).
+
+Logits and noise are read where XLA has them; nothing passes through Python when the program runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import cpu
+from .plan import ResolvedStep
+from .spec import StepInputs
+
+_FIELDS = (
+    "logits", "uncond_logits", "token_gumbel", "tokens", "eligible", "num_masked_at_start", "seeds",
+    "positions", "choice_gumbel", "num_commit",
+)  # fmt: skip
+
+
+def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    fields = _arrays(x, plan)
+    if x.scores is not None:
+        fields["scores"] = x.scores
+    if x.drawn is not None:
+        fields |= {"drawn": x.drawn, "drawn_scores": x.scores}
+    if plan.rule.remask == "conf":
+        fields["remask_bounds"] = _remask_bounds(x, plan)
+    shape, kind = x.tokens.shape, x.tokens.dtype
+    results = [(shape, kind), (shape, kind), (shape, _float_of(plan))]
+    return _call("maskgit_decode_step", fields, results, x, plan, dtype)
+
+
+def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+    """(candidate or -1, score, log_z), each (B, N)."""
+    shape, number = x.tokens.shape, _float_of(plan)
+    wide = jnp.int64 if jax.config.read("jax_enable_x64") else jnp.int32
+    results = [(shape, wide), (shape, number), (shape, number)]
+    return _call("maskgit_sample_tokens", _arrays(x, plan), results, x, plan, dtype)
+
+
+@cache
+def why_missing() -> str | None:
+    """None where the extension has the handlers, which are then known to XLA; else the reason."""
+    from maskgit import _C
+
+    handlers = _C.ffi_handlers()
+    if not handlers:
+        return "the C++ extension was built without jaxlib's headers; install jaxlib, then maskgit"
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return None
+
+
+def _float_of(plan: ResolvedStep) -> Any:
+    wide = plan.rule.score_dtype == "float64" and jax.config.read("jax_enable_x64")
+    return jnp.float64 if wide else jnp.float32
+
+
+def _arrays(x: StepInputs, plan: ResolvedStep) -> dict[str, Any]:
+    """The arrays of a call by the names that the handler knows."""
+    fields = {name: getattr(x, name) for name in _FIELDS if getattr(x, name) is not None}
+    if x.uncond_logits is not None:
+        fields["guidance_scale"] = jnp.asarray(x.guidance_scale, jnp.float32)
+    if plan.table.size:
+        fields["table"] = jnp.asarray(plan.table, jnp.int32)
+    if x.logits is not None:
+        rule, vocab = plan.rule, x.logits.shape[2]
+        banned = cpu.banned(rule, int(x.mask_token_id), vocab)
+        apart = cpu.without_slice(rule.score_banned_ids, rule, vocab)
+        for name, ids in (("banned", banned), ("score_banned", apart)):
+            if ids.size:
+                fields[name] = jnp.asarray(ids, jnp.int32)
+    kinds = {"eligible": jnp.bool_, "seeds": jnp.uint32, "positions": jnp.uint32}
+    return {name: jnp.asarray(v).astype(kinds.get(name, v.dtype)) for name, v in fields.items()}
+
+
+def _call(
+    target: str, fields: dict[str, Any], results: list[Any], x: StepInputs, plan: ResolvedStep,
+    dtype: str,
+) -> Any:  # fmt: skip
+    params = cpu.numbers(plan, dtype, int(x.mask_token_id))
+    call = jax.ffi.ffi_call(
+        target,
+        [jax.ShapeDtypeStruct(shape, kind) for shape, kind in results],
+        vmap_method="sequential",
+    )
+    return call(
+        *(_as_given(v) for v in fields.values()), names=",".join(fields),
+        params=np.frombuffer(params.to_bytes(), np.uint8), threads=np.int64(cpu.num_threads()),
+    )  # fmt: skip
+
+
+def _as_given(x: jax.Array) -> jax.Array:
+    """Noise in 16 bits in float32, integers in a width that the handler reads."""
+    if x.ndim == 2 and x.dtype in (jnp.float16, jnp.bfloat16):
+        return x.astype(jnp.float32)
+    if x.dtype in (jnp.int8, jnp.int16, jnp.uint8, jnp.uint16):
+        return x.astype(jnp.int32)
+    return x
+
+
+def _remask_bounds(x: StepInputs, plan: ResolvedStep) -> jax.Array:
+    """(B, N) bounds under which a known position's choice noise masks it again, shared by scores."""
+    known = x.eligible & (x.tokens != x.mask_token_id)
+    keys = jnp.where(known & jnp.isfinite(x.scores), x.scores, -jnp.inf)
+    chance = plan.remask_chance * jnp.nan_to_num(jax.nn.softmax(keys, axis=-1))
+    inside = -jnp.log(-jnp.log(jnp.minimum(chance, 1 - 1e-7)))
+    return jnp.where(chance >= 1, jnp.inf, inside)

@@ -1,0 +1,142 @@
+"""The C++ core inside jitted JAX programs on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+from helpers import CORE, FREE, compare, golden_rule, make_case, native, native_seeds, run  # noqa: E402
+from maskgit.kernels.common.selection import serves_jax  # noqa: E402
+from test_contract import FIELDS, spoil  # noqa: E402
+from test_golden import FILES, meta_of, replay  # noqa: E402
+
+import maskgit  # noqa: E402
+from maskgit import StepNoise, StepRule  # noqa: E402
+
+if not serves_jax():
+    pytest.skip("the C++ extension was built without jaxlib's headers", allow_module_level=True)
+
+
+def step_of(case: Any) -> Any:
+    """A jitted step of the case, and its arrays."""
+
+    def step(arrays: dict[str, Any]) -> Any:
+        noise = None
+        if "token_gumbel" in arrays or "choice_gumbel" in arrays:
+            noise = StepNoise(arrays.get("token_gumbel"), arrays.get("choice_gumbel"))
+        return maskgit.decode_step(
+            arrays["logits"], arrays["tokens"], rule=case.rule, mask_token_id=case.mask_token_id,
+            step=case.step, num_steps=case.num_steps, num_masked_at_start=arrays.get("start"),
+            seeds=arrays.get("seeds"), noise=noise,
+            uncond_logits=arrays.get("uncond"), guidance_scale=case.guidance_scale,
+            eligible=arrays.get("eligible"), backend="cpp",
+        )  # fmt: skip
+
+    arrays = {
+        "logits": native(case.logits, "jax", case.dtype), "tokens": native(case.tokens, "jax"),
+        "uncond": native(case.uncond_logits, "jax", case.dtype), "eligible": native(case.eligible, "jax"),
+        "seeds": native_seeds(case.seeds, "jax"), "token_gumbel": native(case.token_gumbel, "jax"),
+        "choice_gumbel": native(case.choice_gumbel, "jax"),
+        "start": native(case.num_masked_at_start, "jax"),
+    }  # fmt: skip
+    return jax.jit(step), {name: a for name, a in arrays.items() if a is not None}
+
+
+def check(case: Any) -> None:
+    step, arrays = step_of(case)
+    got = tuple(np.asarray(a) for a in step(arrays))
+    compare(case, run(case, "reference"), got)
+
+
+@pytest.mark.parametrize("preset", [
+    p if p in CORE else pytest.param(p, marks=pytest.mark.slow) for p in FREE
+])  # fmt: skip
+def test_every_preset(preset: str) -> None:
+    rule = StepRule.preset(preset)
+    for step, dtype, noise in ((3, "bfloat16", "seeds"), (7, "float16", "injected")):
+        guidance = 2.5 if step == 3 else None
+        check(make_case(rule, seed=step, dtype=dtype, noise=noise, step=step, guidance=guidance))
+
+
+@pytest.mark.parametrize(
+    "name", ["all-filters", "banned", "score-bans", "slice-ban-mask", "count-sum"]
+)
+def test_fields_that_bring_arrays_of_their_own(name: str) -> None:
+    mask = 20 if "ban-mask" in name else None
+    check(make_case(StepRule(name=name, **FIELDS[name]), seed=1, step=1, mask_token_id=mask))
+
+
+def test_bad_entries_and_uneven_rows() -> None:
+    case = spoil(make_case(StepRule.preset("maskgit"), length=40, vocab=150), 5)
+    check(case)
+    eligible = np.random.default_rng(0).random(case.tokens.shape) < 0.5
+    check(dataclasses.replace(case, eligible=eligible))
+    check(make_case(StepRule.preset("maskgit"), batch=0))
+
+
+@pytest.mark.parametrize("function", [
+    name if name in ("remdm-conf", "muse-critic", "halton") else pytest.param(name, marks=pytest.mark.slow)
+    for name in sorted({p.stem for p in FILES})
+])  # fmt: skip
+def test_tokens_are_those_of_the_codebase_itself(function: str) -> None:
+    path = next(p for p in FILES if p.stem == function)
+    meta = meta_of(path)
+    with np.load(path, allow_pickle=False) as file:
+        golden = {name: file[name] for name in file.files}
+    for s in range(0, len(golden["step"]), 2):
+        after, _ = replay(golden, meta, golden_rule(path.stem), s, "cpp in jax")
+        np.testing.assert_array_equal(after, golden["expected"][s])
+
+
+def test_the_program_calls_the_core_and_copies_no_logits() -> None:
+    case = make_case(StepRule.preset("maskgit"), batch=2, length=64, vocab=1000)
+    step, arrays = step_of(case)
+    text = step.lower(arrays).compile().as_text()
+    assert "maskgit_decode_step" in text
+    assert "callback" not in text
+    copies = [line for line in text.splitlines() if "f32[2,64,1000]" in line and "copy(" in line]
+    assert not copies
+
+
+def test_auto_takes_it_on_arrays_and_in_traces() -> None:
+    case = make_case(StepRule.preset("maskgit"), length=8, vocab=50)
+    _, arrays = step_of(case)
+
+    def step(logits: Any, tokens: Any, seeds: Any) -> Any:
+        return maskgit.decode_step(
+            logits,
+            tokens,
+            rule="maskgit",
+            mask_token_id=case.mask_token_id,
+            step=0,
+            num_steps=8,
+            seeds=seeds,
+        )
+
+    given = (arrays["logits"], arrays["tokens"], arrays["seeds"])
+    assert "maskgit_decode_step" in jax.jit(step).lower(*given).as_text()
+    for a, b in zip(step(*given), jax.jit(step)(*given), strict=True):
+        assert isinstance(a, jax.Array)
+        np.testing.assert_array_equal(a, b)
+
+
+def test_sequences_are_mapped_one_by_one() -> None:
+    case = make_case(StepRule.preset("maskgit"), batch=3, length=8, vocab=50)
+    _, arrays = step_of(case)
+
+    def one(logits: Any, tokens: Any, seeds: Any) -> Any:
+        return maskgit.sample_tokens(
+            logits[None], rule="maskgit", seeds=seeds[None], backend="cpp"
+        ).candidate_tokens[0]
+
+    given = (arrays["logits"], arrays["tokens"], arrays["seeds"])
+    mapped = jax.vmap(one)(*given)
+    alone = np.stack([one(*(a[b] for a in given)) for b in range(3)])
+    np.testing.assert_array_equal(mapped, alone)
+    assert jnp.issubdtype(mapped.dtype, jnp.integer)
