@@ -7,6 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+import maskgit
 from maskgit import adapters
 
 jax = pytest.importorskip("jax")
@@ -147,7 +148,35 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="backend"):
         adapters.patch(module(), backend="none such")
     wrong = {"mask_scheduling_method": "square", "num_iter": 2.5, "start_iter": 13, "seeds": [1, 2]}
-    wrong |= {"choice_temperature": -1.0}
     for name, value in wrong.items():
         with pytest.raises((TypeError, ValueError), match=name):
             maskgit_jax.decode(inputs(), jax.random.key(0), logits_of, **{name: value})
+    with pytest.raises(ValueError, match="choice_temperature"):
+        maskgit_jax.decode(
+            inputs(), jax.random.key(0), logits_of, fast=True, choice_temperature=-1.0
+        )
+
+
+@pytest.mark.parametrize("method", ["uniform", "cosine", "log", "exp", "pow.5", "pow2.5"])
+def test_the_schedules_are_theirs(method):
+    """Decreasing from 1 to the floor, as `maskgit.gamma` has them, on traced ratios too."""
+    ratio = jnp.linspace(0.05, 1.0, 20)
+    ours = jax.jit(lambda r: maskgit_jax.schedule(r, 256, method))(ratio)
+    name = "linear" if method == "uniform" else method
+    np.testing.assert_allclose(ours, maskgit.gamma(np.asarray(ratio), name, 256), atol=1e-6)
+    assert float(ours[-1]) == np.float32(1e-6)
+    with pytest.raises(ValueError, match="mask_scheduling_method"):
+        maskgit_jax.schedule(0.5, 256, "square")
+
+
+def test_the_temperature_and_the_step_may_be_traced():
+    @jax.jit
+    def run(temperature, key):
+        return maskgit_jax.decode(
+            inputs(), key, logits_of, num_iter=3, choice_temperature=temperature
+        )
+
+    key = jax.random.key(3)
+    expected = maskgit_jax.decode(inputs(), key, logits_of, num_iter=3, choice_temperature=4.5)
+    np.testing.assert_array_equal(run(4.5, key), expected)
+    assert "while" in run.lower(4.5, key).as_text()

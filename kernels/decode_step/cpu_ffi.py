@@ -33,7 +33,8 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
         fields["remask_bounds"] = _remask_bounds(x, plan)
     shape, kind = x.tokens.shape, x.tokens.dtype
     results = [(shape, kind), (shape, kind), (shape, _float_of(plan))]
-    return _call("maskgit_decode_step", fields, results, x, plan, dtype)
+    out: tuple[Any, Any, Any] = _call("maskgit_decode_step", fields, results, x, plan, dtype)
+    return out
 
 
 def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
@@ -41,7 +42,10 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     shape, number = x.tokens.shape, _float_of(plan)
     wide = jnp.int64 if jax.config.read("jax_enable_x64") else jnp.int32
     results = [(shape, wide), (shape, number), (shape, number)]
-    return _call("maskgit_sample_tokens", _arrays(x, plan), results, x, plan, dtype)
+    out: tuple[Any, Any, Any] = _call(
+        "maskgit_sample_tokens", _arrays(x, plan), results, x, plan, dtype
+    )
+    return out
 
 
 @cache

@@ -10,24 +10,26 @@
 
 Replaced: `decode` in the module that is given, with its arguments and its result, (B, num_iter, N)
 candidates of all steps.  What stays: `tokens_to_logits`, and `jax.jit` or `jax.pmap` around it all.
-By default the noise comes from `rng` as theirs does, so that the same key gives the same tokens up
-to near ties of the last bit.  With fast=True it comes from one counter-based seed per sequence
-that is drawn from `rng`: the same law, other tokens, and no (B, N, V) array of noise.
+By default every step is computed as theirs is, from the same keys by the same operations in one
+`lax.while_loop`: the same key gives the same tokens, bit for bit.  With fast=True the steps are this
+library's, with one counter-based seed per sequence that is drawn from `rng`: the same law, other tokens,
+and neither (B, N, V) noise nor probabilities.
 
-What differs: the steps are a Python loop, unrolled under `jax.jit`, not a `lax.while_loop`, so
-`num_iter` and `start_iter` have to be numbers.  Unknown schedules raise ValueError.  Rows whose
-logits have no finite value stay masked.
+What differs: unknown schedules raise ValueError.  With fast=True the steps are unrolled, so `num_iter`,
+`start_iter` and `choice_temperature` have to be numbers, and rows whose logits have no finite value stay
+masked.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 from ..kernels.common.selection import check_name
-from ..kernels.decode_step import StepNoise, StepRule, decode_step
+from ..kernels.decode_step import StepRule, decode_step
 from ..kernels.decode_step.checks import check_integer
 from ..kernels.decode_step.counts import check_schedule
 from .common import Handle, Report, check_signature
@@ -54,17 +56,17 @@ def install(target: Any, *, fast: bool = False, backend: str = "auto") -> Handle
 
     Args:
         target: the module.
-        fast: whether the noise is this library's, drawn where it is used.
-        backend: as in `maskgit.decode_step`.
+        fast: whether steps and noise are this library's.
+        backend: of fast steps, as in `maskgit.decode_step`.
     """
     check_name(backend)
     check_signature(getattr(target, "decode", None), _ARGUMENTS, "decode")
     report = Report("maskgit_jax", _CODEBASE, "parallel_decode")
     if fast:
         report.note("random numbers: one seed per sequence and call, drawn from rng")
+        report.note("the steps are unrolled: num_iter and start_iter are numbers")
     else:
         report.note("random numbers: jax.random's, with the keys of the original")
-    report.note("the steps are unrolled: num_iter and start_iter are numbers")
     handle = Handle(target, report)
 
     options: dict[str, Any] = {"fast": fast, "backend": backend}
@@ -102,7 +104,7 @@ def decode(
         mask_scheduling_method: uniform, cosine, log, exp or pow<x>.
         fast: see `install`.
         seeds: with fast, (B,) integers or (B, 2) words in place of those drawn from `rng`.
-        backend: as in `maskgit.decode_step`.
+        backend: of fast steps, as in `maskgit.decode_step`.
 
     Raises:
         TypeError, ValueError: a wrong number or schedule, seeds without fast; and as `decode_step`.
@@ -115,25 +117,105 @@ def decode(
         raise ValueError(f"start_iter: expected 0 to num_iter = {num_iter}, got {start_iter}")
     if seeds is not None and not fast:
         raise ValueError("seeds: expected None without fast=True, where the noise is that of rng")
+    check_method(mask_scheduling_method)
     x = jnp.asarray(inputs).astype(jnp.int32)
-    rule = _rule(float(choice_temperature), mask_scheduling_method, x.shape[-1] == 1)
+    if not fast:
+        return _as_theirs(
+            x, rng, tokens_to_logits, mask_token_id, num_iter, start_iter, choice_temperature,
+            mask_scheduling_method,
+        )  # fmt: skip
     options: dict[str, Any] = {
-        "rule": rule,
+        "rule": _rule(float(choice_temperature), mask_scheduling_method, x.shape[-1] == 1),
         "mask_token_id": int(mask_token_id),
         "num_steps": num_iter,
         "num_masked_at_start": (x == mask_token_id).sum(-1),
+        "seeds": _seeds(rng, len(x)) if seeds is None else seeds,
         "backend": backend,
     }
-    if fast:
-        options["seeds"] = _seeds(rng, len(x)) if seeds is None else seeds
     steps = [x] * start_iter
     for step in range(start_iter, num_iter):
-        logits = tokens_to_logits(x)
-        if not fast:
-            rng, options["noise"] = _noise(rng, logits)
-        x, candidates, _ = decode_step(logits, x, step=step, **options)
+        x, candidates, _ = decode_step(tokens_to_logits(x), x, step=step, **options)
         steps.append(candidates)
     return jnp.stack(steps, axis=1) if steps else jnp.tile(x[:, None], (1, 0, 1))
+
+
+def schedule(ratio: Any, total_unknown: Any, method: str = "cosine") -> Any:
+    """Their `mask_schedule.schedule`: the share of tokens that is masked, in [1e-6, 1], in jax.numpy.
+
+    Args:
+        ratio: share of the steps that are done, in [0, 1], any shape, may be traced.
+        total_unknown: how many tokens there are to be masked, broadcast; of log and exp.
+        method: uniform, cosine, log, exp or pow<x>.
+
+    Raises:
+        ValueError: another method.
+
+    `maskgit.gamma` is the same on the host, correctly rounded.
+    """
+    import jax.numpy as jnp
+
+    check_method(method)
+    if method == "uniform":
+        share = 1.0 - ratio
+    elif method == "cosine":
+        share = jnp.cos(math.pi / 2.0 * ratio)
+    elif method == "log":
+        share = -jnp.log2(ratio) / jnp.log2(total_unknown)
+    elif method == "exp":
+        share = 1 - jnp.exp2(-jnp.log2(total_unknown) * (1 - ratio))
+    else:
+        share = 1.0 - ratio ** float(method.removeprefix("pow"))
+    return jnp.clip(share, 1e-6, 1.0)
+
+
+def check_method(method: object) -> None:
+    """ValueError unless `method` names one of their schedules."""
+    if method in _SCHEDULES:
+        return
+    if not isinstance(method, str) or not method.startswith("pow"):
+        raise ValueError(
+            f"mask_scheduling_method: expected one of {', '.join(_SCHEDULES)} or pow<x>, got {method!r}"
+        )
+    check_schedule(method)
+
+
+def _as_theirs(
+    x: Any, rng: Any, tokens_to_logits: Any, mask_token_id: Any, num_iter: int, start_iter: int,
+    choice_temperature: Any, method: str,
+) -> Any:  # fmt: skip
+    """Every step's candidates, by the operations of the original in their order.
+
+    Which are, for its bits: the ratio in float32 from an integer that is traced, the softmax before its
+    logarithm, +inf for what is known, and the cut `confidence < sorted[k]`.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    at_start = jnp.sum(x == mask_token_id, axis=-1)
+
+    def step_of(state: Any) -> Any:
+        step, ids, key, seen = state
+        logits = tokens_to_logits(ids)
+        key, draw = jax.random.split(key, 2)
+        unknown = ids == mask_token_id
+        drawn = jnp.where(unknown, jax.random.categorical(draw, logits), ids)
+        seen = jax.lax.dynamic_update_slice(seen, drawn[:, None], (0, step, 0))
+        done = 1.0 * (step + 1) / num_iter
+        probs = jax.nn.softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(probs, drawn[..., None], -1)[..., 0]
+        chosen = jnp.where(unknown, chosen, jnp.inf)
+        stay = jnp.floor(at_start * schedule(done, at_start, method))[:, None]
+        left = jnp.sum(unknown, axis=-1, keepdims=True)
+        stay = jnp.maximum(1, jnp.minimum(left - 1, stay))
+        key, choose = jax.random.split(key)
+        noise = jax.random.gumbel(choose, chosen.shape)
+        confidence = jnp.log(chosen) + choice_temperature * (1.0 - done) * noise
+        cut = jnp.take_along_axis(jnp.sort(confidence, axis=-1), stay.astype(jnp.int32), axis=-1)
+        return step + 1, jnp.where(confidence < cut, mask_token_id, drawn), key, seen
+
+    seen = jnp.tile(x[:, None], (1, num_iter, 1))
+    state = (jnp.array(start_iter), x, rng, seen)
+    return jax.lax.while_loop(lambda state: state[0] < num_iter, step_of, state)[3]
 
 
 @lru_cache(maxsize=256)
@@ -143,24 +225,9 @@ def _rule(temperature: float, method: str, is_single: bool) -> StepRule:
     `is_single`: of a sequence of one token theirs masks none, since it reads the cut behind the end of
     the sorted confidences, and gets NaN.
     """
-    if method not in _SCHEDULES and not str(method).startswith("pow"):
-        raise ValueError(
-            f"mask_scheduling_method: expected one of {', '.join(_SCHEDULES)} or pow<x>, "
-            f"got {method!r}"
-        )
-    schedule = check_schedule("linear" if method == "uniform" else method)
-    rule = replace(StepRule.preset("maskgit"), schedule=schedule, choice_temperature=temperature)
+    name = "linear" if method == "uniform" else method
+    rule = replace(StepRule.preset("maskgit"), schedule=name, choice_temperature=temperature)
     return replace(rule, clamps=("commit_one",)) if is_single else rule
-
-
-def _noise(rng: Any, logits: Any) -> tuple[Any, StepNoise]:
-    """The next key and a step's noise: two splits, for the tokens and then for the choice."""
-    import jax
-
-    rng, key = jax.random.split(rng)
-    token = jax.random.gumbel(key, logits.shape, logits.dtype)
-    rng, key = jax.random.split(rng)
-    return rng, StepNoise(token, jax.random.gumbel(key, logits.shape[:-1]))
 
 
 def _seeds(rng: Any, batch: int) -> Any:
