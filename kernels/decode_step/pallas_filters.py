@@ -1,8 +1,8 @@
 """Which tokens survive a rule's filters on a TPU, without a sort: thresholds found by bisection.
 
 Each filter keeps the tokens whose key is above a bound, and of those equal to it the first few.
-Keys are logits, for `typical_p` -|center - t| with t the log-probability up to a constant; as
-signed integers in the order of the floats they have 32 bits.  One walk over the rows in VMEM for each
+Keys are logits, for `typical_p` -|center - x| with the mean of the logits for a center, which orders
+tokens as |log p + entropy| does; as signed integers in the order of the floats they have 32 bits.  One walk over the rows in VMEM for each
 bit compares the count (top_k) or the mass (top_p, typical_p) above a candidate bound with what is asked
 for.  Where only some of several equal tokens fit, the last of them is bisected too, by its index.
 
@@ -26,7 +26,6 @@ class Condition(NamedTuple):
     """What a token must satisfy: a key above the bound, or at it and not after `last`."""
 
     name: str
-    scale: Any
     reference: Any
     center: Any
     bound: Any
@@ -41,7 +40,8 @@ def _ordered(x: jax.Array) -> jax.Array:
 
 def _key(x: jax.Array, condition: Condition) -> jax.Array:
     if condition.name == "typical_p":
-        distance = jnp.abs(condition.center - (x - condition.reference) * condition.scale)
+        # no product: fused with the difference in one place and not in another, bits would differ
+        distance = jnp.abs(condition.center - (x - condition.reference))
         x = jnp.where(x > -jnp.inf, -distance, x)
     return _ordered(x)
 
@@ -103,7 +103,7 @@ def _bound(
         lowest = _largest(rows, conditions)
         if value < 1:
             lowest += jnp.log(zero + value) * LOG2E / scale
-        return Condition(name, scale, reference, zero, lowest, None)
+        return Condition(name, reference, zero, lowest, None)
 
     def weight(x: jax.Array) -> jax.Array:
         return jnp.exp2((x - reference) * scale)
@@ -113,11 +113,11 @@ def _bound(
 
         def moments(x: jax.Array, index: jax.Array) -> Any:
             e = weight(x)
-            return e, jnp.where(e > 0, e * ((x - reference) * scale), 0.0)
+            return e, jnp.where(e > 0, e * (x - reference), 0.0)
 
         mass, moment = _total(rows, conditions, moments, 2)
         center = jnp.where(mass > 0, moment / jnp.where(mass > 0, mass, 1.0), 0.0)
-    key = Condition(name, scale, reference, center, None, None)
+    key = Condition(name, reference, center, None, None)
 
     def above(bound: Any, strict: bool = False) -> jax.Array:
         """Number (top_k) or mass of the survivors with a key at or above the bound."""
@@ -144,7 +144,7 @@ def _bound(
         last = _last_tie(
             rows, conditions, key, bound, weight, limit, above(bound, strict=True), below
         )
-    return Condition(name, scale, reference, center, bound, last)
+    return Condition(name, reference, center, bound, last)
 
 
 def _last_tie(
