@@ -15,9 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .shapes import SHAPES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/benchmarking.md")
+DOCUMENTS = ("README.md", "docs/benchmarking.md", "docs/tpu.md")
 _MARKED = re.compile(r"(<!-- table: (\w+) ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -95,7 +97,52 @@ def llada_loop_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tpu_table(report: dict[str, Any]) -> str:
+    """Cycles of the fused step, the head and attention, and of the plain step beside it."""
+    lines = [
+        "| shape (B x N x V) | dtype | cycles | plain jnp | times fewer | compute / memory "
+        "| busiest unit | bytes / logits | temporaries |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    plain = {(k["shape"], k["dtype"]): k for k in report["kernels"] if k["version"] == "plain jnp"}
+    others = []
+    for kernel in report["kernels"]:
+        if kernel["version"] != "fused":
+            continue
+        if kernel["op"] != "decode-step":
+            others.append(kernel)
+            continue
+        other = plain[kernel["shape"], kernel["dtype"]]
+        shape = SHAPES[kernel["shape"]]
+        lines.append(
+            f"| {shape.batch} x {shape.length} x {shape.vocab} | {kernel['dtype']} | {kernel['cycles']:,} "
+            f"| {other['cycles']:,} | {kernel['fewer_cycles_than_plain']:.1f} "
+            f"| {kernel['compute_per_memory']:.2f} | {kernel['busiest']} {100 * kernel['busy']:.0f} % "
+            f"| {kernel['bytes_per_logit_byte']:.3f} (plain {other['bytes_per_logit_byte']:.1f}) "
+            f"| {kernel['temporary_bytes'] / 1e6:.1f} MB (plain {other['temporary_bytes'] / 1e6:.1f}) |"
+        )
+    lines += [
+        "",
+        "| op | shape | dtype | cycles | share of the matrix units' peak | compute / memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kernel in others:
+        share = kernel.get("peak_share") or kernel["product_cycles"] / kernel["cycles"]
+        lines.append(
+            f"| {kernel['op']} | {kernel['shape']} | {kernel['dtype']} | {kernel['cycles']:,} "
+            f"| {100 * share:.0f} % | {kernel['compute_per_memory']:.2f} |"
+        )
+    about = f"{report['target']}, jax {report['jax']}, libtpu {report['libtpu']}"
+    return (
+        "\n".join(
+            [*lines, "", f"{about}; rule maskgit, step 3 of 8, from the compiler's schedule."]
+        )
+        + "\n"
+    )
+
+
 TABLES = {
+    "tpu": tpu_table,
     "decode_step": decode_step_table,
     "digits": digits_table,
     "llada_loop": llada_loop_table,

@@ -1,10 +1,11 @@
 """Which tokens survive a rule's filters on a TPU, without a sort: thresholds found by bisection.
 
-Each filter keeps the tokens whose key is above a bound, and of those equal to it the first few.
-Keys are logits, for `typical_p` -|center - x| with the mean of the logits for a center, which orders
-tokens as |log p + entropy| does; as signed integers in the order of the floats they have 32 bits.  One walk over the rows in VMEM for each
-bit compares the count (top_k) or the mass (top_p, typical_p) above a candidate bound with what is asked
-for.  Where only some of several equal tokens fit, the last of them is bisected too, by its index.
+Each filter keeps the tokens whose key is above a bound, and of those equal to it the first few.  Keys are
+logits, for `typical_p` -|center - x| with the mean of the logits for a center, which orders tokens as
+|log p + entropy| does; as signed integers in the order of the floats they have 32 bits.  One walk over the
+rows in VMEM for each bit compares the count (top_k) or the mass (top_p, typical_p) above a candidate bound
+with what is asked for.  Where only some of several equal tokens fit, the last of them is bisected too, by
+its index.
 
 `rows` is pallas_rows.Rows; values of a row are [1, 128], the same in all its lanes.
 """
