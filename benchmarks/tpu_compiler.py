@@ -137,7 +137,10 @@ class _Bundle:
 
 
 _LINE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s[> ]*\{")
-_EXIT = re.compile(r"%(\w+) = scmp\.ge\.s32\.totalorder [^;]*?(\d+) /\* loop exit test")
+_EXIT = re.compile(
+    r"%(\w+) = scmp\.ge\.s32\.totalorder (?:\(!?%\w+\), )?%(\w+), (\d+) /\* loop exit test"
+)
+_NEXT = re.compile(r"%(\w+) = sadd\.s32 (\d+), ")
 _BRANCH = re.compile(r"sbr\.rel \(!?%(\w+)\) target = \$region(\d+)")
 
 
@@ -190,7 +193,12 @@ def _times(bundles: list[_Bundle], size: int, steps: int, walks_again: bool) -> 
     ends = {
         region: b.address for b in bundles for region in re.findall(r"empty region (\d+)", b.text)
     }
-    trips = {test: int(n) for b in bundles for test, n in _EXIT.findall(b.text)}
+    each = {name: int(n) for b in bundles for name, n in _NEXT.findall(b.text)}  # what a turn adds
+    trips = {
+        test: -(-int(n) // each.get(name, 1))
+        for b in bundles
+        for test, name, n in _EXIT.findall(b.text)
+    }
     times, skipped = [1] * size, []
     grid: tuple[int, int] | None = None
     for b in bundles:
