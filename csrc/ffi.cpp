@@ -66,6 +66,24 @@ void give_back(const std::vector<double>& from, ffi::AnyBuffer to) {
     convert<double>(from.data(), from.size(), static_cast<float*>(to.untyped_data()));
 }
 
+// Whether the handler reads the field `name` in this type.
+bool is_read(std::string_view name, ffi::DataType type) {
+  using T = ffi::DataType;
+  if (name == "logits" || name == "uncond_logits") return type == T::F32 || type == T::BF16 || type == T::F16;
+  if (name == "eligible") return type == T::PRED;
+  if (name == "seeds" || name == "positions") return type == T::U32;
+  if (name == "table") return type == T::S32;
+  for (const char* number : {"token_gumbel", "choice_gumbel", "remask_bounds", "scores", "drawn_scores", "guidance_scale"})
+    if (name == number) return type == T::F32 || type == T::F64;
+  return type == T::S32 || type == T::S64;
+}
+
+// Whether a result of this type is written: integers or numbers.
+bool is_written(ffi::DataType type, bool integers) {
+  using T = ffi::DataType;
+  return integers ? type == T::S32 || type == T::S64 : type == T::F32 || type == T::F64;
+}
+
 // Sets the field `name` of the parameters to the array; false for an unknown name.
 bool set(std::string_view name, const ffi::AnyBuffer& x, StepParams& p, Converted& own,
          std::vector<int64_t>& candidates, std::vector<double>& confidence, std::vector<double>& noise) {
@@ -128,8 +146,11 @@ ffi::Error run(bool is_step, ffi::RemainingArgs args, ffi::RemainingRets rets, s
     const size_t end = names.find(',');
     const auto buffer = args.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return buffer.error();
-    if (!set(names.substr(0, end), *buffer, p, own, candidates, confidence, noise))
-      return ffi::Error::InvalidArgument("unknown field " + std::string(names.substr(0, end)));
+    const std::string_view name = names.substr(0, end);
+    if (!is_read(name, buffer->element_type()))
+      return ffi::Error::InvalidArgument("another type of " + std::string(name) + " expected");
+    if (!set(name, *buffer, p, own, candidates, confidence, noise))
+      return ffi::Error::InvalidArgument("unknown field " + std::string(name));
     names = end == std::string_view::npos ? std::string_view() : names.substr(end + 1);
   }
   const size_t rows = static_cast<size_t>(p.batch * p.length);
@@ -140,7 +161,7 @@ ffi::Error run(bool is_step, ffi::RemainingArgs args, ffi::RemainingRets rets, s
     p.next_tokens = next.data(), p.choice_noise = noise.data();
     decode_step(p);
   } else {
-    p.log_z = log_z.data();
+    p.log_z = log_z.data(), p.draw_choice_noise = 0;
     sample_tokens(p);
   }
   std::vector<ffi::AnyBuffer> out;
@@ -148,6 +169,8 @@ ffi::Error run(bool is_step, ffi::RemainingArgs args, ffi::RemainingRets rets, s
     auto buffer = rets.get<ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return buffer.error();
     out.push_back(**buffer);
+    const bool fits = out[i].element_count() == rows && is_written(out[i].element_type(), i < (is_step ? 2 : 1));
+    if (!fits) return ffi::Error::InvalidArgument("another size or type of results expected");
   }
   if (is_step) give_back(next, out[0]);
   give_back(candidates, out[is_step ? 1 : 0]), give_back(confidence, out[is_step ? 2 : 1]);

@@ -140,3 +140,42 @@ def test_sequences_are_mapped_one_by_one() -> None:
     alone = np.stack([one(*(a[b] for a in given)) for b in range(3)])
     np.testing.assert_array_equal(mapped, alone)
     assert jnp.issubdtype(mapped.dtype, jnp.integer)
+
+
+def test_every_type_that_may_come() -> None:
+    """Tokens of any integers, 16-bit noise, keys for seeds: what the core reads is converted first."""
+    case = make_case(StepRule.preset("maskgit"), length=8, vocab=50, mask_token_id=50, masked=0.7)
+    options = {"rule": "maskgit", "mask_token_id": 50, "step": 1, "num_steps": 8, "backend": "cpp"}
+    logits, words = jnp.asarray(case.logits), native_seeds(case.seeds, "jax")
+    wanted = maskgit.decode_step(
+        logits, jnp.asarray(case.tokens, jnp.int32), seeds=words, **options
+    )
+    for kind in (jnp.int8, jnp.uint8, jnp.int16, jnp.uint16, jnp.uint32):
+        out = maskgit.decode_step(logits, jnp.asarray(case.tokens, kind), seeds=words, **options)
+        assert out.next_tokens.dtype == kind
+        np.testing.assert_array_equal(out.next_tokens, wanted.next_tokens)
+    shape = case.tokens.shape
+    for kind in (jnp.bfloat16, jnp.float16, jnp.float32):
+        noise = StepNoise(jnp.ones((*shape, 50), kind), jnp.ones(shape, kind))
+        out = maskgit.decode_step(logits, jnp.asarray(case.tokens), noise=noise, **options)
+        greedy = np.where(case.tokens == 50, case.logits.argmax(-1), case.tokens)
+        np.testing.assert_array_equal(out.candidate_tokens, greedy)
+    keys = jax.random.split(jax.random.key(0), len(case.tokens))
+    maskgit.decode_step(logits, jnp.asarray(case.tokens), seeds=keys, **options)
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_the_step_from_hidden_states(is_traced: bool) -> None:
+    """Its chunks are drawn at a step with noise on the confidence, which a draw does not have."""
+    rng = np.random.default_rng(0)
+    hidden, weight = jnp.asarray(rng.normal(size=(2, 5, 8))), jnp.asarray(rng.normal(size=(50, 8)))
+    tokens, seeds = jnp.full((2, 5), 50), native_seeds(np.arange(2), "jax")
+
+    def step(hidden: Any, backend: str) -> Any:
+        return maskgit.decode_step_from_hidden(
+            hidden, weight, tokens, rule="maskgit", mask_token_id=50, step=1, num_steps=4, seeds=seeds,
+            backend=backend,
+        ).next_tokens  # fmt: skip
+
+    got = jax.jit(step, static_argnums=1)(hidden, "cpp") if is_traced else step(hidden, "cpp")
+    np.testing.assert_array_equal(got, step(hidden, "jax"))

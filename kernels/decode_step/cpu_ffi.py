@@ -31,10 +31,10 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
         fields |= {"drawn": x.drawn, "drawn_scores": x.scores}
     if plan.rule.remask == "conf":
         fields["remask_bounds"] = _remask_bounds(x, plan)
-    shape, kind = x.tokens.shape, x.tokens.dtype
+    shape, kind = x.tokens.shape, _integer_of(x.tokens)
     results = [(shape, kind), (shape, kind), (shape, _float_of(plan))]
-    out: tuple[Any, Any, Any] = _call("maskgit_decode_step", fields, results, x, plan, dtype)
-    return out
+    out = _call("maskgit_decode_step", fields, results, x, plan, dtype)
+    return out[0].astype(x.tokens.dtype), out[1].astype(x.tokens.dtype), out[2]
 
 
 def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
@@ -80,8 +80,7 @@ def _arrays(x: StepInputs, plan: ResolvedStep) -> dict[str, Any]:
         for name, ids in (("banned", banned), ("score_banned", apart)):
             if ids.size:
                 fields[name] = jnp.asarray(ids, jnp.int32)
-    kinds = {"eligible": jnp.bool_, "seeds": jnp.uint32, "positions": jnp.uint32}
-    return {name: jnp.asarray(v).astype(kinds.get(name, v.dtype)) for name, v in fields.items()}
+    return fields
 
 
 def _call(
@@ -95,18 +94,26 @@ def _call(
         vmap_method="sequential",
     )
     return call(
-        *(_as_given(v) for v in fields.values()), names=",".join(fields),
+        *(_as_given(name, jnp.asarray(v)) for name, v in fields.items()), names=",".join(fields),
         params=np.frombuffer(params.to_bytes(), np.uint8), threads=np.int64(cpu.num_threads()),
     )  # fmt: skip
 
 
-def _as_given(x: jax.Array) -> jax.Array:
-    """Noise in 16 bits in float32, integers in a width that the handler reads."""
-    if x.ndim == 2 and x.dtype in (jnp.float16, jnp.bfloat16):
-        return x.astype(jnp.float32)
-    if x.dtype in (jnp.int8, jnp.int16, jnp.uint8, jnp.uint16):
-        return x.astype(jnp.int32)
-    return x
+def _integer_of(x: jax.Array) -> Any:
+    """The integers that the handler reads and writes: 32 or 64 bits with a sign."""
+    return jnp.int64 if x.dtype.itemsize == 8 else jnp.int32
+
+
+def _as_given(name: str, x: jax.Array) -> jax.Array:
+    """A field in a type that the handler reads."""
+    kinds = {"eligible": jnp.bool_, "seeds": jnp.uint32, "positions": jnp.uint32}
+    if name in kinds:
+        return x.astype(kinds[name])
+    if name in ("logits", "uncond_logits"):
+        return x
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    return x.astype(_integer_of(x))
 
 
 def _remask_bounds(x: StepInputs, plan: ResolvedStep) -> jax.Array:

@@ -288,8 +288,10 @@ def sample_tokens(
 def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str) -> Any:
     """Run the chosen backend on arrays of its own kind; `logits` says which kind and dtype."""
     chosen = backend_for(logits, backend)
-    native = BACKENDS[chosen][1]
     dtype = "float32" if x.logits is None else dtype_name(logits)
+    if chosen == "pallas" and backend == "auto" and dtype == "float16":
+        chosen = "jax"  # TPUs have no float16
+    native = BACKENDS[chosen][1]
     if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
         return getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
     if chosen == "pallas":
