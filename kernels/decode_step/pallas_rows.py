@@ -14,7 +14,7 @@ done once for a row or a leaf fills all lanes.  16-bit logits are turned by the 
 identity, which is exact.  Where a block has fewer than 128 rows, each row is dealt out to `parts` lanes,
 two leaves in turn to each, and the lanes are merged at the end.
 
-Passes over VMEM.  A first walk takes r from the first tile and looks for nothing odd.  Should a sum of
+Passes over VMEM.  A first walk takes r from the first tile (entropies: from all) and looks for nothing odd.  Should a sum of
 the block come out as zero, huge or NaN (a NaN, an infinity, a maximum e^38 above r), or does the rule
 filter, the block is walked again: for the maxima, for the filters' bounds (pallas_filters.py), then
 with cleaned logits.  A last walk collects the winning leaf of each row.
@@ -375,6 +375,20 @@ def _maxima(rows: Rows) -> tuple[jax.Array, jax.Array]:
     return jnp.minimum(rows.largest(top), FLOAT_MAX), rows.largest(finite)
 
 
+def _quick_reference(rows: Rows) -> jax.Array:
+    """A logit near the row's maximum, [1, 128]: the first tile's; for an entropy the maximum itself.
+
+    Which is a difference of two sums, and loses bits as the reference leaves the maximum.
+    """
+    if rows.spec.score != "neg_entropy":
+        return rows.largest(rows.tile(0, safe=False))
+
+    def body(number: Any, top: jax.Array) -> jax.Array:
+        return functools.reduce(jnp.maximum, [x for _, x in pieces(rows.tile(number, False))], top)
+
+    return rows.largest(rows.over_row(body, _full(-jnp.inf)))
+
+
 def _largest_scored(rows: Rows, conditions: Any) -> jax.Array:
     def body(number: Any, top: jax.Array) -> jax.Array:
         x, leaf = rows.clean(number), rows.leaf_of(number)
@@ -663,7 +677,7 @@ def _group(rows: Rows, words: Any, safe: bool) -> tuple[tuple[Any, Any, Any], ja
             score_reference = jnp.where(shown > -jnp.inf, shown, reference)
     else:
         conditions = ()
-        reference = score_reference = rows.largest(rows.tile(0, safe=False))
+        reference = score_reference = _quick_reference(rows)
     found = _walk(rows, words, reference, score_reference, conditions, safe)
     odd = jnp.where(live, 0 if safe else _odd(found), 0)
     if spec.draw == "greedy_probs":
