@@ -50,7 +50,10 @@ def profile(
     ] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option("--shape", help="A name or BATCHxLENGTHxVOCAB. [default: amused-512]"),
+        typer.Option(
+            "--shape",
+            help="A name or BATCHxLENGTHxVOCAB. [default: amused-512, for TPUs maskgit-256]",
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)}. [default: bfloat16]")

@@ -24,7 +24,9 @@ import numpy as np
 
 from maskgit.config import ConfigError, PresetConfig, TransformerConfig, from_dict
 from maskgit.kernels.attention import attention
+from maskgit.kernels.common.sharding import active
 from maskgit.kernels.decode_step import StepRule, as_rule
+from maskgit.kernels.decode_step.run import key_words
 from maskgit.sampler import GenerateResult
 from maskgit.sampler import generate as generate_tokens
 
@@ -235,19 +237,24 @@ def generate(
     size = (class_ids.shape[0], config.num_tokens)
     if tokens is None:
         tokens = jnp.full(size, config.mask_token_id, jnp.int32)
-    if tuple(tokens.shape) != size:
-        raise ValueError(f"tokens: expected shape {size}, got {tuple(tokens.shape)}")
-    steps = num_steps or settings.num_steps
-    run = _program(config, step_rule, steps, scale, backend)
-    out: jax.Array = run(weights.params, tokens, class_ids, jnp.asarray(seeds))
+    if np.shape(tokens) != size:
+        raise ValueError(f"tokens: expected shape {size}, got {np.shape(tokens)}")
+    steps = settings.num_steps if num_steps is None else num_steps
+    if seeds is None:
+        raise ValueError(f"seeds: expected ({size[0]},) integers, got None")
+    words = key_words(seeds if isinstance(seeds, jax.Array) else np.asarray(seeds), size[0])
+    scale = None if scale is None else float(scale)
+    run = _program(config, step_rule, steps, scale, backend, active())
+    out: jax.Array = run(weights.params, jnp.asarray(tokens), class_ids, jnp.asarray(words))
     return out
 
 
 @functools.lru_cache(maxsize=64)
 def _program(
-    config: TransformerConfig, rule: StepRule, steps: int, scale: float | None, backend: str
-) -> Any:
-    """The compiled loop for one model, rule and number of steps."""
+    config: TransformerConfig, rule: StepRule, steps: int, scale: float | None, backend: str,
+    mesh: Any,
+) -> Any:  # fmt: skip
+    """The compiled loop for one model, rule and number of steps, on the mesh that is active."""
 
     @jax.jit
     def run(params: Params, tokens: jax.Array, class_ids: jax.Array, seeds: jax.Array) -> jax.Array:

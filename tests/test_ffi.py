@@ -179,3 +179,14 @@ def test_the_step_from_hidden_states(is_traced: bool) -> None:
 
     got = jax.jit(step, static_argnums=1)(hidden, "cpp") if is_traced else step(hidden, "cpp")
     np.testing.assert_array_equal(got, step(hidden, "jax"))
+
+
+@pytest.mark.parametrize("backend", ["jax", "cpp"])
+def test_rows_without_a_logit_stay_masked_in_tokens_without_a_sign(backend: str) -> None:
+    case = make_case(StepRule.preset("maskgit"), length=8, vocab=50, mask_token_id=50, masked=1.0)
+    logits = jnp.asarray(case.logits).at[0].set(-jnp.inf)
+    out = maskgit.decode_step(
+        logits, jnp.asarray(case.tokens, jnp.uint8), rule="maskgit", mask_token_id=50, step=7,
+        num_steps=8, seeds=native_seeds(case.seeds, "jax"), backend=backend,
+    )  # fmt: skip
+    assert (np.asarray(out.next_tokens)[0] == 50).all()

@@ -138,3 +138,11 @@ def test_guidance_uses_the_null_class(digits):
         for scale in (1.0, 8.0)
     )
     assert (weak != strong).any()
+
+
+def test_all_64_bits_of_a_seed_count(digits):
+    seeds = np.array([1, 2**32 + 1, 2**40], np.int64)
+    out = np.asarray(model_jax.generate(digits, np.array([1, 1, 1]), seeds=seeds, num_steps=2))
+    assert len(np.unique(out, axis=0)) == 3
+    with pytest.raises(ValueError, match="seeds: expected"):
+        model_jax.generate(digits, np.array([1]), seeds=None)

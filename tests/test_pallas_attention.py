@@ -48,6 +48,10 @@ def test_large_scores_and_nothing():
     q, k, v = problem()
     check([q * 300, k * 300, v], "pallas")
     assert (run(problem(keys=0), "pallas")[1] == 0).all()
+    padding = np.zeros((2, 33), bool)
+    padding[0, 20:] = True
+    for scale in (-3.0, 0.0):
+        check([q, k, v], "pallas", scale=scale, padding=padding)
 
 
 def test_what_does_not_fit_is_refused():
@@ -57,6 +61,8 @@ def test_what_does_not_fit_is_refused():
     assert not pallas_tpu.fits(q.astype(jnp.float16), k)
     with pytest.raises(ValueError, match="fit in VMEM"):
         pallas_tpu.attention_spec(q, jax.ShapeDtypeStruct((1, 70_000, 64, 128), q.dtype), False)
+    with pytest.raises(ValueError, match="expected float32 or bfloat16"):
+        pallas_tpu.attention_spec(q.astype(jnp.float16), k, False)
     with pytest.raises(ValueError, match="it works on jax arrays"):
         maskgit.attention(*(np.zeros((1, 2, 1, 8), np.float32),) * 3, backend="pallas")
 

@@ -231,8 +231,25 @@ def test_what_cannot_be_sharded_is_named(mesh: Mesh) -> None:
                 jnp.asarray(bad.logits), jnp.asarray(bad.tokens), rule=bad.rule, mask_token_id=-1,
                 step=0, num_steps=4, seeds=native_seeds(bad.seeds, "jax"),
             )  # fmt: skip
-    with maskgit.sharded(mesh), pytest.raises(ValueError, match="one of jax's on a mesh"):
+    with maskgit.sharded(mesh), pytest.raises(ValueError, match="'jax' or 'auto' on a mesh"):
         maskgit.decode_step(
-            case.logits, case.tokens, rule=case.rule, mask_token_id=-1, step=0, num_steps=4,
-            seeds=case.seeds, backend="reference",
+            jnp.asarray(case.logits), jnp.asarray(case.tokens), rule=case.rule, mask_token_id=-1,
+            step=0, num_steps=4, seeds=native_seeds(case.seeds, "jax"), backend="reference",
         )  # fmt: skip
+    made = jax.make_mesh((2, 4), ("data", "model"))
+    if made.axis_types[0].name != "Auto":
+        with pytest.raises(ValueError, match="axes of type Auto"), maskgit.sharded(made):
+            pass
+    with pytest.raises(ValueError, match="expected two axes"), maskgit.sharded(mesh, batch="model"):
+        pass
+    with pytest.raises(TypeError, match=r"expected a jax\.sharding\.Mesh"), maskgit.sharded(None):
+        pass
+
+
+def test_other_arrays_are_left_alone(mesh: Mesh) -> None:
+    case = make_case(StepRule.preset("maskgit"), batch=2, length=4, vocab=50)
+    options = {"rule": "maskgit", "mask_token_id": case.mask_token_id, "step": 0, "num_steps": 4}
+    alone = maskgit.decode_step(case.logits, case.tokens, seeds=case.seeds, **options)
+    with maskgit.sharded(mesh):
+        inside = maskgit.decode_step(case.logits, case.tokens, seeds=case.seeds, **options)
+    np.testing.assert_array_equal(alone.next_tokens, inside.next_tokens)

@@ -2,7 +2,7 @@
 
 For queries q (N, D), keys k and values v (M, D) of a head, with m the row's maximum:
 
-    s = q k^T      p = exp(scale (s - m))      out = (p v) / sum p
+    s = scale q k^T      p = exp(s - m)      out = (p v) / sum p
 
 M is at most some thousands for the models that this is for, so all keys and values of a head are in VMEM
 and the softmax is done at once: two products, no running maximum.  Heads of 48, 64, 72 or 96 do not fill
@@ -63,13 +63,14 @@ def attention_kernel(scale: Any, *refs: Any, spec: AttentionSpec) -> None:
         s = jax.lax.dot_general(
             q, k, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
         )
+        s = s * scale[0, 0]
         if padding is not None:  # which may hold anything, NaN included
             is_padding = padding[...] != 0
             s = jnp.where(is_padding, -jnp.inf, s)
             column = jnp.broadcast_to(padding[...].astype(jnp.float32), (LANES, spec.keys)).T[:, :1]
             v = jnp.where(column != 0, 0.0, v.astype(jnp.float32)).astype(v.dtype)
         top = jnp.max(s, axis=1, keepdims=True)
-        p = jnp.exp2((s - jnp.where(top > -jnp.inf, top, 0.0)) * scale[0, 0])
+        p = jnp.exp2(s - jnp.where(top > -jnp.inf, top, 0.0))
         total = jnp.sum(p, axis=1, keepdims=True)
         product = jax.lax.dot_general(
             p.astype(v.dtype), v, (((1,), (0,)), ((), ())), precision=precision,
@@ -82,8 +83,6 @@ def attention_kernel(scale: Any, *refs: Any, spec: AttentionSpec) -> None:
 
 def fits(q: Any, k: Any) -> bool:
     """Whether the kernel serves these shapes and dtypes."""
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return False
     try:
         attention_spec(q, k, False)
     except ValueError:
@@ -95,8 +94,10 @@ def attention_spec(q: Any, k: Any, has_padding: bool) -> AttentionSpec:
     """Blocks for (B, N, H, D) queries and (B, M, G, D) keys.
 
     Raises:
-        ValueError: keys and values that do not fit in VMEM.
+        ValueError: float16, or keys and values that do not fit in VMEM.
     """
+    if str(q.dtype) not in ("float32", "bfloat16"):
+        raise ValueError(f"q: expected float32 or bfloat16 with backend 'pallas', got {q.dtype}")
     _, length, heads, size = q.shape
     keys, groups = k.shape[1:3]
     together = LANES // math.gcd(size, LANES)

@@ -59,6 +59,14 @@ def on_tpu(x: object) -> bool:
     return all(d.platform == "tpu" for d in x.devices())  # type: ignore[attr-defined]
 
 
+def _wide() -> str | None:
+    import jax
+
+    if jax.config.read("jax_enable_x64"):
+        return "it has no 64-bit types, which are enabled (jax_enable_x64)"
+    return None
+
+
 def _has_tpu() -> bool:
     import jax
 
@@ -66,7 +74,7 @@ def _has_tpu() -> bool:
 
 
 def _pallas() -> str | None:
-    missing = _needs("jax")()
+    missing = _needs("jax")() or _wide()
     if missing is not None or is_simulating() or is_compiling():
         return missing
     if _has_tpu():

@@ -96,8 +96,9 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     eligible = x.eligible if rule.revise != "no" else x.eligible & ~known  # who competes
     if rule.skip_mask_token:
         eligible = eligible & (drawn != x.mask_token_id)
+    found = drawn >= 0  # before a dtype without a sign
     drawn = drawn.astype(x.tokens.dtype)
-    alive = eligible & (known | (drawn >= 0))
+    alive = eligible & (known | found)
     candidates = jnp.where(alive & ~known, drawn, x.tokens)
     noise = _choice_noise(x, plan)
     score = (x.scores if rule.score == "given" else score).astype(wide)
@@ -110,7 +111,7 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     mask = jnp.asarray(x.mask_token_id, x.tokens.dtype)
     next_tokens = jnp.where(commit & alive, candidates, jnp.where(eligible, mask, x.tokens))
     if rule.edit_threshold is not None:
-        edited = x.eligible & known & (drawn >= 0) & (score > rule.edit_threshold)
+        edited = x.eligible & known & found & (score > rule.edit_threshold)
         next_tokens = jnp.where(edited, drawn, next_tokens)
         candidates = jnp.where(edited, drawn, candidates)
     if rule.remask != "none":

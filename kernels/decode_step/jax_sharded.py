@@ -108,6 +108,11 @@ def _check(x: StepInputs, plan: ResolvedStep, sharding: Sharding) -> None:
             "rule: expected a vocab_slice that starts at 0 on a mesh, "
             f"got {plan.rule.vocab_slice!r}"
         )
+    if plan.rule.vocab_slice and plan.rule.revise == "held":
+        raise ValueError(
+            "rule: expected no vocab_slice with revise='held' on a mesh, "
+            f"got {plan.rule.vocab_slice!r}"
+        )
     if plan.rule.filters:
         raise ValueError(
             f"rule: expected no filters with the vocabulary on a mesh, got {plan.rule.filters!r}"

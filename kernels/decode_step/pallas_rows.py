@@ -14,7 +14,8 @@ done once for a row or a leaf fills all lanes.  16-bit logits are turned by the 
 identity, which is exact.  Where a block has fewer than 128 rows, each row is dealt out to `parts` lanes,
 two leaves in turn to each, and the lanes are merged at the end.
 
-Passes over VMEM.  A first walk takes r from the first tile (entropies: from all) and looks for nothing odd.  Should a sum of
+Passes over VMEM.  A first walk takes r from the first tile (for entropies from all) and looks for nothing
+odd.  Should a sum of
 the block come out as zero, huge or NaN (a NaN, an infinity, a maximum e^38 above r), or does the rule
 filter, the block is walked again: for the maxima, for the filters' bounds (pallas_filters.py), then
 with cleaned logits.  A last walk collects the winning leaf of each row.

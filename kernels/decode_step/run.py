@@ -16,7 +16,14 @@ import numpy as np
 
 from ..common.arrays import dtype_name, is_on_host, kind_of, like, to_kind, to_numpy, widen
 from ..common.philox import seed_words
-from ..common.selection import BACKENDS, TRACED, choose, is_interpreting, serves_jax
+from ..common.selection import (
+    BACKENDS,
+    TRACED,
+    check_name,
+    choose,
+    is_interpreting,
+    serves_jax,
+)
 from ..common.sharding import active
 from .checks import (
     check_candidates,
@@ -98,7 +105,12 @@ def decode_step(
 
 def _own_columns(logits: Any, rule: StepRule) -> Any:
     """The columns that may be drawn; on a mesh all, since a slice would move them between chips."""
-    return logits if active() is not None else columns(logits, rule)
+    return logits if _mesh(logits) is not None else columns(logits, rule)
+
+
+def _mesh(model: Any) -> Any:
+    """The mesh that jax arrays are to be worked on, if any."""
+    return active() if kind_of(model) == "jax" else None
 
 
 def is_checked(check: bool) -> bool:
@@ -306,9 +318,7 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
             x._replace(mask_token_id=0), x.mask_token_id, plan, dtype
         )
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
-    if active() is not None:
-        if native != "jax":
-            raise ValueError(f"backend: expected one of jax's on a mesh, got {chosen!r}")
+    if _mesh(logits) is not None:
         return _on_mesh(name, active())(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
     if native == "jax":
         return _jitted(name, chosen)(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
@@ -317,7 +327,9 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
 
 def backend_for(model: Any, backend: str) -> str:
     """The backend that runs on arrays like `model`; on a mesh, jax's own."""
-    if active() is not None and backend == "auto" and kind_of(model) == "jax":
+    if _mesh(model) is not None:
+        if check_name(backend) not in ("auto", "jax"):
+            raise ValueError(f"backend: expected 'jax' or 'auto' on a mesh, got {backend!r}")
         return "jax"
     device = "cpu" if is_on_host(model) else _device_of(model)
     return choose(backend, kind_of(model) or "numpy", device)
