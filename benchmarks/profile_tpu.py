@@ -197,20 +197,6 @@ def fused_head(rule: StepRule, rows: int, vocab: int) -> Callable[..., Any]:
     return draw
 
 
-def plain_head(rule: StepRule, rows: int, vocab: int) -> Callable[..., Any]:
-    """The product, and the draw in jax.numpy."""
-    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, 1, rows))
-
-    def draw(hidden: Any, weight: Any, bias: Any, tokens: Any, seeds: Any) -> Any:
-        logits = hidden @ weight.T + bias
-        x = StepInputs(
-            logits, tokens, None, None, seeds, None, None, None, None, 0.0, vocab - 1
-        )  # fmt: skip
-        return jax_ref.sample_tokens(run.complete(x, rule), plan, str(hidden.dtype))
-
-    return draw
-
-
 def head_facts(
     rule: StepRule, rows: int, width: int, vocab: int, dtype: str, target: str, folder: Path
 ) -> list[dict[str, Any]]:
