@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from maskgit.kernels.attention import pallas_tpu as attention
+from maskgit.kernels.common.simulation import compiling
 from maskgit.kernels.decode_step import jax_ref, pallas_tpu, run
 from maskgit.kernels.decode_step.plan import resolve, table_size
 from maskgit.kernels.decode_step.spec import StepInputs
@@ -24,6 +25,7 @@ from maskgit import StepRule
 from .shapes import ITEM_SIZES, Shape, parse_shape
 from .tpu_compiler import (
     BYTES_PER_CYCLE,
+    MATRIX_UNITS,
     compiled,
     kernel_schedules,
     memory,
@@ -109,10 +111,18 @@ def plain_step(rule: StepRule, shape: Shape, dtype: str) -> Callable[..., Any]:
     return original if rule.name == "maskgit" else step
 
 
+def estimated_bytes(function: Callable[..., Any], arrays: Any) -> int:
+    """What the kernels of a function say that they read and write."""
+    with compiling():
+        traced = jax.make_jaxpr(function)(*arrays)
+    calls = [e for e in traced.eqns if e.primitive.name == "pallas_call"]
+    return sum(call.params["cost_estimate"].bytes_accessed for call in calls)
+
+
 def fused_facts(
     rule: StepRule, shape: Shape, dtype: str, target: str, folder: Path
 ) -> dict[str, Any]:
-    """Bytes, temporaries and cycles of the fused step for one core of the target."""
+    """Bytes, temporaries and cycles of the fused step for one device of the target."""
     arrays = step_arrays(rule, shape, dtype)
     clear(folder)
     program = compiled(fused_step(rule, shape, dtype), arrays, target)
@@ -121,10 +131,8 @@ def fused_facts(
     spec = pallas_tpu.row_spec(x, plan, dtype, has_log_z=False)
     commit = pallas_tpu.commit_spec(x, plan, dtype)
     logits, width = shape.num_bytes(dtype), spec.rows * spec.width * ITEM_SIZES[dtype]
-    moved = logits + 4 * shape.rows * (
-        3 + 7
-    )  # fields and results of both kernels, see their estimates
     facts: dict[str, Any] = {"version": "fused"} | memory(program)
+    moved = estimated_bytes(fused_step(rule, shape, dtype), arrays)
     facts |= {"block_bytes": 2 * width, "bytes_per_logit_byte": round(moved / logits, 4)}
     grid = pallas_tpu.grid_of(shape.batch, shape.length, spec)
     rows = kernel_schedules(folder, "maskgit_rows", grid, walks_again=spec.quick)
@@ -221,7 +229,9 @@ def head_facts(
         facts["memory_cycles"] = round(moved / BYTES_PER_CYCLE[target])
         facts["compute_per_memory"] = round(schedule.cycles / facts["memory_cycles"], 3)
         if dtype == "bfloat16":  # four units of 128 x 128, a row each a cycle
-            facts["product_cycles"] = round(rows * width * vocab / (4 * 128 * 128))
+            facts["product_cycles"] = round(
+                rows * width * vocab / (MATRIX_UNITS[target] * 128 * 128)
+            )
     return [facts]
 
 
@@ -252,7 +262,7 @@ def attention_facts(
     if target in BYTES_PER_CYCLE:
         facts["memory_cycles"] = round(moved / BYTES_PER_CYCLE[target])
         facts["compute_per_memory"] = round(schedule.cycles / facts["memory_cycles"], 3)
-        product = 2 * batch * heads * length * length * size / (4 * 128 * 128)
+        product = 2 * batch * heads * length**2 * size / (MATRIX_UNITS[target] * 128 * 128)
         facts["peak_share"] = round(product / schedule.cycles, 3)
     return [facts]
 

@@ -24,13 +24,16 @@ TOPOLOGIES = {
     "tpu-v4": "v4:2x2x1", "tpu-v5e": "v5e:2x2", "tpu-v5p": "v5p:2x2x1", "tpu-v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }  # fmt: skip
-# Memory bandwidth of a core, and its clock from the peak of its four 128 x 128 matrix units: Google's
-# figures for v4 (1228 GB/s and 275 TFLOP/s of two cores), v5e (819, 197, one), v5p (2765, 459, two).
+# 128 x 128 matrix units of what one program runs on: a core of a v5e, the two of a v4 or v5p together.
+MATRIX_UNITS = {"tpu-v4": 8, "tpu-v5e": 4, "tpu-v5p": 8}
+# Bytes a cycle from memory, the clock being that of the bfloat16 peak.  Google's figures: v4 1228 GB/s and
+# 275 TFLOP/s, v5e 819 and 197, v5p 2765 and 459.
 BYTES_PER_CYCLE = {
-    "tpu-v4": 1228e9 / 2 / (275e12 / 2 / (4 * 128 * 128 * 2)),
-    "tpu-v5e": 819e9 / (197e12 / (4 * 128 * 128 * 2)),
-    "tpu-v5p": 2765e9 / 2 / (459e12 / 2 / (4 * 128 * 128 * 2)),
-}
+    chip: bandwidth * MATRIX_UNITS[chip] * 128 * 128 * 2 / peak
+    for chip, bandwidth, peak in (
+        ("tpu-v4", 1228e9, 275e12), ("tpu-v5e", 819e9, 197e12), ("tpu-v5p", 2765e9, 459e12),
+    )
+}  # fmt: skip
 UNITS = (
     "matrix multiply", "matrix push", "cross-lane", "vector ALU", "pop", "transcendental", "load",
     "fill", "store", "spill", "scalar",
@@ -67,7 +70,7 @@ def topology(name: str) -> Any:
 
 
 def compiled(function: Any, arguments: Any, target: str) -> Any:
-    """`function` of arrays (or shapes) compiled for one core of a target.
+    """`function` of arrays (or shapes) compiled for one device of a target.
 
     Arguments and results lie row-major, as the products around would have them: alone, XLA would rather
     turn logits whose vocabulary is no multiple of 128, and copy them before the kernel.
@@ -120,7 +123,7 @@ class Schedule:
     """The final schedule of one kernel.
 
     bundles: all of them; cycles: as often as they run, where nothing odd turns up in the logits;
-    cycles_per_step: of one step of the grid; busiest, busy: the unit that is busiest, and its share.
+    cycles_per_step: all of them over the grid's steps; busiest, busy: the busiest unit, and its share.
     """
 
     bundles: int
@@ -170,8 +173,7 @@ def _schedule(path: Path, steps: int, walks_again: bool) -> Schedule:
         sum(n * row[i] for n, row in rows) / capacity[i] / max(cycles, 1) for i in range(len(UNITS))
     ]
     best = max(range(len(UNITS)), key=lambda i: busy[i])
-    inside = sum(n // steps for n in times if n >= steps) if steps > 1 else cycles
-    return Schedule(size, cycles, inside, UNITS[best], round(busy[best], 3))
+    return Schedule(size, cycles, round(cycles / steps), UNITS[best], round(busy[best], 3))
 
 
 def _utilisation(path: Path) -> tuple[list[list[int]], list[int]]:
@@ -183,8 +185,8 @@ def _utilisation(path: Path) -> tuple[list[list[int]], list[int]]:
     return numbers[1:], numbers[0]
 
 
-def _times(bundles: list[_Bundle], size: int, steps: int, walks_again: bool) -> list[int]:
-    """How often each bundle runs."""
+def _loops_and_skips(bundles: list[_Bundle], size: int) -> tuple[list[Any], list[Any]]:
+    """([(first bundle, last, turns)] of loops, [(first, end)] of what a branch passes over)."""
     starts = {
         region: b.address
         for b in bundles
@@ -194,30 +196,43 @@ def _times(bundles: list[_Bundle], size: int, steps: int, walks_again: bool) -> 
         region: b.address for b in bundles for region in re.findall(r"empty region (\d+)", b.text)
     }
     each = {name: int(n) for b in bundles for name, n in _NEXT.findall(b.text)}  # what a turn adds
-    trips = {
+    turns = {
         test: -(-int(n) // each.get(name, 1))
         for b in bundles
         for test, name, n in _EXIT.findall(b.text)
     }
-    times, skipped = [1] * size, []
-    grid: tuple[int, int] | None = None
+    loops, skips = [], []
     for b in bundles:
         for test, region in _BRANCH.findall(b.text):
-            start = starts.get(region, ends.get(region, size))
-            if start <= b.address:  # back to the start of a loop
-                if steps > 1 and trips.get(test) in (steps + 1, steps + 2):
-                    grid = (start, b.address)
-                    continue
-                for i in range(start, b.address + 1):
-                    times[i] *= trips.get(test, 1)
+            target = starts.get(region, ends.get(region, size))
+            if target > b.address:
+                skips.append((b.address + 1, ends.get(region, size)))
+            elif test in turns:
+                loops.append((target, b.address, turns[test]))
             else:
-                skipped.append((b.address + 1, ends.get(region, size)))
-    if walks_again and skipped:
-        large = [s for s in skipped if s[1] - s[0] > size // 5]
-        first, end = large[-1]
-        times[first:end] = [0] * (end - first)
+                raise ValueError(
+                    f"a loop of bundles {target} to {b.address} with no fixed number of turns"
+                )
+    return loops, skips
+
+
+def _times(bundles: list[_Bundle], size: int, steps: int, walks_again: bool) -> list[int]:
+    """How often each bundle runs; of two cores that share a grid, on the one with more of its steps.
+
+    The grid is the outermost loop.  It is pipelined: two more turns than steps, whose bodies are passed
+    over; the bundles around the body are counted as often as the body is.
+    """
+    times = [1] * size
+    loops, skips = _loops_and_skips(bundles, size)
     if steps > 1:
-        first, last = grid or (min(starts.values(), default=0), size - 1)
+        first, last, turns = max(loops, key=lambda loop: loop[1] - loop[0])
+        if turns - 2 not in (steps, -(-steps // 2)):
+            raise ValueError(f"a grid of {steps} steps expected, got a loop of {turns} turns")
+        loops = [(a, b, turns - 2 if (a, b) == (first, last) else n) for a, b, n in loops]
+    for first, last, turns in loops:
         for i in range(first, last + 1):
-            times[i] *= steps
+            times[i] *= turns
+    if walks_again:
+        first, end = [s for s in skips if s[1] - s[0] > size // 5][-1]
+        times[first:end] = [0] * (end - first)
     return times

@@ -7,7 +7,7 @@ rows in VMEM for each bit compares the count (top_k) or the mass (top_p, typical
 with what is asked for.  Where only some of several equal tokens fit, the last of them is bisected too, by
 its index.
 
-`rows` is pallas_rows.Rows; values of a row are [1, 128], the same in all its lanes.
+`rows` is pallas_tiles.Rows; values of a row are [1, 128], the same in all its lanes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LEAF = 128
+from .pallas_tiles import LEAF, Rows
+
 LOG2E = 1.4426950408889634
 LOWEST = np.int32(-(2**31))
 
@@ -47,7 +48,7 @@ def _key(x: jax.Array, condition: Condition) -> jax.Array:
     return _ordered(x)
 
 
-def survivors(x: jax.Array, leaf: Any, conditions: tuple[Condition, ...], rows: Any) -> jax.Array:
+def survivors(x: jax.Array, leaf: Any, conditions: tuple[Condition, ...], rows: Rows) -> jax.Array:
     """Logits [128, 128] of leaf number `leaf` [1, 128] with -inf where a condition fails."""
     for condition in conditions:
         if condition.name == "min_p":
@@ -68,7 +69,7 @@ def _folded(x: jax.Array) -> jax.Array:
     return x
 
 
-def _total(rows: Any, conditions: Any, measure: Any, size: int) -> tuple[jax.Array, ...]:
+def _total(rows: Rows, conditions: Any, measure: Any, size: int) -> tuple[jax.Array, ...]:
     """Sums over each row of `measure(x, index)`, a tuple of `size` arrays [128, 128]."""
 
     def body(number: Any, sums: Any) -> Any:
@@ -81,7 +82,7 @@ def _total(rows: Any, conditions: Any, measure: Any, size: int) -> tuple[jax.Arr
     return tuple(rows.total(a) for a in sums)
 
 
-def _largest(rows: Any, conditions: Any) -> jax.Array:
+def _largest(rows: Rows, conditions: Any) -> jax.Array:
     def body(number: Any, top: jax.Array) -> jax.Array:
         x = survivors(rows.clean(number), rows.leaf_of(number), conditions, rows)
         return jnp.maximum(top, jnp.max(x, axis=0, keepdims=True))
@@ -90,7 +91,7 @@ def _largest(rows: Any, conditions: Any) -> jax.Array:
 
 
 def _bound(
-    rows: Any,
+    rows: Rows,
     conditions: Any,
     reference: jax.Array,
     name: str,
@@ -149,7 +150,7 @@ def _bound(
 
 
 def _last_tie(
-    rows: Any, conditions: Any, key: Condition, bound: jax.Array, weight: Any, limit: jax.Array,
+    rows: Rows, conditions: Any, key: Condition, bound: jax.Array, weight: Any, limit: jax.Array,
     above: jax.Array, below: bool,
 ) -> jax.Array:  # fmt: skip
     """Index of the last token that is kept among those whose key is the bound."""
@@ -189,7 +190,7 @@ def _last_tie(
     return jnp.where(some, tie, everything)
 
 
-def find_conditions(rows: Any, reference: jax.Array) -> tuple[Condition, ...]:
+def find_conditions(rows: Rows, reference: jax.Array) -> tuple[Condition, ...]:
     """A condition for each filter, found one after the other; `reference` is the row's maximum."""
     conditions: tuple[Condition, ...] = ()
     for name, value, is_scaled in rows.spec.filters:

@@ -24,7 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..common.simulation import interpret_params
 from .pallas_commit import CommitSpec, commit_kernel
-from .pallas_rows import LANES, LEAF, LOG2E, SEQUENCES, RowSpec, rows_kernel
+from .pallas_rows import LOG2E, SEQUENCES, rows_kernel
+from .pallas_tiles import LANES, LEAF, RowSpec
 from .plan import ResolvedStep, gumbel_below
 from .reference import threshold_in
 from .spec import StepInputs, StepRule
@@ -163,7 +164,7 @@ def rule_spec(
 
 
 def numbers(x: StepInputs, plan: ResolvedStep) -> tuple[jax.Array, jax.Array]:
-    """(step, the other numbers of pallas_rows.Numbers)."""
+    """(step, the other numbers of pallas_tiles.Numbers)."""
     temperature = plan.sample_temperature
     scalars = [
         x.guidance_scale, temperature, LOG2E / temperature if temperature > 0 else 1.0,

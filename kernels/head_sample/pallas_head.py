@@ -31,16 +31,9 @@ from jax.experimental import pallas as pl
 
 from ..common.philox import STREAM_LEAF
 from ..common.philox_pallas import exponentials
-from ..decode_step.pallas_rows import (
-    BIG,
-    FLOAT_MAX,
-    LANES,
-    LEAF,
-    RowSpec,
-    Words,
-    race_in_leaf,
-    score_of,
-)
+from ..decode_step.pallas_races import Words, race_in_leaf
+from ..decode_step.pallas_rows import score_of
+from ..decode_step.pallas_tiles import BIG, FLOAT_MAX, LANES, LEAF, RowSpec
 
 REFERENCE, RATIO, AT, Z, TZ, FIRST, SECOND, FINITE, STATS = range(9)
 
@@ -50,7 +43,7 @@ class HeadSpec:
     """What the head's kernel is compiled for.
 
     rows: of a block, a multiple of 128; tile: tokens of a tile, a multiple of 256; depth: hidden units
-    of a block; row: the rule's half of it (pallas_rows.RowSpec), of which vocab is V.
+    of a block; row: the rule's half of it (pallas_tiles.RowSpec), of which vocab is V.
     """
 
     rows: int

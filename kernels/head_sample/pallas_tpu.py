@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..common.simulation import interpret_params
 from ..decode_step import pallas_tpu as step_kernels
 from ..decode_step import run
-from ..decode_step.pallas_rows import LANES, LEAF
+from ..decode_step.pallas_tiles import LANES, LEAF
 from ..decode_step.plan import ResolvedStep
 from ..decode_step.spec import StepInputs
 from . import plain
