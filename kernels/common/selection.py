@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 
+from . import ffi
 from .simulation import is_compiling, is_simulating
 
 
@@ -125,11 +126,7 @@ def available_backends() -> dict[str, str | None]:
 
 def serves_jax() -> bool:
     """Whether the C++ core can be called from jitted JAX programs."""
-    if why_missing("cpp") is not None:
-        return False
-    from ..decode_step import cpu_ffi
-
-    return cpu_ffi.why_missing() is None
+    return why_missing("cpp") is None and ffi.why_missing() is None
 
 
 def _can(name: str, kind: str) -> bool:

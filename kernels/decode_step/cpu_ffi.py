@@ -5,7 +5,6 @@ Logits and noise are read where XLA has them; nothing passes through Python when
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import jax
@@ -46,19 +45,6 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
         "maskgit_sample_tokens", _arrays(x, plan), results, x, plan, dtype
     )
     return out
-
-
-@cache
-def why_missing() -> str | None:
-    """None where the extension has the handlers, which are then known to XLA; else the reason."""
-    from maskgit import _C
-
-    handlers = _C.ffi_handlers()
-    if not handlers:
-        return "the C++ extension was built without jaxlib's headers; install jaxlib, then maskgit"
-    for name, handler in handlers.items():
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    return None
 
 
 def _float_of(plan: ResolvedStep) -> Any:

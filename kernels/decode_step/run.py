@@ -50,6 +50,7 @@ _MODULES = {
     "pallas": ".pallas_tpu",
     "cpp": ".cpu",
     "cpp in jax": ".cpu_ffi",
+    "jax on a mesh": ".jax_sharded",
     "torch": ".torch_ref",
     "jax": ".jax_ref",
     "reference": ".reference",
@@ -303,7 +304,7 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
     dtype = "float32" if x.logits is None else dtype_name(logits)
     if chosen == "pallas" and backend == "auto" and dtype == "float16":
         chosen = "jax"  # TPUs have no float16
-    native = BACKENDS[chosen][1]
+    native, mask_token_id = BACKENDS[chosen][1], x.mask_token_id
     if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
         return getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
     if chosen == "pallas":
@@ -312,16 +313,15 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
         )
     else:
         x = complete(x, plan.rule)
+    mesh = _mesh(logits)
     if chosen == "cpp" and kind_of(logits) == "jax" and serves_jax():
-        x = _to_framework(x, "jax", logits)
-        return _jitted(name, "cpp in jax")(
-            x._replace(mask_token_id=0), x.mask_token_id, plan, dtype
-        )
-    x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
-    if _mesh(logits) is not None:
-        return _on_mesh(name, active())(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
+        chosen, native = "cpp in jax", "jax"
+    elif mesh is not None:
+        chosen = "jax on a mesh"
     if native == "jax":
-        return _jitted(name, chosen)(x._replace(mask_token_id=0), x.mask_token_id, plan, dtype)
+        x = _to_framework(x, native, logits)._replace(mask_token_id=0)
+        return _jitted(name, chosen, mesh)(x, mask_token_id, plan, dtype)
+    x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
     return getattr(backend_module(chosen), name)(x, plan, dtype)
 
 
@@ -345,29 +345,15 @@ def _device_of(model: Any) -> str:
 
 
 @cache
-def _jitted(name: str, backend: str) -> Any:
-    """A jax backend's function as one compiled program per plan, dtype and shapes."""
+def _jitted(name: str, backend: str, sharding: Any = None) -> Any:
+    """A jax backend's function as one compiled program per plan, dtype and shapes; perhaps on a mesh."""
     import jax
 
     function = getattr(backend_module(backend), name)
+    more = () if sharding is None else (sharding,)
 
     def call(x: StepInputs, mask_token_id: int, plan: ResolvedStep, dtype: str) -> Any:
-        return function(x._replace(mask_token_id=mask_token_id), plan, dtype)
-
-    return jax.jit(call, static_argnames=("mask_token_id", "plan", "dtype"))
-
-
-@cache
-def _on_mesh(name: str, sharding: Any) -> Any:
-    """The same on a mesh of chips."""
-    import jax
-
-    from . import jax_sharded
-
-    function = getattr(jax_sharded, name)
-
-    def call(x: StepInputs, mask_token_id: int, plan: ResolvedStep, dtype: str) -> Any:
-        return function(x._replace(mask_token_id=mask_token_id), plan, dtype, sharding)
+        return function(x._replace(mask_token_id=mask_token_id), plan, dtype, *more)
 
     return jax.jit(call, static_argnames=("mask_token_id", "plan", "dtype"))
 
