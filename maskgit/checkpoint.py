@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,14 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from maskgit.checkpoint_format import FORMAT, FORMAT_VERSION, WEIGHTS, digest
 from maskgit.config import ConfigError, PresetConfig, from_dict, to_dict
 from maskgit.files import atomic_write
 from maskgit.model import MaskGitTransformer
 from maskgit.tokenizer import Tokenizer
 
-FORMAT = "maskgit-checkpoint"
-FORMAT_VERSION = "1"
-WEIGHTS = "weights"
 TRAINING_ONLY = ("tokenizer.quantizer.ema_count", "tokenizer.quantizer.ema_sum")
 
 
@@ -51,12 +48,13 @@ class Weights:
 
 def digest_of(tensors: Mapping[str, Tensor], *texts: str) -> str:
     """SHA-256 (hex) over texts, then names, dtypes, shapes and bytes of the tensors by name."""
-    digest = hashlib.sha256("\0".join(texts).encode())
-    for name in sorted(tensors):
+
+    def facts(name: str) -> tuple[str, str, tuple[int, ...], bytes]:
         tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return name, str(tensor.dtype), tuple(tensor.shape), data
+
+    return digest((facts(name) for name in sorted(tensors)), *texts)
 
 
 def save_checkpoint(

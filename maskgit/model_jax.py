@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskgit.checkpoint_format import FORMAT, FORMAT_VERSION, WEIGHTS, digest
 from maskgit.config import ConfigError, PresetConfig, TransformerConfig, from_dict
 from maskgit.kernels.attention import attention
 from maskgit.kernels.common.sharding import active
@@ -58,9 +58,12 @@ def load(path: str | Path, dtype: Any = jnp.float32) -> Weights:
     except (SafetensorError, OSError, TypeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
     found = (metadata.get("format"), metadata.get("format_version"), metadata.get("kind"))
-    if found != ("maskgit-checkpoint", "1", "weights"):
+    if found != (FORMAT, FORMAT_VERSION, WEIGHTS):
         raise ValueError(f"{path}: expected a maskgit checkpoint of weights, got {found}")
-    if metadata.get("sha256") != _digest(tensors, metadata["config"], metadata["info"]):
+    facts = ((n, f"torch.{a.dtype.name}", a.shape, a.tobytes()) for n, a in sorted(tensors.items()))
+    if metadata.get("sha256") != digest(
+        facts, metadata.get("config", ""), metadata.get("info", "")
+    ):
         raise ValueError(f"{path}: tensors or metadata do not match the file's own SHA-256")
     try:
         config = from_dict(PresetConfig, json.loads(metadata["config"]))
@@ -71,16 +74,6 @@ def load(path: str | Path, dtype: Any = jnp.float32) -> Weights:
     params = {name: jnp.asarray(value).astype(dtype) for name, value in named.items()}
     check(params, config.transformer)
     return Weights(params, config)
-
-
-def _digest(tensors: Mapping[str, np.ndarray[Any, Any]], *texts: str) -> str:
-    """SHA-256 (hex) as checkpoint.py forms it."""
-    digest = hashlib.sha256("\0".join(texts).encode())
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        digest.update(f"{name}|torch.{array.dtype.name}|{tuple(array.shape)}|".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 def from_torch(state_dict: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str, jax.Array]:
