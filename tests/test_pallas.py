@@ -176,7 +176,7 @@ def test_a_row_is_the_same_wherever_it_lies() -> None:
 
 @pytest.mark.parametrize("path", [
     pytest.param(path, id=path.stem, marks=[] if path.stem in _QUICK else [pytest.mark.slow])
-    for _QUICK in [{"maskgit-decode", *sorted(first_of_each_function())[:3]}]
+    for _QUICK in [{"maskgit", *sorted(first_of_each_function())[:3]}]
     for path in FILES
 ])  # fmt: skip
 def test_tokens_are_those_of_the_codebase_itself(path: Any) -> None:
@@ -315,3 +315,65 @@ def test_heads_that_are_not_fused_still_run() -> None:
         for b in ("pallas", "reference")
     )
     np.testing.assert_array_equal(got.candidate_tokens, expected.candidate_tokens)
+
+
+def pallas_call(function: Any, *arrays: Any) -> Any:
+    """The parameters of the one kernel that a function calls."""
+    with compiling():
+        traced = jax.make_jaxpr(function)(*arrays)
+    (found,) = [e.params for e in traced.eqns if e.primitive.name == "pallas_call"]
+    return found
+
+
+def block_bytes(mapping: Any) -> list[int]:
+    """Bytes of a block of each operand and result, by the specs."""
+    return [
+        int(np.prod([n for n in block.transformed_block_aval.shape if isinstance(n, int)]))
+        * jnp.dtype(block.array_aval.dtype).itemsize
+        for block in mapping.block_mappings
+    ]
+
+
+@pytest.mark.parametrize(("length", "heads", "size"), [(256, 16, 48), (1024, 12, 64), (512, 8, 96)])
+def test_the_cost_of_attention_is_that_of_its_blocks(length: int, heads: int, size: int) -> None:
+    """Queries and results a block for each step of the grid, keys and values one for each block of heads."""
+    from maskgit.kernels.attention import pallas_tpu
+
+    of = jax.ShapeDtypeStruct((2, length, heads, size), jnp.bfloat16)
+    call = pallas_call(lambda *a: pallas_tpu.attention(*a, None, 0.1), of, of, of)
+    mapping = call["grid_mapping"]
+    batch, groups, blocks = mapping.grid
+    _, queries, keys, values, out = block_bytes(mapping)
+    moved = batch * groups * (blocks * (queries + out) + keys + values)
+    assert call["cost_estimate"].bytes_accessed == pytest.approx(moved, rel=0.01)
+    assert call["cost_estimate"].flops == 4 * 2 * heads * length**2 * size
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab"), [(512, 768, 1024), (1024, 4096, 2048), (512, 8192, 2048)]
+)
+def test_the_cost_of_the_head_is_that_of_its_blocks(rows: int, width: int, vocab: int) -> None:
+    """The head's matrix once for each block of rows; hidden rows once, or with each tile if D is in blocks."""
+    from maskgit.kernels.decode_step import run as step_run
+    from maskgit.kernels.head_sample import pallas_tpu as head
+
+    rule, of = StepRule.preset("maskgit"), jax.ShapeDtypeStruct
+    plan = resolve(rule, 3, 8, table_size(rule, 1, rows))
+
+    def draw(hidden: Any, weight: Any, tokens: Any, seeds: Any) -> Any:
+        x = StepInputs(None, tokens, None, None, seeds, None, None, None, None, 0.0, vocab - 1)
+        x = step_run.complete(x, rule)
+        return head.sample_rows(x, hidden, weight, None, x.eligible, plan)
+
+    call = pallas_call(
+        draw, of((1, rows, width), jnp.bfloat16), of((vocab, width), jnp.bfloat16),
+        of((1, rows), jnp.int32), of((1, 2), jnp.uint32),
+    )  # fmt: skip
+    mapping = call["grid_mapping"]
+    blocks, tiles, depths = mapping.grid
+    _, words, hidden, weight, *results = block_bytes(mapping)
+    moved = blocks * (words + sum(results))
+    moved += blocks * tiles * depths * weight
+    moved += blocks * (tiles * depths if depths > 1 else 1) * hidden
+    assert call["cost_estimate"].bytes_accessed == pytest.approx(moved, rel=0.01)
+    assert call["cost_estimate"].flops == 2 * rows * width * vocab

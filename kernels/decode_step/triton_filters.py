@@ -1,11 +1,12 @@
 """Which tokens survive a rule's filters, without a sort: thresholds found by bisection.
 
-Each filter keeps the tokens whose key is above a bound, and of those equal to it the first few.
-Keys are logits, for `typical_p` -|center - t| with t the log-probability up to a constant.  As
-unsigned integers in the order of the floats they have 32 bits, of which logits in 16-bit types use
-the upper 16 (bfloat16) or 19 (float16): one pass over the row for each bit, from L1 or L2, where the
-count (top_k) or the mass (top_p, typical_p) above a candidate bound is compared with what is asked
-for.  Where only some of several equal tokens fit, one more pass finds the last of them.
+Each filter keeps the tokens whose key is above a bound, and of those equal to it the first few.  Keys
+are logits, for `typical_p` -|center - x| with the mean of the logits for a center, which orders tokens as
+|log p + entropy| does, and has the same bits wherever it is formed.  As unsigned integers in the order of
+the floats they have 32 bits, of which logits in 16-bit types use the upper 16 (bfloat16) or 19 (float16):
+one pass over the row for each bit, from L1 or L2, where the count (top_k) or the mass (top_p, typical_p)
+above a candidate bound is compared with what is asked for.  Where only some of several equal tokens fit,
+one more pass finds the last of them.
 
 A condition is a tuple (reference, center, bound, last), each [rows]; a filter is (kind, value,
 whether the temperature divides before it).
@@ -34,9 +35,9 @@ def _ordered(key, bits: tl.constexpr):
 
 
 @triton.jit
-def _key(x, reference, center, scale, kind: tl.constexpr):
+def _key(x, reference, center, kind: tl.constexpr):
     if kind == TYPICAL_P:
-        return tl.where(x > -float("inf"), -tl.abs(center - (x - reference) * scale), x)
+        return tl.where(x > -float("inf"), -tl.abs(center - (x - reference)), x)
     else:
         return x
 
@@ -47,7 +48,7 @@ def _over_leaves(values, leaves: tl.constexpr):
 
 
 @triton.jit
-def survivors(x, index, conditions, filter_scale, S: tl.constexpr):
+def survivors(x, index, conditions, S: tl.constexpr):
     """`x` [R, ...] with -inf where one of the conditions so far does not hold."""
     leaves: tl.constexpr = x.shape[0] // S.rows
     filters: tl.constexpr = S.filters
@@ -57,8 +58,7 @@ def survivors(x, index, conditions, filter_scale, S: tl.constexpr):
         if filters[i][0] == MIN_P:
             x = tl.where(x >= c, x, -float("inf"))
         else:
-            scale = filter_scale if filters[i][2] else LOG2E
-            key = _key(x, _over_leaves(reference, leaves), c, scale, filters[i][0])
+            key = _key(x, _over_leaves(reference, leaves), c, filters[i][0])
             key = _ordered(key, 32 if filters[i][0] == TYPICAL_P else S.bits)
             b = _over_leaves(bound, leaves)
             keep = (key > b) | ((key == b) & (index <= _over_leaves(last, leaves)))
@@ -67,9 +67,9 @@ def survivors(x, index, conditions, filter_scale, S: tl.constexpr):
 
 
 @triton.jit
-def _kept(source, at, leaf, conditions, filter_scale, S: tl.constexpr):
+def _kept(source, at, leaf, conditions, S: tl.constexpr):
     x, index = tile(source, at, leaf, LEAF // S.vec, S, True)
-    return survivors(x, index, conditions, filter_scale, S), index
+    return survivors(x, index, conditions, S), index
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _total(values, leaves: tl.constexpr):
 
 @triton.jit
 def _sums(
-    source, at, conditions, reference, center, above, scale, filter_scale, num_leaves,
+    source, at, conditions, reference, center, above, scale, num_leaves,
     kind: tl.constexpr, exact: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Of the survivors with a key >= above (exact: equal to it): (their mass, their number), [rows]."""
@@ -90,8 +90,8 @@ def _sums(
     r, c = _over_leaves(reference, leaves), _over_leaves(center, leaves)
     b = _over_leaves(above, leaves)
     for leaf in range(0, num_leaves, leaves):
-        x, _ = _kept(source, at, leaf, conditions, filter_scale, S)
-        key = _ordered(_key(x, r, c, scale, kind), bits)
+        x, _ = _kept(source, at, leaf, conditions, S)
+        key = _ordered(_key(x, r, c, kind), bits)
         taken = ((key == b) if exact else (key >= b)) & (x > -float("inf"))
         mass += _total(tl.where(taken, tl.exp2((x - r) * scale), 0.0), leaves)
         count += _total(taken.to(tl.int32), leaves)
@@ -99,34 +99,33 @@ def _sums(
 
 
 @triton.jit
-def _largest(source, at, conditions, reference, filter_scale, num_leaves, S: tl.constexpr):
+def _largest(source, at, conditions, reference, num_leaves, S: tl.constexpr):
     """The largest surviving logit of each row."""
     leaves: tl.constexpr = S.leaves
     top = reference * 0.0 - float("inf")
     for leaf in range(0, num_leaves, leaves):
-        x, _ = _kept(source, at, leaf, conditions, filter_scale, S)
+        x, _ = _kept(source, at, leaf, conditions, S)
         top = tl.maximum(top, tl.max(by_row(tl.max(tl.max(x, 2), 1), leaves), 1))
     return top
 
 
 @triton.jit
-def _center(source, at, conditions, reference, scale, filter_scale, num_leaves, S: tl.constexpr):
-    """The mean of t over the survivors: |log p + entropy| is the distance of t from it."""
+def _center(source, at, conditions, reference, scale, num_leaves, S: tl.constexpr):
+    """The mean of x - reference over the survivors: scaled, the distance from it is |log p + entropy|."""
     leaves: tl.constexpr = S.leaves
     z, tz = reference * 0.0, reference * 0.0
     r = _over_leaves(reference, leaves)
     for leaf in range(0, num_leaves, leaves):
-        x, _ = _kept(source, at, leaf, conditions, filter_scale, S)
-        t = (x - r) * scale
-        e = tl.exp2(t)
+        x, _ = _kept(source, at, leaf, conditions, S)
+        e = tl.exp2((x - r) * scale)
         z += _total(e, leaves)
-        tz += _total(tl.where(e > 0, e * t, 0.0), leaves)
+        tz += _total(tl.where(e > 0, e * (x - r), 0.0), leaves)
     return tl.where(z > 0, tz / z, 0.0)
 
 
 @triton.jit
 def _last_tie(
-    source, at, conditions, reference, center, bound, number, scale, filter_scale, num_leaves,
+    source, at, conditions, reference, center, bound, number, num_leaves,
     kind: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Index of the survivor that is, in order, number `number` of those whose key is `bound`; or -1."""
@@ -137,8 +136,8 @@ def _last_tie(
     r, c = _over_leaves(reference, leaves), _over_leaves(center, leaves)
     b = _over_leaves(bound, leaves)
     for leaf in range(0, num_leaves, leaves):
-        x, index = _kept(source, at, leaf, conditions, filter_scale, S)
-        key = _ordered(_key(x, r, c, scale, kind), bits)
+        x, index = _kept(source, at, leaf, conditions, S)
+        key = _ordered(_key(x, r, c, kind), bits)
         equal = tl.reshape(((key == b) & (x > -float("inf"))).to(tl.int32), [rows, x.numel // rows])
         order = tl.cumsum(equal, 1) + seen[:, None]
         found = (equal == 1) & (order == number[:, None])
@@ -159,21 +158,21 @@ def _bound(
     center, bound = reference * 0.0, (reference * 0.0).to(tl.uint32)
     last = (reference * 0.0).to(tl.int32) + source[4]
     if kind == MIN_P:
-        center = _largest(source, at, conditions, reference, filter_scale, num_leaves, S)
+        center = _largest(source, at, conditions, reference, num_leaves, S)
         if value < 1:
             center += tl.log2(reference * 0.0 + value) / scale
     else:
         if kind == TYPICAL_P:
-            center = _center(source, at, conditions, reference, scale, filter_scale, num_leaves, S)
+            center = _center(source, at, conditions, reference, scale, num_leaves, S)
         mass, count = _sums(
-            source, at, conditions, reference, center, bound, scale, filter_scale, num_leaves, kind,
+            source, at, conditions, reference, center, bound, scale, num_leaves, kind,
             False, S,
         )  # fmt: skip
         limit = tl.minimum(count, value) if kind == TOP_K else mass * value
         for i in range(bits):
             candidate = bound | ((reference * 0.0).to(tl.uint32) + (1 << 31) >> i)
             mass, count = _sums(
-                source, at, conditions, reference, center, candidate, scale, filter_scale,
+                source, at, conditions, reference, center, candidate, scale,
                 num_leaves, kind, False, S,
             )  # fmt: skip
             enough = (count >= limit) if kind == TOP_K else (mass > limit)
@@ -181,10 +180,10 @@ def _bound(
         if kind != TOP_K:
             above, _ = _sums(
                 source, at, conditions, reference, center, bound + (1 << (32 - bits)), scale,
-                filter_scale, num_leaves, kind, False, S,
+                num_leaves, kind, False, S,
             )  # fmt: skip
             mass, count = _sums(
-                source, at, conditions, reference, center, bound, scale, filter_scale, num_leaves,
+                source, at, conditions, reference, center, bound, scale, num_leaves,
                 kind, True, S,
             )  # fmt: skip
             room = (limit - above) * count / tl.where(mass > 0, mass, 1.0)
@@ -195,7 +194,7 @@ def _bound(
             some = (fit < count) & (mass > 0)
             if tl.sum(some.to(tl.int32), 0) > 0:
                 tie = _last_tie(
-                    source, at, conditions, reference, center, bound, fit, scale, filter_scale,
+                    source, at, conditions, reference, center, bound, fit,
                     num_leaves, kind, S,
                 )  # fmt: skip
                 last = tl.where(some, tie, last)

@@ -115,7 +115,7 @@ def _walk(
     R: tl.constexpr = S.rows * leaves
     C: tl.constexpr = LEAF // vec
     kind: tl.constexpr = tl.float64 if S.wide else tl.float32
-    draw_scale, score_scale, _, filter_scale, temperature = scales
+    draw_scale, score_scale, _, _, temperature = scales
     within = tl.arange(0, R) % leaves
     r = spread(reference, leaves)[:, None, None]
     rs = spread(score_reference, leaves)[:, None, None]
@@ -134,7 +134,7 @@ def _walk(
         own = (column >= tl.max(shift, 0)[None, :, :]).to(tl.float32)  # of one row
     for leaf in range(begin, end, leaves):
         x, index = tile(source, at, leaf, C, S, safe)
-        xf = survivors(x, index, conditions, filter_scale, S)
+        xf = survivors(x, index, conditions, S)
         number = leaf + within
         if S.needs_z:
             y = _scored(xf, x, index, S)
@@ -163,7 +163,7 @@ def _walk(
                     own = (column >= shift).to(tl.float32)
                 sums = tl.sum(tl.sum(w * own, 2), 1)
                 x, index = tile(source, at, leaf + 1, 1, S, safe)
-                xf = survivors(x, index, conditions, filter_scale, S)
+                xf = survivors(x, index, conditions, S)
                 w = tl.exp2(_scaled(xf, r, draw_scale, safe))
                 rest = tl.arange(0, vec)[None, None, :] < shift
                 sums += tl.sum(tl.sum(tl.where(rest, w, 0.0), 2), 1)
@@ -231,19 +231,19 @@ def _maxima(source, at, begin, end, S: tl.constexpr):
 
 
 @triton.jit
-def _largest_scored(source, at, conditions, begin, end, filter_scale, S: tl.constexpr):
+def _largest_scored(source, at, conditions, begin, end, S: tl.constexpr):
     leaves: tl.constexpr = S.leaves
     R: tl.constexpr = S.rows * leaves
     top = tl.full([R], -float("inf"), tl.float32)
     for leaf in range(begin, end, leaves):
         x, index = tile(source, at, leaf, LEAF // S.vec, S, True)
-        x = _scored(survivors(x, index, conditions, filter_scale, S), x, index, S)
+        x = _scored(survivors(x, index, conditions, S), x, index, S)
         top = tl.maximum(top, tl.max(tl.max(x, 2), 1))
     return tl.max(by_row(top, leaves), 1)
 
 
 @triton.jit
-def _first_of_probs(source, at, conditions, reference, mass, end, filter_scale, S: tl.constexpr):
+def _first_of_probs(source, at, conditions, reference, mass, end, S: tl.constexpr):
     """Dream's argmax: the first token whose rounded probability is the largest one's, [rows]."""
     leaves: tl.constexpr = S.leaves
     kind: tl.constexpr = source[0].dtype.element_ty
@@ -254,7 +254,7 @@ def _first_of_probs(source, at, conditions, reference, mass, end, filter_scale, 
     token = tl.full([rows], BIG, tl.int32)
     for leaf in range(0, end, leaves):
         x, index = tile(source, at, leaf, LEAF // S.vec, S, True)
-        x = survivors(x, index, conditions, filter_scale, S)
+        x = survivors(x, index, conditions, S)
         p = rounded(tl.div_rn(tl.exp2((x - r) * LOG2E), m + x * 0.0), kind, S)
         found = tl.where(p >= bound, index, BIG)
         token = tl.minimum(token, tl.min(by_row(tl.min(tl.min(found, 2), 1), leaves), 1))
@@ -271,14 +271,14 @@ def _safely(source, at, stream, noise, live, begin, end, scales, step, S: tl.con
     conditions = find_conditions(source, at, reference, scales[3], end, S)
     score_banned: tl.constexpr = S.score_banned
     if len(score_banned) > 0:
-        shown = _largest_scored(source, at, conditions, begin, end, scales[3], S)
+        shown = _largest_scored(source, at, conditions, begin, end, S)
         score_reference = tl.where(shown > -float("inf"), shown, reference)
     key, key_at, top, top_at, z, tz, one, two, mass = _walk(
         source, at, stream, noise, reference, score_reference, begin, end, conditions, scales, step,
         S, True,
     )  # fmt: skip
     if S.draw == "greedy_probs":
-        key_at = _first_of_probs(source, at, conditions, reference, mass, end, scales[3], S)
+        key_at = _first_of_probs(source, at, conditions, reference, mass, end, S)
     stats = (key, key_at, top, top_at, z, tz, one, two)
     return reference, score_reference, present, alive, conditions, stats
 
@@ -319,7 +319,7 @@ def finish(
 
     `kind` is the dtype of the logits, which scores may be rounded to.
     """
-    draw_scale, score_scale, _, filter_scale, temperature = scales
+    draw_scale, score_scale, _, _, temperature = scales
     key, key_at, top, top_at, z, tz, one, two = stats
     if S.draw == "greedy_probs":
         token = key_at
@@ -336,7 +336,7 @@ def finish(
             source, offset[:, None, None], uncond_offset[:, None, None], index,
             alive[:, None, None], S,
         )  # fmt: skip
-        x = survivors(x, index, conditions, filter_scale, S)
+        x = survivors(x, index, conditions, S)
         if S.draw == "race":
             token = _race(x, at, stream, step, draw_scale, S)
         else:
@@ -350,7 +350,7 @@ def finish(
         token = tl.where(is_own, own, token)
     x = elements(source, offset, uncond_offset, token, alive, S)[:, None, None]
     index = token[:, None, None]
-    x = _scored(survivors(x, index, conditions, filter_scale, S), x, index, S)
+    x = _scored(survivors(x, index, conditions, S), x, index, S)
     x = tl.sum(tl.sum(x, 2), 1)
     alive_score = alive & (token >= 0) & (token < source[4]) if S.held else alive
     none = z == 0
