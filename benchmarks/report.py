@@ -100,24 +100,22 @@ def llada_loop_table(report: dict[str, Any]) -> str:
 def tpu_table(report: dict[str, Any]) -> str:
     """Cycles of the fused step, the head and attention, and of the plain step beside it."""
     lines = [
-        "| shape (B x N x V) | dtype | cycles | plain jnp | times fewer | compute / memory "
+        "| chip | rule | shape (B x N x V) | dtype | cycles | plain jnp | times fewer | compute / memory "
         "| busiest unit | bytes / logits | temporaries |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    plain = {(k["shape"], k["dtype"]): k for k in report["kernels"] if k["version"] == "plain jnp"}
-    others = []
-    for kernel in report["kernels"]:
-        if kernel["version"] != "fused":
-            continue
+    same = ("target", "rule", "shape", "dtype")
+    plain = {tuple(k[n] for n in same): k for k in report["kernels"] if k["version"] == "plain jnp"}
+    fused = [k for k in report["kernels"] if k["version"] == "fused"]
+    for kernel in fused:
         if kernel["op"] != "decode-step":
-            others.append(kernel)
             continue
-        other = plain[kernel["shape"], kernel["dtype"]]
-        shape = SHAPES[kernel["shape"]]
+        other, shape = plain[tuple(kernel[n] for n in same)], SHAPES[kernel["shape"]]
         lines.append(
-            f"| {shape.batch} x {shape.length} x {shape.vocab} | {kernel['dtype']} | {kernel['cycles']:,} "
-            f"| {other['cycles']:,} | {kernel['fewer_cycles_than_plain']:.1f} "
-            f"| {kernel['compute_per_memory']:.2f} | {kernel['busiest']} {100 * kernel['busy']:.0f} % "
+            f"| {kernel['target']} | {kernel['rule']} | {shape.batch} x {shape.length} x {shape.vocab} "
+            f"| {kernel['dtype']} | {kernel['cycles']:,} | {other['cycles']:,} "
+            f"| {kernel['fewer_cycles_than_plain']:.1f} | {kernel.get('compute_per_memory', '-')} "
+            f"| {kernel['busiest']} {100 * kernel['busy']:.0f} % "
             f"| {kernel['bytes_per_logit_byte']:.3f} (plain {other['bytes_per_logit_byte']:.1f}) "
             f"| {kernel['temporary_bytes'] / 1e6:.1f} MB (plain {other['temporary_bytes'] / 1e6:.1f}) |"
         )
@@ -126,19 +124,16 @@ def tpu_table(report: dict[str, Any]) -> str:
         "| op | shape | dtype | cycles | share of the matrix units' peak | compute / memory |",
         "|---|---|---|---|---|---|",
     ]
-    for kernel in others:
+    for kernel in fused:
+        if kernel["op"] == "decode-step":
+            continue
         share = kernel.get("peak_share") or kernel["product_cycles"] / kernel["cycles"]
         lines.append(
             f"| {kernel['op']} | {kernel['shape']} | {kernel['dtype']} | {kernel['cycles']:,} "
             f"| {100 * share:.0f} % | {kernel['compute_per_memory']:.2f} |"
         )
-    about = f"{report['target']}, jax {report['jax']}, libtpu {report['libtpu']}"
-    return (
-        "\n".join(
-            [*lines, "", f"{about}; rule maskgit, step 3 of 8, from the compiler's schedule."]
-        )
-        + "\n"
-    )
+    about = f"jax {report['jax']}, libtpu {report['libtpu']}; step 3 of 8, from the compiler's schedule."
+    return "\n".join([*lines, "", f"{about} Head and attention: tpu-v5e."]) + "\n"
 
 
 TABLES = {
