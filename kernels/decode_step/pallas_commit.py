@@ -55,7 +55,6 @@ class CommitSpec:
     threshold_strict: bool = False
     slack: float | None = None
     low_threshold: float = 0.0
-    factor: float = 0.0
     factor_tail: bool = True
     revise: bool = False
     touches_known: bool = False
@@ -216,9 +215,19 @@ def _stay(target: Any, limit: Any, now: Any, n: Scalars, spec: CommitSpec) -> ja
     return jnp.clip(target, 0, now)
 
 
+def _bounds_of_ranks(bounds: Any, rank: Any, spec: CommitSpec) -> jax.Array:
+    """bounds[rank] of numbers in SMEM: they come from the host, rounded once from float64."""
+
+    def of(k: Any, found: Any) -> Any:
+        return jnp.where(rank == k, bounds[0, k], found)
+
+    return jax.lax.fori_loop(0, spec.length, of, jnp.zeros(rank.shape, jnp.float32))
+
+
 def _take(
-    mine: Any, competes: Any, rank: Any, before: Any, now: Any, least: Any, spec: CommitSpec
-) -> jax.Array:
+    mine: Any, competes: Any, rank: Any, before: Any, now: Any, least: Any, bounds: Any,
+    spec: CommitSpec,
+) -> jax.Array:  # fmt: skip
     """How many of the surest are committed by rules that look at their values, [rows, 1]."""
     if spec.count == "threshold":
         bound = jnp.full(now.shape, spec.threshold, jnp.float32)
@@ -230,7 +239,7 @@ def _take(
         failing = competes & ~(before <= spec.threshold)
         take = jnp.min(jnp.where(failing, rank, now), axis=1, keepdims=True)
     else:
-        bound = 1.0 - spec.factor / (rank.astype(jnp.float32) + 2.0)
+        bound = _bounds_of_ranks(bounds, rank, spec)
         failing = competes & (rank >= 1) & (mine < bound)
         take = jnp.min(jnp.where(failing, rank, now), axis=1, keepdims=True)
         if spec.factor_tail:  # Fast-dLLM's off-by-one
@@ -299,6 +308,7 @@ def commit_kernel(*refs: Any, spec: CommitSpec, names: tuple[str, ...]) -> None:
     `names` are the fields of Inputs that are there.
     """
     integers, scalars, *rest = refs
+    bounds = rest.pop(0) if spec.count == "factor" else None
     fields = {name: ref[...] for name, ref in zip(names, rest, strict=False)}
     next_ref, candidates_ref, confidence_ref, keys, ranks, before = rest[len(names) :]
     x = Inputs(**{name: fields.get(name) for name in Inputs._fields})
@@ -345,7 +355,7 @@ def commit_kernel(*refs: Any, spec: CommitSpec, names: tuple[str, ...]) -> None:
     elif spec.count in ("threshold", "factor", "entropy_bound"):
         sums = before[...] if spec.count == "entropy_bound" else None
         least = target if spec.least_is_quota else jnp.ones_like(now)
-        commit = competes & (rank < _take(mine, competes, rank, sums, now, least, spec))
+        commit = competes & (rank < _take(mine, competes, rank, sums, now, least, bounds, spec))
     else:
         commit = _cut(mine, competes, rank, now - _stay(target, limit, now, n, spec), now, spec)
     mask = np.int32(spec.mask_token_id)

@@ -274,7 +274,6 @@ def commit_spec(x: StepInputs, plan: ResolvedStep, dtype: str) -> CommitSpec:
         threshold_strict=rule.threshold_strict,
         slack=rule.threshold_slack,
         low_threshold=bound(rule.low_threshold),
-        factor=rule.factor,
         factor_tail=rule.factor_tail,
         revise=rule.revise != "no",
         touches_known=rule.touches_known,
@@ -295,7 +294,7 @@ def _commit(
     x: StepInputs, drawn: Any, score: Any, plan: ResolvedStep, dtype: str
 ) -> tuple[Any, Any, Any]:
     """Counts in a few XLA operations on (B,) arrays, the rest by the commit kernel."""
-    batch, length = x.tokens.shape
+    rule, (batch, length) = plan.rule, x.tokens.shape
     kind = x.tokens.dtype
     if batch * length == 0:
         return x.tokens, x.tokens, jnp.zeros((batch, length), jnp.float32)
@@ -324,7 +323,10 @@ def _commit(
             given[name] = array.astype(jnp.float32)
     below, share = gumbel_below(plan.remask_chance), np.float32(plan.commit_fraction)
     scalars = (plan.choice_temperature, plan.commit_below, share, below, plan.remask_chance)
-    numbers = _step(plan, *_of_batch(x, drawn, plan)), jnp.float32(scalars)[None]
+    numbers = [_step(plan, *_of_batch(x, drawn, plan)), jnp.float32(scalars)[None]]
+    if spec.count == "factor":
+        ranks = np.arange(length, dtype=np.float64)
+        numbers.append(jnp.asarray(1 - rule.factor / (ranks + 2), jnp.float32)[None])
     out = commit_rows(given, numbers, spec)
     return out[0].astype(kind), out[1].astype(kind), out[2]
 
@@ -335,8 +337,11 @@ def _looks_up(plan: ResolvedStep) -> bool:
     return bool(plan.table.size) and each
 
 
-def commit_rows(given: dict[str, Any], numbers: tuple[Any, Any], spec: CommitSpec) -> Any:
-    """The commit kernel on fields of Inputs by name: next tokens, candidates, confidence, (B, N)."""
+def commit_rows(given: dict[str, Any], numbers: list[Any], spec: CommitSpec) -> Any:
+    """The commit kernel on fields of Inputs by name: next tokens, candidates, confidence, (B, N).
+
+    numbers: integers, scalars and, for count "factor", a bound for each rank; in SMEM.
+    """
     batch, length = given["tokens"].shape
     scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
     shape = (spec.rows, spec.width)
@@ -345,7 +350,7 @@ def commit_rows(given: dict[str, Any], numbers: tuple[Any, Any], spec: CommitSpe
     def spec_of(name: str, array: Any) -> pl.BlockSpec:
         if name == "table":
             return pl.BlockSpec(array.shape, lambda i: (0, 0))
-        if array.shape[1] != length or name in ("start", "num_commit", "seeds"):
+        if name in ("start", "num_commit", "seeds"):
             return pl.BlockSpec((spec.rows, array.shape[1]), lambda i: (i, 0))
         return block
 
@@ -354,7 +359,7 @@ def commit_rows(given: dict[str, Any], numbers: tuple[Any, Any], spec: CommitSpe
     return pl.pallas_call(
         functools.partial(commit_kernel, spec=spec, names=tuple(given)),
         grid=(-(-batch // spec.rows),),
-        in_specs=[scalar, scalar, *(spec_of(n, a) for n, a in given.items())],
+        in_specs=[*[scalar] * len(numbers), *(spec_of(n, a) for n, a in given.items())],
         out_specs=[block] * 3,
         out_shape=[jax.ShapeDtypeStruct((batch, length), kind) for kind in outputs],
         scratch_shapes=[
