@@ -113,8 +113,8 @@ def tpu_table(report: dict[str, Any]) -> str:
         other, shape = plain[tuple(kernel[n] for n in same)], SHAPES[kernel["shape"]]
         lines.append(
             f"| {kernel['target']} | {kernel['rule']} | {shape.batch} x {shape.length} x {shape.vocab} "
-            f"| {kernel['dtype']} | {kernel['cycles']:,} | {other['cycles']:,} "
-            f"| {kernel['fewer_cycles_than_plain']:.1f} | {kernel.get('compute_per_memory', '-')} "
+            f"| {kernel['dtype']} | {kernel['cycles']:,} | {_count(other['cycles'])} "
+            f"| {kernel.get('fewer_cycles_than_plain', '-')} | {kernel.get('compute_per_memory', '-')} "
             f"| {kernel['busiest']} {100 * kernel['busy']:.0f} % "
             f"| {kernel['bytes_per_logit_byte']:.3f} (plain {other['bytes_per_logit_byte']:.1f}) "
             f"| {kernel['temporary_bytes'] / 1e6:.1f} MB (plain {other['temporary_bytes'] / 1e6:.1f}) |"
@@ -134,6 +134,10 @@ def tpu_table(report: dict[str, Any]) -> str:
         )
     about = f"jax {report['jax']}, libtpu {report['libtpu']}; step 3 of 8, from the compiler's schedule."
     return "\n".join([*lines, "", f"{about} Head and attention: tpu-v5e."]) + "\n"
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
 
 
 TABLES = {

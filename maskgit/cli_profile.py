@@ -133,7 +133,7 @@ def _profile_tpus(
 
         for call in profile_tpu.calls(ops, chosen, sizes, dtypes, width, head_sizes):
             for name in targets:
-                found += call(name, folder)
+                found += _accepted(call, name, folder)
     if as_json:
         about = {"from": LABEL, "jax": version("jax"), "libtpu": version("libtpu")}
         common.print_json(about | {"kernels": found})
@@ -141,6 +141,19 @@ def _profile_tpus(
     for facts in found:
         facts["for"] = " ".join(facts[n] for n in ("op", "rule", "shape", "dtype"))
     _print_table(LABEL, TPU_COLUMNS, found)
+
+
+def _accepted(call: Any, target: str, folder: Any) -> list[dict[str, Any]]:
+    """What a call finds; ValueError with the compiler's first line where it refuses."""
+    import jax
+
+    try:
+        found: list[dict[str, Any]] = call(target, folder)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"shape: the compiler for {target} refuses: {str(error).splitlines()[0]}"
+        ) from error
+    return found
 
 
 def _names(rules: list[str]) -> list[str]:
@@ -154,7 +167,8 @@ def _print_table(title: str, columns: dict[str, str], found: list[dict[str, Any]
     for column in columns.values():
         table.add_column(column, overflow="fold")
     for facts in found:
-        table.add_row(*(str(facts.get(key, "-")) for key in columns))
+        cells = (facts.get(key) for key in columns)
+        table.add_row(*("-" if cell is None else str(cell) for cell in cells))
     Console(highlight=False).print(table)
 
 
