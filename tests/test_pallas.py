@@ -29,7 +29,7 @@ from helpers import (  # noqa: E402
     run_stats,
 )
 from maskgit.kernels.common.simulation import compiling  # noqa: E402
-from maskgit.kernels.decode_step import pallas_tpu  # noqa: E402
+from maskgit.kernels.decode_step import pallas_tiles, pallas_tpu  # noqa: E402
 from maskgit.kernels.decode_step.plan import resolve, table_size  # noqa: E402
 from maskgit.kernels.decode_step.spec import StepInputs  # noqa: E402
 from test_contract import FIELDS, SIZED, _guidance, spoil  # noqa: E402
@@ -105,13 +105,30 @@ def test_every_vocabulary_size(vocab: str) -> None:
 
 
 @pytest.mark.parametrize("shape", sampled(
-    ["3x4x700", "1x3x5000", "2x257x300", "9x40x260", "70x5x33", "1x1100x129", "2x40x20000"], ("9x40x260",)
+    ["3x4x700", "1x3x5000", "2x257x300", "9x40x260", "70x5x33", "1x1100x129", "2x40x20000", "3x4x8832",
+     "2x8x2560", "9x4x32768"], ("9x40x260", "3x4x8832"),
 ))  # fmt: skip
 def test_every_layout_of_rows(shape: str) -> None:
     """Rows in every number of lanes, blocks that end raggedly, more sequences than a block holds."""
     batch, length, vocab = map(int, shape.split("x"))
     for name, dtype in (("maskgit", "bfloat16"), ("dream-entropy", "float32")):
         case = make_case(SIZED[name], batch=batch, length=length, vocab=vocab, dtype=dtype, seed=3)
+        check(case, "pallas")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "vocab"), [(4, 8960), (8, 2176)])
+def test_views_of_packed_rows(
+    length: int, vocab: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The views that the TPU compiler gets, which the simulator does not know, in jax's plain interpreter."""
+    monkeypatch.setattr(pallas_tpu, "interpret_params", lambda: True)
+    for module in (pallas_tpu, pallas_tiles):
+        monkeypatch.setattr(module, "is_simulating", lambda: False)
+    for guidance in (None, 2.5):
+        case = make_case(
+            SIZED["maskgit"], batch=2, length=length, vocab=vocab, dtype=dtype, guidance=guidance
+        )
         check(case, "pallas")
 
 

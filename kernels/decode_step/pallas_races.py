@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from ..common.philox import STREAM_INNER, STREAM_LEAF
 from ..common.philox_pallas import exponentials
@@ -58,9 +59,13 @@ def race_of_leaves(rows: Rows, words: Any, body: Any, carry: Any) -> tuple[Any, 
     """Walks the row by `body` and races its leaves, 8 pairs for each lane at a time.
 
     (what body carried, each lane's best ratio and its leaf, the mass of the row.)  A pair of leaves
-    uses both variates of a Philox call; rows of at most 8 leaves leave half a call to the token race.
+    uses both variates of a Philox call: of a row in several lanes those are neighbours' leaves of one
+    tile, so lanes with an even part draw for two of the first tile of a pair, the others for two of the
+    second, and they exchange.  Rows of at most 8 leaves leave half a call to the token race.
     """
     spec = rows.spec
+    odd = rows.part & 1
+    call = rows.part if spec.parts == 1 else (rows.part >> 1) + odd * (spec.parts >> 1)
     sublane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 0)
     spare = spec.pairs * spec.parts <= CHUNK // 2
     waits: Any = None
@@ -73,14 +78,17 @@ def race_of_leaves(rows: Rows, words: Any, body: Any, carry: Any) -> tuple[Any, 
             total = jnp.sum(inner.pop("leaf"), axis=0, keepdims=True)
             sums[tile % 2] = jnp.where(sublane == tile // 2, total, sums[tile % 2])
         nonlocal waits
-        pair = (sublane + first) * spec.parts + rows.part
+        pair = (sublane + first) * spec.parts + call
         index, stream = pair, jnp.int32(STREAM_LEAF)
         if spare:
             index = jnp.where(sublane < 4, pair, sublane + 4)
             stream = jnp.where(sublane < 4, STREAM_LEAF, STREAM_INNER)
         waits = exponentials(index, words.position, rows.numbers.step, stream, words.key)
+        own, leaf = waits, 2 * pair
+        if spec.parts > 1:
+            own, leaf = _exchanged(waits, odd, spec.group), rows.leaf_of(2 * (sublane + first))
         for i in (0, 1):
-            ratio, at = better(sums[i] / waits[i], 2 * pair + i, ratio, at)
+            ratio, at = better(sums[i] / own[i], leaf + i * spec.parts, ratio, at)
         return inner, (ratio, at, mass + sums[0] + sums[1])
 
     shape = (CHUNK, LANES)
@@ -90,6 +98,13 @@ def race_of_leaves(rows: Rows, words: Any, body: Any, carry: Any) -> tuple[Any, 
     leaf = jnp.min(jnp.where(ratio == best, at, BIG), axis=0, keepdims=True)
     found = Stats(race=best, leaf=leaf, mass=rows.total(mass), waits=waits if spare else None)
     return carry, found
+
+
+def _exchanged(waits: Any, odd: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    """(even, odd leaf's) variates of a call, [8, 128] -> those of a lane's leaf in two tiles."""
+    even_leaf, odd_leaf = waits
+    first = jnp.where(odd == 0, even_leaf, pltpu.roll(odd_leaf, group, 1))
+    return first, jnp.where(odd == 0, pltpu.roll(even_leaf, LANES - group, 1), odd_leaf)
 
 
 def race_in_leaf(

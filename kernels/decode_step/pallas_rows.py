@@ -12,7 +12,7 @@ would occupy the cross-lane unit for longer than the memory needs to deliver the
 rows x one leaf is turned, and the leaf lies on sublanes, where sums are plain additions and what is
 done once for a row or a leaf fills all lanes.  16-bit logits are turned by the matrix unit, times the
 identity, which is exact.  Where a block has fewer than 128 rows, each row is dealt out to `parts` lanes,
-two leaves in turn to each, and the lanes are merged at the end.
+leaf by leaf, and the lanes are merged at the end.
 
 Passes over VMEM.  A first walk takes r from the first tile (for entropies from all) and looks for nothing
 odd.  Should a sum of the block come out as zero, huge or NaN (a NaN, an infinity, a maximum e^38 above
@@ -244,7 +244,7 @@ def _chosen(
     y = jnp.max(y, axis=0, keepdims=True)
     key = found.race
     if spec.held:
-        has = (leaf >> 1 & spec.parts - 1) == rows.part
+        has = (leaf & spec.parts - 1) == rows.part
         key = jnp.where(is_own, jnp.where(has, 1.0, 0.0), key)
     _, _, token, y = rows.merged((key, leaf, token, y), surer)
     return token, y

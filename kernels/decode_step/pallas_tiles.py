@@ -2,7 +2,8 @@
 
 `pallas_rows.py` has the layout and why.  A tile is [128 logits of a leaf, 128 lanes], float32.  With fewer
 than 128 rows in a block each row is dealt out to `parts` lanes: tile k gives lane part p the leaf
-2 parts (k / 2) + 2 p + k mod 2, so that two tiles in turn hold both leaves of a Philox call.
+parts k + p.  Of 4 or 8 rows whose V is a multiple of 128 that is how memory holds them, since its own
+tiles are as high as there are rows: such a block comes as (leaves, rows, 128), and a tile in one piece.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from ..common.simulation import is_simulating
 
 LEAF = LANES = 128
 FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -41,7 +44,7 @@ class Numbers(NamedTuple):
 class RowSpec:
     """What a row kernel is compiled for.
 
-    rows: rows of a block, a multiple of 128 or a power of two below.
+    rows: rows of a block, a multiple of 128 or a power of two below; packed: it comes leaf by leaf.
     vocab, vocab_start: columns of the block that count, and the id of the first.
     dtype: of the logits.
     guide: 0 no guidance, 1 in float32, 2 with each operation rounded to the logits' dtype.
@@ -55,6 +58,7 @@ class RowSpec:
 
     rows: int
     vocab: int
+    packed: bool = False
     mask_token_id: int = -1
     vocab_start: int = 0
     dtype: str = "bfloat16"
@@ -84,7 +88,7 @@ class RowSpec:
 
     @property
     def pairs(self) -> int:
-        """Pairs of tiles of a row: in each, every lane has two leaves."""
+        """Pairs of tiles of a row, of which every lane has two leaves."""
         return -(-self.vocab // (2 * self.parts * LEAF))
 
     @property
@@ -117,7 +121,10 @@ class Rows:
     """128 lanes' share of a block in VMEM, read tile by tile."""
 
     def __init__(self, refs: Any, first: Any, numbers: Numbers, spec: RowSpec) -> None:
-        self.logits, self.uncond, self.noise, self.scratch = refs
+        *logits, self.scratch = refs
+        self.logits, self.uncond, self.noise = (
+            _as_list(ref) if spec.packed and ref is not None else ref for ref in logits
+        )
         self.at = pl.ds(first, spec.group)
         self.numbers, self.spec = numbers, spec
         self.lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
@@ -129,8 +136,7 @@ class Rows:
 
     def leaf_of(self, tile: Any) -> jax.Array:
         """Number of the leaf that each lane has in a tile, [1, 128] or of the shape of `tile`."""
-        both = 2 * self.spec.parts
-        return (tile >> 1) * both + 2 * self.part + (tile & 1)
+        return tile * self.spec.parts + self.part
 
     def tile(self, number: Any, safe: bool) -> jax.Array:
         """[128 logits, 128 lanes] float32: guided, -inf outside the row and at what is banned.
@@ -142,7 +148,7 @@ class Rows:
         x = self.guided(*(self.turned(ref, number, safe) for ref in refs))
         x = self.without(x, self.leaf_of(number), spec.banned, number)
         fixed = isinstance(number, int)
-        if fixed and (number // 2 + 1) * 2 * spec.parts * LEAF > spec.vocab:
+        if fixed and (number + 1) * spec.parts * LEAF > spec.vocab:
             x = jnp.where(self.leaf_of(number) * LEAF + self.place < spec.vocab, x, -jnp.inf)
         return x
 
@@ -155,8 +161,7 @@ class Rows:
     ) -> jax.Array:
         """-inf at the banned columns of a leaf; `number`: of the tile, where it is known."""
         for column in banned:
-            mine = 2 * (column // (2 * self.spec.parts * LEAF)) + (column // LEAF) % 2
-            if not isinstance(number, int) or mine == number:
+            if not isinstance(number, int) or column // LEAF // self.spec.parts == number:
                 x = jnp.where(self.place == column - leaf * LEAF, -jnp.inf, x)
         return x
 
@@ -166,10 +171,13 @@ class Rows:
 
     def _tile(self, ref: Any, number: Any) -> jax.Array:
         """A tile as it lies, [128 lanes' rows, 128 logits]."""
+        if self.spec.packed:
+            words = LANES // 2 if ref.dtype == jnp.int32 else LANES
+            x = ref[pl.ds(_aligned(number * words, words), words)]
+            return pltpu.bitcast(x, jnp.bfloat16) if ref.dtype == jnp.int32 else x
         parts = []
         for p in range(self.spec.parts):
-            first = ((number >> 1) * 2 * self.spec.parts + 2 * p + (number & 1)) * LEAF
-            first = first if isinstance(number, int) else pl.multiple_of(first, LEAF)
+            first = _aligned((number * self.spec.parts + p) * LEAF)
             parts.append(ref[self.at, pl.ds(first, LEAF)])
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
@@ -197,11 +205,11 @@ class Rows:
             return cleaned(short)
         wanted = jnp.broadcast_to(leaf, (LANES, LANES)).T
         row = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
-        wanted = wanted - 2 * (row >> spec.group.bit_length() - 1)  # of the row's first lane
+        wanted = wanted - (row >> spec.group.bit_length() - 1)  # of the row's first lane
         refs = [self.logits, self.uncond] if spec.guide else [self.logits]
 
         def body(number: Any, found: Any) -> Any:
-            mine = wanted == (number >> 1) * 2 * spec.parts + (number & 1)
+            mine = wanted == number * spec.parts
             tiles = [self._tile(ref, number).astype(jnp.float32) for ref in refs]
             return tuple(jnp.where(mine, x, old) for x, old in zip(tiles, found, strict=True))
 
@@ -255,6 +263,19 @@ class Rows:
     def largest(self, x: jax.Array) -> jax.Array:
         """[n, 128] -> [1, 128], the maximum over the row."""
         return self.merged((jnp.max(x, axis=0, keepdims=True),), _larger)[0]
+
+
+def _as_list(ref: Any) -> Any:
+    """A block (leaves, rows, 128) as (leaves x rows, 128), of 16-bit logits as words of two of them."""
+    if is_simulating():  # which knows no such views: the block comes as a list
+        return ref
+    leaves, rows, _ = ref.shape
+    ref = ref.reshape(leaves * rows, LEAF)
+    return ref.bitcast(jnp.int32) if ref.dtype == jnp.bfloat16 else ref
+
+
+def _aligned(first: Any, size: int = LEAF) -> Any:
+    return first if isinstance(first, int) else pl.multiple_of(first, size)
 
 
 def _add(a: Any, b: Any) -> Any:

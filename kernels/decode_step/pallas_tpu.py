@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..common.simulation import interpret_params
+from ..common.simulation import interpret_params, is_simulating
 from .pallas_commit import CommitSpec, commit_kernel
 from .pallas_rows import LOG2E, SEQUENCES, rows_kernel
 from .pallas_tiles import LANES, LEAF, RowSpec
@@ -34,6 +34,7 @@ BLOCK_BYTES = 4 << 20
 MOST_BLOCK_BYTES = 24 << 20  # two of these fit in the 64 MB of the smaller chips
 MOST_ROWS = 512
 FEW = 4  # rows of a block where there are no more
+MANY = 1 << 15  # columns of rows that are worth a step of their own for 4 of them
 _NEEDS_NO_Z = ("logit", "random", "given")
 
 
@@ -60,7 +61,7 @@ def draw(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> tupl
     fields = {"tokens": x.tokens, "eligible": x.eligible, "positions": x.positions}
     keys = "none" if x.seeds is None or spec.draw != "race" else "scalars"
     shape = (batch, length)
-    if length < SEQUENCES < batch:  # short sequences, as one list of rows
+    if _are_listed(batch, length, vocab):
         shape = (1, batch * length)
         if fields["positions"] is None:
             fields["positions"] = jnp.broadcast_to(
@@ -99,6 +100,11 @@ def block_rows(length: int, row_bytes: int, dtype: str) -> int:
     return size
 
 
+def _are_listed(batch: int, length: int, vocab: int) -> bool:
+    """Whether short sequences are taken as one list of rows: a copy, where long ones come packed."""
+    return length < SEQUENCES < batch and not (length == FEW and vocab >= MANY and vocab % LEAF == 0)
+
+
 def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> RowSpec:
     """What the rows kernel is compiled for."""
     if dtype not in ("float32", "bfloat16"):
@@ -110,13 +116,15 @@ def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> 
         noise, x.uncond_logits is not None, dtype, has_log_z, x.mask_token_id,
     )  # fmt: skip
     size = (4 if dtype == "float32" else 2) * (1 + (spec.guide > 0)) + 4 * noise
-    rows = batch * length if length < SEQUENCES < batch else length
+    rows = batch * length if _are_listed(batch, length, vocab) else length
     whole = -(-vocab // LEAF) * LEAF
+    size_of_block = block_rows(rows, whole * size, dtype)
+    packed = length in (FEW, 8) and rows == length and vocab % LEAF == 0
     banned, score_banned = (
         tuple(i for i in ids if i < vocab) for ids in (spec.banned, spec.score_banned)
     )
     return dataclasses.replace(
-        spec, rows=block_rows(rows, whole * size, dtype), vocab=vocab, banned=banned,
+        spec, rows=length if packed else size_of_block, packed=packed, vocab=vocab, banned=banned,
         score_banned=score_banned,
     )  # fmt: skip
 
@@ -208,6 +216,12 @@ def sample_rows(
         return group, 0
 
     rows = pl.BlockSpec((None, spec.rows, spec.width), of_rows)
+    if spec.packed:
+        arrays = [a.reshape(batch, length, -1, LEAF).swapaxes(1, 2) for a in arrays]
+        shape: tuple[int, ...] = (spec.width // LEAF, spec.rows, LEAF)
+        if is_simulating():
+            arrays, shape = [a.reshape(batch, -1, LEAF) for a in arrays], (shape[0] * shape[1], LEAF)
+        rows = pl.BlockSpec((None, *shape), lambda *i: (of_rows(*i)[0], *[0] * len(shape)))
     field = pl.BlockSpec((together, width), of_sequences)
     scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
     of_key = pl.BlockSpec((together, 2), of_sequences, memory_space=pltpu.SMEM)
