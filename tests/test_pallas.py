@@ -142,6 +142,17 @@ def test_bad_entries(name: str) -> None:
         check(spoil(case, 5), "pallas")
 
 
+@pytest.mark.parametrize("dtype", sampled(DTYPES, ("bfloat16",)))
+@pytest.mark.parametrize("scale", [0.02, 0.2])
+def test_probabilities_that_round_to_the_largest(scale: float, dtype: str) -> None:
+    """Dream's argmax where several tokens, or one a little behind, have the largest rounded probability."""
+    rule = StepRule(name="greedy-probs", **FIELDS["greedy-probs"])
+    case = make_case(rule, seed=5, vocab=700, dtype=dtype, scale=scale)
+    logits = np.array(case.logits)
+    logits[:, ::3] = logits[:, ::3] * 32  # rows of the same block that are clear
+    check(dataclasses.replace(case, logits=logits), "pallas")
+
+
 @pytest.mark.parametrize("count", sampled(["masked", "quota", "fraction", "threshold", "factor"], ("masked",)))  # fmt: skip
 def test_ties_of_positions(count: str) -> None:
     rng = np.random.default_rng(3)

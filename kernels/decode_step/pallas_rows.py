@@ -14,10 +14,12 @@ done once for a row or a leaf fills all lanes.  16-bit logits are turned by the 
 identity, which is exact.  Where a block has fewer than 128 rows, each row is dealt out to `parts` lanes,
 leaf by leaf, and the lanes are merged at the end.
 
-Passes over VMEM.  A first walk takes r from the first tile (for entropies from all) and looks for nothing
-odd.  Should a sum of the block come out as zero, huge or NaN (a NaN, an infinity, a maximum e^38 above
-r), or does the rule filter, the block is walked again: for the maxima, for the filters' bounds
-(pallas_filters.py), then with cleaned logits.  A last walk collects the winning leaf of each row.
+Passes over VMEM.  A first walk takes r from the first tile (for entropies a walk of its own, over tiles as
+they lie, finds it) and looks for nothing odd.  Should a sum of the block come out as zero, huge or NaN (a
+NaN, an infinity, a maximum e^38 above r), should a second logit be so close to the largest that their
+rounded probabilities may be equal, where these are what counts, or does the rule filter, the block is
+walked again: for the maxima, for the filters' bounds (pallas_filters.py), then with cleaned logits.  A last
+walk collects the winning leaf of each row.
 
 Limits: a block of rows, twice, must fit in VMEM (pallas_tpu.py).  Tokens less likely than e^-87 of
 their row enter no sum, nor could they win: a Gumbel variate is at most 45.05.
@@ -53,7 +55,9 @@ from .pallas_tiles import (
 )  # fmt: skip
 
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
+LEAST = -200.0  # 2^-200 is 0, and so is its product with -200; with -inf it is NaN
 SEQUENCES = 8  # whose tokens share a block
+NEAR = {"bfloat16": 0.00779, "float32": 1e-6}  # above log1p of a unit in the last place
 
 
 def scored(x: jax.Array, xf: jax.Array, leaf: Any, number: Any, rows: Rows) -> jax.Array:
@@ -82,17 +86,13 @@ def _maxima(rows: Rows) -> tuple[jax.Array, jax.Array]:
 
 
 def _quick_reference(rows: Rows) -> jax.Array:
-    """A logit near the row's maximum, [1, 128]: the first tile's; for an entropy the maximum itself.
+    """A logit near the row's maximum, [1, 128]: the first tile's; for an entropy one nearer.
 
     Which is a difference of two sums, and loses bits as the reference leaves the maximum.
     """
-    if rows.spec.score != "neg_entropy":
-        return rows.largest(rows.tile(0, safe=False))
-
-    def body(number: Any, top: jax.Array) -> jax.Array:
-        return functools.reduce(jnp.maximum, [x for _, x in pieces(rows.tile(number, False))], top)
-
-    return rows.largest(rows.over_row(body, _full(-jnp.inf)))
+    if rows.spec.score == "neg_entropy":
+        return rows.rough_maximum()
+    return rows.largest(rows.tile(0, safe=False))
 
 
 def _largest_scored(rows: Rows, conditions: Any) -> jax.Array:
@@ -119,13 +119,15 @@ def _noisy(x: jax.Array, noise: jax.Array, temperature: Any) -> jax.Array:
     return jnp.where((y == y) & (x > -jnp.inf) & (y < jnp.inf), y, -jnp.inf)
 
 
-def _starts(spec: RowSpec) -> dict[str, jax.Array]:
+def _starts(spec: RowSpec, safe: bool) -> dict[str, jax.Array]:
     """What a walk carries along for each place of a piece."""
+    by_probs = spec.draw == "greedy_probs"
     kept = (
         ("z", spec.needs_z and not spec.shared, 0.0),
         ("tz", spec.score == "neg_entropy", 0.0),
-        ("mass", spec.draw == "greedy_probs", 0.0),
-        ("check", spec.draw == "greedy" and not spec.needs_z, 0.0),
+        ("mass", by_probs and safe, 0.0),
+        ("near", by_probs and not safe, -jnp.inf),
+        ("check", not spec.needs_z and spec.draw != "race" and not safe, 0.0),
         ("first", spec.score in ("top1_prob", "margin"), -jnp.inf),
         ("second", spec.score == "margin", -jnp.inf),
         ("top", spec.draw != "race", -jnp.inf),
@@ -152,14 +154,16 @@ def _walk(
         sums = []
         for q, xf, y, *noise in pieces(*arrays):
             if race:
-                sums.append(jnp.exp2((xf - reference) * n.draw_scale))
-            if "z" in c or "tz" in c:
+                t = (xf - reference) * n.draw_scale
+                e = jnp.exp2(t)
+                sums.append(e)
+            if ("z" in c or "tz" in c) and not (race and spec.shared):
                 t = (y - score_reference) * n.score_scale
                 e = jnp.exp2(t)
-                if "z" in c:
-                    c["z"] += e
-                if "tz" in c:
-                    c["tz"] += jnp.where(e > 0, e * t, 0.0)
+            if "z" in c:
+                c["z"] += e
+            if "tz" in c:
+                c["tz"] += e * jnp.maximum(t, LEAST)
             if "second" in c:
                 c["second"] = jnp.maximum(c["second"], jnp.minimum(c["first"], y))
             if "first" in c:
@@ -168,6 +172,9 @@ def _walk(
                 c["mass"] += jnp.exp2((xf - reference) * LOG2E)
             if "check" in c:
                 c["check"] += xf * 0.0
+            if "near" in c:
+                below = jnp.where(xf == c["top"], -jnp.inf, jnp.minimum(xf, c["top"]))
+                c["near"] = jnp.maximum(c["near"], below)
             if "top" in c:
                 c["top"], c["top_at"] = better(xf, number * PIECES + q, c["top"], c["top_at"])
             if "key" in c:
@@ -178,14 +185,17 @@ def _walk(
         return c
 
     if race:
-        c, found = race_of_leaves(rows, words, body, _starts(spec))
+        c, found = race_of_leaves(rows, words, body, _starts(spec, safe))
     else:
-        c, found = rows.over_row(body, _starts(spec)), Stats()
+        c, found = rows.over_row(body, _starts(spec, safe)), Stats()
         top, token = _first_best(c["top"], c["top_at"], rows)
         if spec.draw == "noise":
             key, chosen = _first_best(c["key"], c["key_at"], rows)
             token = jnp.where(key > -jnp.inf, chosen, token)
         found = found._replace(top=top, token=token)
+        if "near" in c:
+            near = jnp.where(c["top"] == top, c["near"], c["top"])
+            found = found._replace(near=rows.largest(near))
     for name in ("z", "tz", "mass", "check"):
         if name in c:
             found = found._replace(**{name: rows.total(c[name])})
@@ -220,7 +230,7 @@ def _chosen(
     spec, own = rows.spec, words.own
     is_own = own >= 0
     race = spec.draw == "race"
-    if spec.draw == "greedy" and not spec.held:
+    if (spec.draw == "greedy" or found.near is not None) and not spec.held:
         y = found.top
         for column in spec.score_banned:
             y = jnp.where(found.token == column, -jnp.inf, y)
@@ -279,7 +289,7 @@ def score_of(
     return round_to(score, kind), reference * scale * LN2 + log_sum
 
 
-def _odd(found: Stats) -> jax.Array:
+def _odd(found: Stats, spec: RowSpec) -> jax.Array:
     """1 where a quick walk has met what it does not look for."""
     odd = jnp.zeros((1, LANES), jnp.int32)
     for mass in (found.mass, found.z):
@@ -288,6 +298,9 @@ def _odd(found: Stats) -> jax.Array:
     for value in (found.top, found.check):
         if value is not None:
             odd = odd | jnp.where(jnp.abs(value) < jnp.inf, 0, 1)
+    if found.near is not None:  # whose probability may be rounded to the largest one's
+        closest = NEAR[spec.rounding]
+        odd = odd | jnp.where(found.near < found.top - closest, 0, 1)
     return odd
 
 
@@ -307,8 +320,8 @@ def _group(rows: Rows, words: Any, safe: bool) -> tuple[tuple[Any, Any, Any], ja
         conditions = ()
         reference = score_reference = _quick_reference(rows)
     found = _walk(rows, words, reference, score_reference, conditions, safe)
-    odd = jnp.where(live, 0 if safe else _odd(found), 0)
-    if spec.draw == "greedy_probs":
+    odd = jnp.where(live, 0 if safe else _odd(found, spec), 0)
+    if spec.draw == "greedy_probs" and safe:
         token = _first_of_probs(rows, conditions, reference, found.mass)
         found = found._replace(token=token)
     token, y = _chosen(rows, words, conditions, found, safe)

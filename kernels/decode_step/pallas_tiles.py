@@ -8,6 +8,7 @@ tiles are as high as there are rows: such a block comes as (leaves, rows, 128), 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -99,7 +100,7 @@ class RowSpec:
     @property
     def quick(self) -> bool:
         """Whether a first walk may look for nothing odd."""
-        return self.draw in ("race", "greedy") and not self.filters and not self.score_banned
+        return self.draw != "noise" and not self.filters and not self.score_banned
 
 
 def round_to(x: jax.Array, dtype: str) -> jax.Array:
@@ -183,13 +184,56 @@ class Rows:
 
     def turned(self, ref: Any, number: Any, safe: bool) -> jax.Array:
         """A tile with the leaf on sublanes."""
-        x = self._tile(ref, number)
+        return self._turn(self._tile(ref, number), safe)
+
+    def _turn(self, x: jax.Array, safe: bool) -> jax.Array:
         if safe or x.dtype != jnp.bfloat16:
             return x.astype(jnp.float32).T
         contract = (((1,), (1,)), ((), ()))
         return jax.lax.dot_general(
             self.identity, x, contract, preferred_element_type=jnp.float32
         )  # fmt: skip
+
+    def rough_maximum(self) -> jax.Array:
+        """The largest logit of each row, [1, 128], if nothing is odd: from tiles as they lie, turned once.
+
+        Of two 16-bit logits in a word the upper is compared with the lower for more digits, which are
+        cut off in the end, and the lower moved up.
+        """
+        spec, turned = self.spec, []
+        if spec.guide or spec.banned:
+
+            def body(number: Any, top: jax.Array) -> jax.Array:
+                return functools.reduce(
+                    jnp.maximum, [x for _, x in pieces(self.tile(number, False))], top
+                )
+
+            return self.largest(self.over_row(body, jnp.full((PIECE, LANES), -jnp.inf)))
+
+        is_packed = spec.dtype == "bfloat16"
+
+        def words(number: Any, tops: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            if isinstance(number, int) and (number + 1) * spec.parts * LEAF > spec.vocab:
+                turned.append(self.tile(number, safe=False))
+                return tops
+            x = self._tile(self.logits, number)
+            if is_packed:
+                x = pltpu.bitcast(x, jnp.int32)
+                both = (x, x << 16)
+                return tuple(
+                    jnp.maximum(top, jax.lax.bitcast_convert_type(half, jnp.float32))
+                    for top, half in zip(tops, both, strict=True)
+                )
+            return (jnp.maximum(tops[0], x),)
+
+        lowest = jnp.full((LANES >> is_packed, LEAF), -FLOAT_MAX)
+        tops = self.over_row(words, (lowest,) * (1 + is_packed))
+        if is_packed:
+            upper, lower = (jax.lax.bitcast_convert_type(top, jnp.int32) for top in tops)
+            lower = jax.lax.shift_right_logical(lower, jnp.full(lower.shape, 16, jnp.int32))
+            tops = (pltpu.bitcast(upper & np.int32(-65536) | lower, jnp.bfloat16),)
+        turned.append(self._turn(tops[0], safe=False))
+        return self.largest(functools.reduce(jnp.maximum, turned))
 
     def collected(self, leaf: jax.Array, safe: bool) -> jax.Array:
         """[128 logits, 128 lanes]: the leaf of each lane that has number `leaf` [1, 128]; cleaned.

@@ -102,7 +102,9 @@ def block_rows(length: int, row_bytes: int, dtype: str) -> int:
 
 def _are_listed(batch: int, length: int, vocab: int) -> bool:
     """Whether short sequences are taken as one list of rows: a copy, where long ones come packed."""
-    return length < SEQUENCES < batch and not (length == FEW and vocab >= MANY and vocab % LEAF == 0)
+    return length < SEQUENCES < batch and not (
+        length == FEW and vocab >= MANY and vocab % LEAF == 0
+    )
 
 
 def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> RowSpec:
@@ -220,7 +222,10 @@ def sample_rows(
         arrays = [a.reshape(batch, length, -1, LEAF).swapaxes(1, 2) for a in arrays]
         shape: tuple[int, ...] = (spec.width // LEAF, spec.rows, LEAF)
         if is_simulating():
-            arrays, shape = [a.reshape(batch, -1, LEAF) for a in arrays], (shape[0] * shape[1], LEAF)
+            arrays, shape = (
+                [a.reshape(batch, -1, LEAF) for a in arrays],
+                (shape[0] * shape[1], LEAF),
+            )
         rows = pl.BlockSpec((None, *shape), lambda *i: (of_rows(*i)[0], *[0] * len(shape)))
     field = pl.BlockSpec((together, width), of_sequences)
     scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
