@@ -27,6 +27,7 @@ from helpers import (  # noqa: E402
     make_case,
     run,
     run_stats,
+    to_dtype,
 )
 from maskgit.kernels.common.simulation import compiling  # noqa: E402
 from maskgit.kernels.decode_step import pallas_tiles, pallas_tpu  # noqa: E402
@@ -114,6 +115,20 @@ def test_every_layout_of_rows(shape: str) -> None:
     for name, dtype in (("maskgit", "bfloat16"), ("dream-entropy", "float32")):
         case = make_case(SIZED[name], batch=batch, length=length, vocab=vocab, dtype=dtype, seed=3)
         check(case, "pallas")
+
+
+@pytest.mark.parametrize("shape", sampled(["2x4x8960", "2x8x2500", "1x40x5000", "2x130x900"], ("2x4x8960",)))  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entropies_of_rows_far_from_zero(shape: str, dtype: str) -> None:
+    """Each row's largest logit far above or below 0, at one of its columns: first, last or between."""
+    batch, length, vocab = map(int, shape.split("x"))
+    case = make_case(SIZED["dream-entropy"], batch=batch, length=length, vocab=vocab, dtype=dtype, seed=8)
+    logits = np.array(case.logits)
+    rng = np.random.default_rng(2)
+    for row in logits.reshape(-1, vocab):
+        row += rng.choice([-700, 0, 300])
+        row[rng.choice([0, vocab - 1, vocab - 130, rng.integers(vocab)])] = row.max() + 4
+    check(dataclasses.replace(case, logits=to_dtype(logits, dtype)), "pallas")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

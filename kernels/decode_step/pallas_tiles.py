@@ -45,7 +45,8 @@ class Numbers(NamedTuple):
 class RowSpec:
     """What a row kernel is compiled for.
 
-    rows: rows of a block, a multiple of 128 or a power of two below; packed: it comes leaf by leaf.
+    rows: rows of a block, a multiple of 128 or a power of two below.
+    packed: the block is (leaves, rows, 128), as memory holds 4 or 8 rows.
     vocab, vocab_start: columns of the block that count, and the id of the first.
     dtype: of the logits.
     guide: 0 no guidance, 1 in float32, 2 with each operation rounded to the logits' dtype.
@@ -148,10 +149,13 @@ class Rows:
         refs = [self.logits, self.uncond] if spec.guide else [self.logits]
         x = self.guided(*(self.turned(ref, number, safe) for ref in refs))
         x = self.without(x, self.leaf_of(number), spec.banned, number)
-        fixed = isinstance(number, int)
-        if fixed and (number + 1) * spec.parts * LEAF > spec.vocab:
+        if self._ends_in(number):
             x = jnp.where(self.leaf_of(number) * LEAF + self.place < spec.vocab, x, -jnp.inf)
         return x
+
+    def _ends_in(self, number: Any) -> bool:
+        """Whether the row ends in this tile, which is then one of those that are known by number."""
+        return isinstance(number, int) and (number + 1) * self.spec.parts * LEAF > self.spec.vocab
 
     def clean(self, number: Any) -> jax.Array:
         """A tile whose NaN are -inf and +inf the largest float."""
@@ -213,7 +217,7 @@ class Rows:
         is_packed = spec.dtype == "bfloat16"
 
         def words(number: Any, tops: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            if isinstance(number, int) and (number + 1) * spec.parts * LEAF > spec.vocab:
+            if self._ends_in(number):
                 turned.append(self.tile(number, safe=False))
                 return tops
             x = self._tile(self.logits, number)

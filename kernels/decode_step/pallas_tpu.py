@@ -118,15 +118,15 @@ def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> 
         noise, x.uncond_logits is not None, dtype, has_log_z, x.mask_token_id,
     )  # fmt: skip
     size = (4 if dtype == "float32" else 2) * (1 + (spec.guide > 0)) + 4 * noise
-    rows = batch * length if _are_listed(batch, length, vocab) else length
+    listed = _are_listed(batch, length, vocab)
     whole = -(-vocab // LEAF) * LEAF
-    size_of_block = block_rows(rows, whole * size, dtype)
-    packed = length in (FEW, 8) and rows == length and vocab % LEAF == 0
+    rows = block_rows(batch * length if listed else length, whole * size, dtype)
+    packed = length in (FEW, 8) and not listed and vocab % LEAF == 0
     banned, score_banned = (
         tuple(i for i in ids if i < vocab) for ids in (spec.banned, spec.score_banned)
     )
     return dataclasses.replace(
-        spec, rows=length if packed else size_of_block, packed=packed, vocab=vocab, banned=banned,
+        spec, rows=length if packed else rows, packed=packed, vocab=vocab, banned=banned,
         score_banned=score_banned,
     )  # fmt: skip
 
