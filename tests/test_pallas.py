@@ -122,7 +122,9 @@ def test_every_layout_of_rows(shape: str) -> None:
 def test_entropies_of_rows_far_from_zero(shape: str, dtype: str) -> None:
     """Each row's largest logit far above or below 0, at one of its columns: first, last or between."""
     batch, length, vocab = map(int, shape.split("x"))
-    case = make_case(SIZED["dream-entropy"], batch=batch, length=length, vocab=vocab, dtype=dtype, seed=8)
+    case = make_case(
+        SIZED["dream-entropy"], batch=batch, length=length, vocab=vocab, dtype=dtype, seed=8
+    )
     logits = np.array(case.logits)
     rng = np.random.default_rng(2)
     for row in logits.reshape(-1, vocab):
