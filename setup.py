@@ -15,6 +15,7 @@ PACKAGE_DIR = {
     "maskgit.kernels.decode_step": "kernels/decode_step",
     "maskgit.kernels.head_sample": "kernels/head_sample",
     "maskgit.kernels.attention": "kernels/attention",
+    "maskgit.kernels.residual_norm": "kernels/residual_norm",
     "maskgit.benchmarks": "benchmarks",
 }
 

@@ -26,7 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 530.0  # seconds for everything
-TESTS = ["tests/test_cuda.py", "tests/test_triton.py", "tests/test_attention.py"]
+TESTS = ["tests/test_cuda.py", "tests/test_triton.py", "tests/test_attention.py",
+         "tests/test_residual_norm.py"]  # fmt: skip
 Row = dict[str, Any]
 
 

@@ -153,6 +153,17 @@ def attention_launches(
     return launches
 
 
+def norm_launches(width: int, dtype: str) -> list[Launch]:
+    """The launch of residual_norm on (8, width)."""
+    import torch
+    from maskgit.kernels.residual_norm import triton_cuda
+
+    x = torch.empty((8, width), dtype=getattr(torch, dtype), device="meta")
+    with recording(triton_cuda) as launches:
+        triton_cuda.residual_norm(x, x, x[0], x[0], 1e-12)
+    return launches
+
+
 def compiled(launch: Launch, target: str) -> dict[str, Any]:
     """What the compiler says of a launch: registers, spills, shared memory, instructions per logit."""
     import triton

@@ -15,6 +15,7 @@ from rich.table import Table
 from maskgit import cli_common as common
 
 OPS = ("decode-step", "head", "attention")
+GPU_OPS = (*OPS, "residual-norm")
 DTYPES = ("bfloat16", "float16", "float32")
 TPUS = ("tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu7x")
 LABEL = "from the compiler's schedule, not a run"
@@ -43,7 +44,10 @@ def profile(
         ),
     ] = None,
     op: Annotated[
-        list[str] | None, typer.Option("--op", help="decode-step, head, attention. [default: all]")
+        list[str] | None,
+        typer.Option(
+            "--op", help="decode-step, head, attention, for GPUs residual-norm. [default: all]"
+        ),
     ] = None,
     rule: Annotated[
         list[str] | None, typer.Option("--rule", help="Rules by preset name. [default: maskgit]")
@@ -59,7 +63,10 @@ def profile(
         list[str] | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)}. [default: bfloat16]")
     ] = None,
     width: Annotated[
-        int, typer.Option("--width", parser=common.whole, metavar="N", help="Hidden size of heads.")
+        int,
+        typer.Option(
+            "--width", parser=common.whole, metavar="N", help="Hidden size of heads and norms."
+        ),
     ] = 4096,
     head_size: Annotated[
         list[int] | None, typer.Option("--head-size", help="Of attention. [default: 64]")
@@ -91,7 +98,7 @@ def profile(
     targets = _legal("target", wanted, (*TARGETS, *TPUS))
     found = []
     for labels, launch in _launches(
-        _legal("op", op or list(OPS), OPS), rule or ["maskgit"], shape or ["amused-512"],
+        _legal("op", op or list(GPU_OPS), GPU_OPS), rule or ["maskgit"], shape or ["amused-512"],
         _legal("dtype", dtype or ["bfloat16"], DTYPES), width, head_size or [64],
     ):  # fmt: skip
         for name in targets:
@@ -208,6 +215,9 @@ def _launches(
                 labels = {"op": "attention", "rule": "-", "dtype": dtype}
                 labels["shape"] = f"257x{size}" + (", padding" if padded else "")
                 calls.append((labels, triton.attention_launches(257, size, dtype, padded=padded)))
+        if "residual-norm" in ops:
+            labels = {"op": "residual-norm", "rule": "-", "dtype": dtype, "shape": str(width)}
+            calls.append((labels, triton.norm_launches(width, dtype)))
         for labels, made in calls:
             for launch in made:
                 if launch.key not in seen:

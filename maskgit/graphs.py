@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .kernels.common.arrays import kind_of
+from .kernels.decode_step.checks import as_index
 
 if TYPE_CHECKING:
     from .sampler import GenerateResult
@@ -32,6 +33,7 @@ def replayed(
 ) -> GenerateResult:
     """`generate(forward, tokens, seeds=seeds, **options)` from a graph that is captured once."""
     _check(tokens, options)
+    options["prompt_length"] = one_length(options["prompt_length"])
     if seeds is not None:
         from .kernels.decode_step.api import seeds_like
 
@@ -103,5 +105,10 @@ def _check(tokens: Any, options: dict[str, Any]) -> None:
             raise ValueError(f"{name}: expected none with cuda_graph=True, since {why}")
     if callable(options["scores"]):
         raise ValueError("scores: expected an array with cuda_graph=True, got a callable")
-    if not isinstance(options["prompt_length"], int):
+
+
+def one_length(given: Any) -> int:
+    """A prompt's length of any library's integer as Python's; ValueError for one for each row."""
+    if isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) > 0:
         raise ValueError("prompt_length: expected one number with cuda_graph=True")
+    return as_index("prompt_length", given)

@@ -123,6 +123,8 @@ def test_one_graph_for_the_whole_generation():
     for a, b in zip(plain, graphed, strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(*graphed)
+    again = run([3, 4], cuda_graph=True, block_length=256, prompt_length=np.int64(0))
+    assert torch.equal(again, run([3, 4], block_length=256))
 
 
 def test_what_a_graph_cannot_hold():

@@ -7,6 +7,7 @@ from toys import MASK, VOCAB, Toy, run
 
 import maskgit
 from maskgit import StepRule
+from maskgit.graphs import one_length
 
 SLOW_ON_JAX = [
     pytest.param(name, marks=pytest.mark.slow) if name == "jax" else name
@@ -141,6 +142,16 @@ def test_numbers_of_numpy_are_numbers():
     )  # fmt: skip
     assert (out.tokens != MASK).all()
     assert out.num_forwards == 3
+
+
+def test_a_graph_takes_one_length_of_prompts():
+    for given in (3, np.int64(3), np.array(3)):
+        assert one_length(given) == 3
+    for given in ([3], np.array([3, 4])):
+        with pytest.raises(ValueError, match="prompt_length: expected one number"):
+            one_length(given)
+    with pytest.raises(TypeError, match="prompt_length: expected an integer"):
+        one_length(2.5)
 
 
 def test_bad_arguments():

@@ -57,7 +57,7 @@ def test_a_sample_of_everything():
     assert set(step) == {"sample_kernel", "commit_kernel"}  # two kernels a step
     assert {k["kernel"] for k in kernels} >= {
         "sample_kernel", "commit_kernel", "head_kernel", "finish_kernel", "list_kernel",
-        "attention_kernel",
+        "attention_kernel", "norm_kernel",
     }  # fmt: skip
     walks = [k["instructions_per_logit"] for k in kernels if k["kernel"] == "sample_kernel"]
     assert len(walks) > 4

@@ -140,7 +140,8 @@ def head_kernel(
         z, tz = tl.zeros([rows], tl.float32), tl.zeros([rows], tl.float32)
         best, best_leaf = tl.full([rows], -1.0, tl.float32), tl.zeros([rows], tl.int32)
         second = tl.full([rows], -FLOAT_MAX, tl.float32)
-        for leaf in range(task // blocks, leaves, splits):
+        # pointers to H are made anew for each leaf: kept, they would not fit into registers
+        for leaf in tl.range(task // blocks, leaves, splits, disable_licm=True):
             column = leaf * LEAF + tl.arange(0, LEAF)
             x = _product(hidden, weight, row, live, column, width, vocab, stride_h, stride_w, H)
             if bias is not None:
