@@ -35,7 +35,7 @@ from .tpu_compiler import (
 STEP, NUM_STEPS = 3, 8  # the step that is compiled
 
 
-def step_arrays(rule: StepRule, shape: Shape, dtype: str) -> tuple[Any, ...]:
+def step_arrays(shape: Shape, dtype: str) -> tuple[Any, ...]:
     """Shapes of logits, tokens, seeds, scores and num_commit."""
     size = (shape.batch, shape.length)
     of = jax.ShapeDtypeStruct
@@ -69,7 +69,7 @@ def fused_step(rule: StepRule, shape: Shape, dtype: str) -> Callable[..., Any]:
 def kernels(rule: StepRule, shape: Shape, dtype: str) -> list[tuple[Any, Callable[..., Any], Any]]:
     """(what it is compiled for, function of arrays, their shapes) of both kernels of a step."""
     plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, shape.batch, shape.length))
-    arrays = step_arrays(rule, shape, dtype)
+    arrays = step_arrays(shape, dtype)
     x, mask = step_inputs(rule, arrays, shape.vocab - 1), shape.vocab - 1
 
     def draw(*arrays: Any) -> Any:
@@ -123,7 +123,7 @@ def fused_facts(
     rule: StepRule, shape: Shape, dtype: str, target: str, folder: Path
 ) -> dict[str, Any]:
     """Bytes, temporaries and cycles of the fused step for one device of the target."""
-    arrays = step_arrays(rule, shape, dtype)
+    arrays = step_arrays(shape, dtype)
     clear(folder)
     program = compiled(fused_step(rule, shape, dtype), arrays, target)
     x = step_inputs(rule, arrays, shape.vocab - 1)
@@ -152,7 +152,7 @@ def fused_facts(
 
 def plain_facts(rule: StepRule, shape: Shape, dtype: str, target: str) -> dict[str, Any]:
     """The same of the step in jax.numpy, by XLA's own estimate."""
-    program = compiled(plain_step(rule, shape, dtype), step_arrays(rule, shape, dtype), target)
+    program = compiled(plain_step(rule, shape, dtype), step_arrays(shape, dtype), target)
     moved = program.cost_analysis()["bytes accessed"] / shape.num_bytes(dtype)
     facts: dict[str, Any] = {"version": "plain jnp"} | memory(program)
     return facts | {"bytes_per_logit_byte": round(moved, 2), "cycles": xla_cycles(program)}
@@ -212,7 +212,7 @@ def fused_head(rule: StepRule, rows: int, vocab: int) -> Callable[..., Any]:
 def head_facts(
     rule: StepRule, rows: int, width: int, vocab: int, dtype: str, target: str, folder: Path
 ) -> list[dict[str, Any]]:
-    """Of the fused head and of the plain one: cycles, temporaries, and the product's own cycles."""
+    """Of the fused head: cycles, temporaries, and the product's own cycles."""
     arrays = head_arrays(rows, width, vocab, dtype)
     clear(folder)
     program = compiled(fused_head(rule, rows, vocab), arrays, target)
@@ -232,7 +232,7 @@ def head_facts(
         moved = vocab * width * ITEM_SIZES[dtype] * -(-rows // spec.rows)
         facts["memory_cycles"] = round(moved / BYTES_PER_CYCLE[target])
         facts["compute_per_memory"] = round(schedule.cycles / facts["memory_cycles"], 3)
-        if dtype == "bfloat16":  # four units of 128 x 128, a row each a cycle
+        if dtype == "bfloat16":  # units of 128 x 128, a row each a cycle
             facts["product_cycles"] = round(
                 rows * width * vocab / (MATRIX_UNITS[target] * 128 * 128)
             )
@@ -304,7 +304,7 @@ def calls(
 def head_fuses(rule: StepRule) -> bool:
     """Whether the fused head serves a rule."""
     of = jax.ShapeDtypeStruct
-    x = step_inputs(rule, step_arrays(rule, parse_shape("1x1x128"), "bfloat16"), 127)
+    x = step_inputs(rule, step_arrays(parse_shape("1x1x128"), "bfloat16"), 127)
     plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, 1, 1))
     return head.fuses(x, plan, of((1, 1, 128), "bfloat16"), None)
 

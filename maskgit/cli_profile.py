@@ -78,6 +78,9 @@ def profile(
     GPUs: registers, spills, instructions for a logit.  TPUs: cycles of the final schedule, memory,
     bytes, beside XLA's estimate for the same step in plain jax.numpy.
     """
+    for name, sizes in (("width", [width]), ("head-size", head_size or [])):
+        if min(sizes, default=1) < 1:
+            raise ValueError(f"{name}: expected a size of at least 1, got {min(sizes)}")
     wanted = target or ["sm_90"]
     tpus = [name for name in wanted if name.startswith("tpu")]
     if tpus:
@@ -141,6 +144,8 @@ def _profile_tpus(
         for call in profile_tpu.calls(ops, chosen, sizes, dtypes, width, head_sizes):
             for name in targets:
                 found += _accepted(call, name, folder)
+    if not found:
+        raise ValueError("op: expected another op, or a rule that the head fuses")
     if as_json:
         about = {"from": LABEL, "jax": version("jax"), "libtpu": version("libtpu")}
         common.print_json(about | {"kernels": found})

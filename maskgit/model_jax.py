@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,11 @@ import numpy as np
 from maskgit.checkpoint_format import FORMAT, FORMAT_VERSION, WEIGHTS, digest
 from maskgit.config import ConfigError, PresetConfig, TransformerConfig, from_dict
 from maskgit.kernels.attention import attention
+from maskgit.kernels.common.arrays import dtype_name, is_on_host
 from maskgit.kernels.common.sharding import active
 from maskgit.kernels.decode_step import StepRule, as_rule
-from maskgit.kernels.decode_step.run import key_words
+from maskgit.kernels.decode_step.checks import as_index, check_integers, check_token_ids
+from maskgit.kernels.decode_step.run import backend_for, key_words
 from maskgit.sampler import GenerateResult
 from maskgit.sampler import generate as generate_tokens
 
@@ -221,7 +224,9 @@ def generate(
             sample_temperature=settings.sample_temperature,
         )  # fmt: skip
     scale: float | None = settings.guidance_scale if guidance_scale is None else guidance_scale
-    scale = None if scale == 1.0 else scale
+    if scale is not None and not isinstance(scale, Real | np.ndarray | jax.Array):
+        raise TypeError(f"guidance_scale: expected a number, got {scale!r}")
+    scale = None if scale is None or scale == 1.0 else float(scale)
     if scale is not None and config.null_class_id is None:
         raise ValueError(f"guidance_scale: expected 1, this model has no null class, got {scale}")
     class_ids = jnp.asarray(class_ids)
@@ -232,11 +237,19 @@ def generate(
         tokens = jnp.full(size, config.mask_token_id, jnp.int32)
     if np.shape(tokens) != size:
         raise ValueError(f"tokens: expected shape {size}, got {np.shape(tokens)}")
-    steps = settings.num_steps if num_steps is None else num_steps
+    check_integers("class_ids", class_ids)
+    tokens = jnp.asarray(tokens)
+    check_integers("tokens", tokens)
+    if is_on_host(tokens):
+        check_token_ids(tokens, config.codebook_size, config.mask_token_id)
+    steps = as_index("num_steps", settings.num_steps if num_steps is None else num_steps, 1)
     if seeds is None:
         raise ValueError(f"seeds: expected ({size[0]},) integers, got None")
-    words = key_words(seeds if isinstance(seeds, jax.Array) else np.asarray(seeds), size[0])
-    scale = None if scale is None else float(scale)
+    seeds = seeds if isinstance(seeds, jax.Array) else np.asarray(seeds)
+    if "key" not in dtype_name(seeds):
+        check_integers("seeds", seeds)
+    words = key_words(seeds, size[0])
+    backend_for(tokens, backend)
     run = _program(config, step_rule, steps, scale, backend, active())
     out: jax.Array = run(weights.params, jnp.asarray(tokens), class_ids, jnp.asarray(words))
     return out

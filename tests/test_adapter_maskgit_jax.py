@@ -147,10 +147,17 @@ def test_patching_is_undone_and_done_once():
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="backend"):
         adapters.patch(module(), backend="none such")
-    wrong = {"mask_scheduling_method": "square", "num_iter": 2.5, "start_iter": 13, "seeds": [1, 2]}
+    wrong = {
+        "mask_scheduling_method": "square",
+        "num_iter": 2.5,
+        "start_iter": 1.5,
+        "seeds": [1, 2],
+    }
     for name, value in wrong.items():
         with pytest.raises((TypeError, ValueError), match=name):
             maskgit_jax.decode(inputs(), jax.random.key(0), logits_of, **{name: value})
+    with pytest.raises(ValueError, match="start_iter: expected an integer >= 0"):
+        maskgit_jax.decode(inputs(), jax.random.key(0), logits_of, fast=True, start_iter=-1)
     with pytest.raises(ValueError, match="choice_temperature"):
         maskgit_jax.decode(
             inputs(), jax.random.key(0), logits_of, fast=True, choice_temperature=-1.0
@@ -171,12 +178,26 @@ def test_the_schedules_are_theirs(method):
 
 def test_the_temperature_and_the_step_may_be_traced():
     @jax.jit
-    def run(temperature, key):
+    def run(temperature, start, key):
         return maskgit_jax.decode(
-            inputs(), key, logits_of, num_iter=3, choice_temperature=temperature
+            inputs(), key, logits_of, num_iter=3, start_iter=start, choice_temperature=temperature
         )
 
     key = jax.random.key(3)
-    expected = maskgit_jax.decode(inputs(), key, logits_of, num_iter=3, choice_temperature=4.5)
-    np.testing.assert_array_equal(run(4.5, key), expected)
-    assert "while" in run.lower(4.5, key).as_text()
+    for start in (0, 1, 3, 5):
+        expected = maskgit_jax.decode(
+            inputs(), key, logits_of, num_iter=3, start_iter=start, choice_temperature=4.5
+        )
+        np.testing.assert_array_equal(run(4.5, start, key), expected)
+        steps = maskgit_jax.decode(
+            inputs(),
+            key,
+            logits_of,
+            num_iter=3,
+            start_iter=start,
+            choice_temperature=4.5,
+            fast=True,
+        )
+        known = min(start, 3)  # from the end on there is nothing left to do
+        np.testing.assert_array_equal(steps[:, :known], expected[:, :known])
+    assert "while" in run.lower(4.5, 0, key).as_text()

@@ -116,6 +116,20 @@ def test_what_does_not_fit_is_named(digits, tmp_path):
         model_jax.generate(bare, jnp.arange(2), seeds=seeds, guidance_scale=2.0)
     with pytest.raises(ValueError, match="tokens: expected shape"):
         model_jax.generate(digits, jnp.arange(2), seeds=seeds, tokens=jnp.zeros((2, 3), jnp.int32))
+    for wrong, message in (
+        ({"num_steps": 2.0}, "num_steps: expected an integer"),
+        ({"guidance_scale": "a"}, "guidance_scale: expected a number"),
+        ({"tokens": np.full((2, digits.config.transformer.num_tokens), 9999)}, "tokens: expected ids"),
+        ({"seeds": np.array([0.5, 1.5])}, "seeds: expected integers"),
+        ({"class_ids": np.array([0.5, 1.7])}, "class_ids: expected integers"),
+        ({"backend": "pallas"}, "backend: 'pallas' cannot run"),
+    ):  # fmt: skip
+        options = {"class_ids": jnp.arange(2), "seeds": seeds, "num_steps": 2} | wrong
+        with pytest.raises((TypeError, ValueError), match=message):
+            model_jax.generate(digits, **options)
+    assert (
+        model_jax.generate(digits, jnp.arange(2), seeds=seeds, num_steps=jnp.int32(2)).shape[0] == 2
+    )
     with pytest.raises(ValueError, match="no such file"):
         model_jax.load(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"not one")

@@ -45,7 +45,7 @@ SAMPLE = [
 def test_the_compiler_accepts_it(target: str, rule: str, shape: str, dtype: str) -> None:
     size, step_rule = SHAPES[shape], StepRule.preset(rule)
     step = profile_tpu.fused_step(step_rule, size, dtype)
-    program = tpu_compiler.compiled(step, profile_tpu.step_arrays(step_rule, size, dtype), target)
+    program = tpu_compiler.compiled(step, profile_tpu.step_arrays(size, dtype), target)
     assert tpu_compiler.memory(program)["temporary_bytes"] < 1 << 20
     text = program.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2
@@ -59,12 +59,28 @@ def test_packed_rows_lie_in_memory_already(target: str, shape: str) -> None:
     """The view by leaves of 4 or 8 rows costs no copy of the logits."""
     rule, size = StepRule.preset("maskgit"), parse_shape(shape)
     step = profile_tpu.fused_step(rule, size, "bfloat16")
-    arrays = profile_tpu.step_arrays(rule, size, "bfloat16")
+    arrays = profile_tpu.step_arrays(size, "bfloat16")
     text = tpu_compiler.compiled(step, arrays, target).as_text()
     view = f"bf16[{size.batch},{size.vocab // 128},{size.length},128]"
     lines = [line.split(" = ")[1] for line in text.splitlines() if " = " + view in line]
     assert len(lines) == 1
     assert " bitcast(" in lines[0]
+
+
+@pytest.mark.parametrize(("target", "shape", "dtype"), [
+    ("tpu-v5e", "1x1x1024", "bfloat16"), ("tpu-v6e", "8x2x126464", "float32"),
+    ("tpu7x", "3x3x1000", "float32"), ("tpu-v5p", "16x5x32000", "bfloat16"),
+    ("tpu-v5e", "64x7x126464", "float32"), ("tpu-v5e", "9x1x64", "float32"),
+    ("tpu7x", "8x32768x128", "float32"),
+])  # fmt: skip
+def test_few_and_many_positions(target: str, shape: str, dtype: str) -> None:
+    """Sequences shorter than a register is high, and the longest; rows of many columns uncopied."""
+    rule, size = StepRule.preset("maskgit"), parse_shape(shape)
+    step = profile_tpu.fused_step(rule, size, dtype)
+    program = tpu_compiler.compiled(step, profile_tpu.step_arrays(size, dtype), target)
+    assert tpu_compiler.memory(program)["temporary_bytes"] < 1 << 20
+    if size.vocab >= 1 << 13:
+        assert program.cost_analysis()["bytes accessed"] < 1.05 * size.num_bytes(dtype)
 
 
 @pytest.mark.slow
@@ -91,7 +107,7 @@ def test_every_kernel_of_every_preset(target: str, shape: str, dtype: str) -> No
 def test_filters(target: str, filters: dict[str, Any]) -> None:
     rule, size = StepRule(**filters), parse_shape("2x64x5000")
     step = profile_tpu.fused_step(rule, size, "bfloat16")
-    tpu_compiler.compiled(step, profile_tpu.step_arrays(rule, size, "bfloat16"), target)
+    tpu_compiler.compiled(step, profile_tpu.step_arrays(size, "bfloat16"), target)
 
 
 def test_cycles_of_the_schedule() -> None:

@@ -246,6 +246,27 @@ def test_what_cannot_be_sharded_is_named(mesh: Mesh) -> None:
         pass
 
 
+@pytest.mark.parametrize("changes", [
+    {"vocab_slice": (5, 1000)}, {"vocab_slice": (128, 1000)},
+    {"vocab_slice": (0, 500), "revise": "held", "score": "margin"},
+    {"vocab_slice": (0, 100), "filters": ("top_k",), "top_k": 7},
+])  # fmt: skip
+def test_any_slice_where_the_vocabulary_is_whole(mesh: Mesh, changes: Any) -> None:
+    """Sequences alone are dealt out: rules that need whole rows, and slices from any column."""
+    rule = dataclasses.replace(StepRule.preset("maskgit"), **changes)
+    for noise, guidance in (("seeds", None), ("injected", 2.0)):
+        case = make_case(
+            rule, batch=8, length=6, vocab=1001, masked=0.8, noise=noise, guidance=guidance
+        )
+        alone = step_of(case, None)
+        for axes in ({"vocab": None}, {"batch": "model", "vocab": None}):
+            with maskgit.sharded(mesh, **axes):
+                together = step_of(case, None)
+            for a, b in zip(together, alone, strict=True):
+                np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
+            np.testing.assert_array_equal(together[1], alone[1])
+
+
 def test_other_arrays_are_left_alone(mesh: Mesh) -> None:
     case = make_case(StepRule.preset("maskgit"), batch=2, length=4, vocab=50)
     options = {"rule": "maskgit", "mask_token_id": case.mask_token_id, "step": 0, "num_steps": 4}

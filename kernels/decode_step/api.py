@@ -58,7 +58,7 @@ def decode_step(
         positions: (B, N) integers, where in its sequence each token stands, for the random numbers
             alone; by default 0..N-1.  Left-padded rows draw as unpadded ones do when the padding
             does not count.
-        backend: "auto", or by name: cpp, torch, jax, reference (triton and pallas are to come).
+        backend: "auto", or by name: cpp, triton, pallas, torch, jax, reference.
         check: raise on a row without a finite logit (also with MASKGIT_CHECK=1); reads the result
             on the host.
 

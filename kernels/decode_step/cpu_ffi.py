@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import cpu
+from . import cpu, jax_ref
 from .plan import ResolvedStep
 from .spec import StepInputs
 
@@ -104,8 +104,4 @@ def _as_given(name: str, x: jax.Array) -> jax.Array:
 
 def _remask_bounds(x: StepInputs, plan: ResolvedStep) -> jax.Array:
     """(B, N) bounds under which a known position's choice noise masks it again, shared by scores."""
-    known = x.eligible & (x.tokens != x.mask_token_id)
-    keys = jnp.where(known & jnp.isfinite(x.scores), x.scores, -jnp.inf)
-    chance = plan.remask_chance * jnp.nan_to_num(jax.nn.softmax(keys, axis=-1))
-    inside = -jnp.log(-jnp.log(jnp.minimum(chance, 1 - 1e-7)))
-    return jnp.where(chance >= 1, jnp.inf, inside)
+    return jax_ref.gumbel_below(jax_ref.remask_chance(x, plan))

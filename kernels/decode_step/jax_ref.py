@@ -116,12 +116,12 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
         candidates = jnp.where(edited, drawn, candidates)
     if rule.remask != "none":
         assert noise is not None
-        again = x.eligible & known & (noise < _gumbel_below(_remask_chance(x, plan)))
+        again = x.eligible & known & (noise < gumbel_below(remask_chance(x, plan)))
         next_tokens = jnp.where(again, mask, next_tokens)
     return next_tokens, candidates, jnp.where(known & ~eligible, jnp.inf, ranked)
 
 
-def _remask_chance(x: StepInputs, plan: ResolvedStep) -> jax.Array:
+def remask_chance(x: StepInputs, plan: ResolvedStep) -> jax.Array:
     """The chance of each position to be masked again; for "conf" shared out by the scores."""
     if plan.rule.remask != "conf":
         return jnp.full(x.tokens.shape, plan.remask_chance)
@@ -130,7 +130,7 @@ def _remask_chance(x: StepInputs, plan: ResolvedStep) -> jax.Array:
     return plan.remask_chance * jnp.nan_to_num(jax.nn.softmax(keys, axis=-1))
 
 
-def _gumbel_below(chance: jax.Array) -> jax.Array:
+def gumbel_below(chance: jax.Array) -> jax.Array:
     """The bound that a standard Gumbel variate stays under with this probability."""
     inside = -jnp.log(-jnp.log(jnp.minimum(chance, 1 - 1e-7)))
     return jnp.where(chance >= 1, jnp.inf, inside)

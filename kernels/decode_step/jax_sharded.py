@@ -23,7 +23,8 @@ from .jax_ref import LEAF, Columns
 from .plan import ResolvedStep
 from .spec import StepInputs
 
-_OF_COLUMNS = ("logits", "uncond_logits", "token_gumbel")
+_OF_LOGITS = ("logits", "uncond_logits")
+_OF_COLUMNS = (*_OF_LOGITS, "token_gumbel")
 _OF_SEQUENCES = ("num_masked_at_start", "num_commit", "seeds")
 
 
@@ -44,7 +45,7 @@ def sample_tokens(
     """jax_ref's function of that name on a mesh."""
     _check(x, plan, sharding)
     vocab, rule = x.logits.shape[-1], plan.rule
-    shards = 1 if sharding.vocab is None else sharding.mesh.shape[sharding.vocab]
+    shards = _shards(sharding)
     first, stop = rule.vocab_slice or (0, vocab)
     local = dataclasses.replace(plan, rule=dataclasses.replace(rule, vocab_slice=None))
     fields = {
@@ -52,28 +53,33 @@ def sample_tokens(
         for name, value in x._asdict().items()
         if value is not None and not isinstance(value, int | float)
     }
-    if x.token_gumbel is not None:  # as wide as the slice
+    if x.token_gumbel is not None and shards > 1:  # as wide as the slice
         after = vocab - x.token_gumbel.shape[-1]
         fields["token_gumbel"] = jnp.pad(x.token_gumbel, ((0, 0), (0, 0), (0, after)))
     guidance = jnp.asarray(fields.pop("guidance_scale", x.guidance_scale), jnp.float32)
 
     def shard(arrays: dict[str, Any], guidance: Any) -> tuple[Any, Any, Any]:
-        start: Any = 0
-        if sharding.vocab is not None:
-            start = jax.lax.axis_index(sharding.vocab) * (vocab // shards)
         given: dict[str, Any] = dict.fromkeys(StepInputs._fields) | arrays
         given |= {"guidance_scale": guidance, "mask_token_id": x.mask_token_id}
+        if shards == 1:  # whole rows, cut to the slice as on one device
+            cut = {n: arrays[n][..., first:stop] for n in _OF_LOGITS if n in arrays}
+            return jax_ref.sample_tokens(StepInputs(**given | cut), plan, dtype)
         own = StepInputs(**given)
+        start = jax.lax.axis_index(sharding.vocab) * (vocab // shards)
         column = start + jnp.arange(vocab // shards, dtype=jnp.int32)
         own = own._replace(logits=_outside(own.logits, column, first, stop))
-        columns = Columns(sharding.vocab if shards > 1 else None, start)
-        return jax_ref.sample_tokens(own, local, dtype, columns)
+        return jax_ref.sample_tokens(own, local, dtype, Columns(sharding.vocab, start))
 
     specs = {name: _spec(name, sharding) for name in fields}
     out = P(sharding.batch)
     return jax.shard_map(  # type: ignore[no-any-return]
         shard, mesh=sharding.mesh, in_specs=(specs, P()), out_specs=(out, out, out), check_vma=False
     )(fields, guidance)
+
+
+def _shards(sharding: Sharding) -> int:
+    """How many parts the vocabulary is in."""
+    return 1 if sharding.vocab is None else int(sharding.mesh.shape[sharding.vocab])
 
 
 def _spec(name: str, sharding: Sharding) -> P:
@@ -95,9 +101,10 @@ def _check(x: StepInputs, plan: ResolvedStep, sharding: Sharding) -> None:
             f"logits: expected sequences in a multiple of the {shape[sharding.batch]} chips of axis "
             f"{sharding.batch!r}, got {batch}"
         )
-    if sharding.vocab is None or shape[sharding.vocab] == 1:
+    shards = _shards(sharding)
+    if shards == 1:
         return
-    whole = LEAF * shape[sharding.vocab]
+    whole = LEAF * shards
     if vocab % whole:
         raise ValueError(
             f"logits: expected a vocabulary that is a multiple of {whole}, {LEAF} for each chip of axis "
@@ -105,15 +112,16 @@ def _check(x: StepInputs, plan: ResolvedStep, sharding: Sharding) -> None:
         )
     if plan.rule.vocab_slice and plan.rule.vocab_slice[0]:
         raise ValueError(
-            "rule: expected a vocab_slice that starts at 0 on a mesh, "
+            f"rule: expected a vocab_slice that starts at 0 with columns on axis {sharding.vocab!r}, "
             f"got {plan.rule.vocab_slice!r}"
         )
     if plan.rule.vocab_slice and plan.rule.revise == "held":
         raise ValueError(
-            "rule: expected no vocab_slice with revise='held' on a mesh, "
+            f"rule: expected no vocab_slice with revise='held' with columns on axis {sharding.vocab!r}, "
             f"got {plan.rule.vocab_slice!r}"
         )
     if plan.rule.filters:
         raise ValueError(
-            f"rule: expected no filters with the vocabulary on a mesh, got {plan.rule.filters!r}"
+            f"rule: expected no filters with columns on axis {sharding.vocab!r}, "
+            f"got {plan.rule.filters!r}"
         )

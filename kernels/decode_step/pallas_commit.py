@@ -5,8 +5,8 @@ compete, ties by position: each 128 confidences are compared with each other 128
 makes N^2 / 1024 comparisons of registers for 8 sequences.  A rule's count and cut are then comparisons of
 ranks; the k-th largest confidence is the one whose rank is k.
 
-Limits: the block of sequences fits in VMEM (pallas_tpu.py).  Scores are float32, for rules that score
-in float64 too.
+Limits: N at most 2^15, so that a block of sequences fits in VMEM (pallas_tpu.py).  Scores
+are float32, for rules that score in float64 too.
 """
 
 from __future__ import annotations

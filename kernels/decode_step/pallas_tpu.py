@@ -33,8 +33,9 @@ from .spec import StepInputs, StepRule
 BLOCK_BYTES = 4 << 20
 MOST_BLOCK_BYTES = 24 << 20  # two of these fit in the 64 MB of the smaller chips
 MOST_ROWS = 512
-FEW = 4  # rows of a block where there are no more
-MANY = 1 << 15  # columns of rows that are worth a step of their own for 4 of them
+FEW = 4  # rows of a sequence that make a block
+MANY = 1 << 13  # columns of rows that are worth a step of their own for a few of them
+MOST_POSITIONS = 1 << 15  # of a sequence: eight of them in VMEM, fifteen fields of each
 _NEEDS_NO_Z = ("logit", "random", "given")
 
 
@@ -94,17 +95,15 @@ def block_rows(length: int, row_bytes: int, dtype: str) -> int:
     wanted = min(most, length)
     if wanted > LANES // 2 and most >= LANES:
         return -(-wanted // LANES) * LANES if wanted < most else most // LANES * LANES
-    size = FEW if length <= FEW else least
+    size = FEW if length == FEW else least
     while size < wanted and 2 * size <= most:
         size *= 2
     return size
 
 
 def _are_listed(batch: int, length: int, vocab: int) -> bool:
-    """Whether short sequences are taken as one list of rows: a copy, where long ones come packed."""
-    return length < SEQUENCES < batch and not (
-        length == FEW and vocab >= MANY and vocab % LEAF == 0
-    )
+    """Whether short sequences of short rows are taken as one list of rows, which copies the logits."""
+    return length < SEQUENCES < batch and vocab < MANY
 
 
 def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> RowSpec:
@@ -115,7 +114,7 @@ def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> 
     noise = x.token_gumbel is not None
     spec = rule_spec(
         plan.rule, plan.sample_temperature > 0, plan.sample_temperature == plan.score_temperature,
-        noise, x.uncond_logits is not None, dtype, has_log_z, x.mask_token_id,
+        noise, x.uncond_logits is not None, dtype, has_log_z, word_of(x.mask_token_id),
     )  # fmt: skip
     size = (4 if dtype == "float32" else 2) * (1 + (spec.guide > 0)) + 4 * noise
     listed = _are_listed(batch, length, vocab)
@@ -129,6 +128,11 @@ def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> 
         spec, rows=length if packed else rows, packed=packed, vocab=vocab, banned=banned,
         score_banned=score_banned,
     )  # fmt: skip
+
+
+def word_of(token_id: int) -> int:
+    """The low 32 bits of a token id, as the int32 that the kernels compare."""
+    return int(np.uint32(token_id & 0xFFFFFFFF).view(np.int32))
 
 
 @lru_cache(maxsize=1024)
@@ -278,7 +282,7 @@ def commit_spec(x: StepInputs, plan: ResolvedStep, dtype: str) -> CommitSpec:
     return CommitSpec(
         rows=_sequences(batch, length),
         length=length,
-        mask_token_id=int(x.mask_token_id),
+        mask_token_id=word_of(x.mask_token_id),
         count="all" if plan.commit_all else plan.count,
         cut=rule.cut,
         fraction_of_mean=plan.count_rows == "mean",
@@ -315,6 +319,10 @@ def _commit(
     """Counts in a few XLA operations on (B,) arrays, the rest by the commit kernel."""
     rule, (batch, length) = plan.rule, x.tokens.shape
     kind = x.tokens.dtype
+    if length > MOST_POSITIONS:
+        raise ValueError(
+            f"tokens: backend 'pallas' expected at most {MOST_POSITIONS} positions, got {length}"
+        )
     if batch * length == 0:
         return x.tokens, x.tokens, jnp.zeros((batch, length), jnp.float32)
     spec = commit_spec(x, plan, dtype)
@@ -386,7 +394,10 @@ def commit_rows(given: dict[str, Any], numbers: list[Any], spec: CommitSpec) -> 
             pltpu.VMEM(shape, jnp.int32),
             pltpu.VMEM(shape, jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=_vmem(4 * max(spec.rows, 8) * spec.width * (len(given) + 6)),
+        ),
         cost_estimate=pl.CostEstimate(
             flops=4 * compared,
             transcendentals=2 * batch * length,
@@ -404,14 +415,15 @@ def _of_batch(x: StepInputs, drawn: jax.Array, plan: ResolvedStep) -> tuple[Any,
         return int(plan.table[-1]), 0
     if rows == "each":
         return 1, 0
-    takes_part = x.tokens == x.mask_token_id
+    mask = word_of(x.mask_token_id)
+    takes_part = as_int32(x.tokens) == mask
     if rule.touches_known:
         takes_part = takes_part | True
     if x.eligible is not None:
         takes_part = takes_part & x.eligible
-    competes = takes_part if rule.revise != "no" else takes_part & (x.tokens == x.mask_token_id)
+    competes = takes_part if rule.revise != "no" else takes_part & (as_int32(x.tokens) == mask)
     if rule.skip_mask_token:
-        competes = competes & (drawn != x.mask_token_id)
+        competes = competes & (drawn != mask)
     if rows == "mean":
         if plan.count != "fraction":
             return 1, 0

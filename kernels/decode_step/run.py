@@ -302,8 +302,8 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
     """Run the chosen backend on arrays of its own kind; `logits` says which kind and dtype."""
     chosen = backend_for(logits, backend)
     dtype = "float32" if x.logits is None else dtype_name(logits)
-    if chosen == "pallas" and backend == "auto" and dtype == "float16":
-        chosen = "jax"  # TPUs have no float16
+    if chosen == "pallas" and backend == "auto" and _exceeds_tpu(x, dtype):
+        chosen = "jax"
     native, mask_token_id = BACKENDS[chosen][1], x.mask_token_id
     if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
         return getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
@@ -323,6 +323,14 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
         return _jitted(name, chosen, mesh)(x, mask_token_id, plan, dtype)
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
     return getattr(backend_module(chosen), name)(x, plan, dtype)
+
+
+def _exceeds_tpu(x: StepInputs, dtype: str) -> bool:
+    """Whether the TPU's kernels refuse: it has no float16, and long sequences do not fit."""
+    from .pallas_tpu import MOST_POSITIONS
+
+    shaped = x.tokens if x.logits is None else x.logits
+    return dtype == "float16" or int(shaped.shape[1]) > MOST_POSITIONS
 
 
 def backend_for(model: Any, backend: str) -> str:

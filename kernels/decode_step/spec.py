@@ -427,8 +427,9 @@ class StepInputs(NamedTuple):
     where the rule's score is "given", num_commit (B,) where its count is.  With `drawn` (B, N),
     candidates or -1, there are no logits and `scores` are those of the candidates.
 
-    `triton` gets the inputs as they were given: eligible, num_masked_at_start and positions may be
-    None, seeds are (B,) 64-bit integers, and so may tokens be in `sample_tokens`.
+    `triton` and `pallas` get the inputs as they were given: eligible, num_masked_at_start and positions
+    may be None, and so may tokens be in `sample_tokens`; seeds are (B,) 64-bit integers for `triton`,
+    (B, 2) words for `pallas`.
     """
 
     logits: Any

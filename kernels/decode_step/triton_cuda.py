@@ -139,7 +139,8 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows
     spec = row_spec(x, plan, dtype, x.uncond_logits is not None, wants_z)
     heavy = spec.wide or spec.score == "margin" or spec.draw in ("greedy_probs", "noise")
     tiling = tiles(batch * length, vocab, strides[2] == 1, heavy, dtype, x.logits.device)
-    apart = spec.draw == "race" and spec.needs_z and not spec.shared  # two exponentials a logit
+    apart = spec.draw == "race" and spec.needs_z and not spec.shared
+    crowded = apart or spec.guide > 0  # two exponentials or two logits at each place of a tile
     splits = tiling["splits"] if spec.quick else 1
     spec = dataclasses.replace(
         spec, rows=tiling["rows"], leaves=tiling["leaves"], vec=vec, splits=splits,
@@ -148,7 +149,7 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows
     drawn, score, parts = _temporary(batch * length, splits, wide, x.logits.device)
     uncond_strides = (0, 0, 0) if x.uncond_logits is None else x.uncond_logits.stride()
     return _Rows(
-        spec, options(tiling["warps"], 255 if apart else tiling["registers"]), drawn, score, parts,
+        spec, options(tiling["warps"], 255 if crowded else tiling["registers"]), drawn, score, parts,
         ((x.logits, x.uncond_logits), (*strides, head), uncond_strides), batch * length, length,
         vocab, numbers(x, plan, vocab),
     )  # fmt: skip

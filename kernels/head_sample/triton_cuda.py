@@ -104,7 +104,7 @@ def tiles(
     wide = 2 if dtype == "float32" else 1
     fields = {
         "rows": (16 if least else 32) if few else 128 // wide,
-        "depth": 64 // wide,
+        "depth": 16 if wide == 2 else 64,  # float32 operands lie in registers
         "swap": int(few),
         "programs": 2 * step_kernels.multiprocessors(device),
         "warps": 4 if few and least else 8,

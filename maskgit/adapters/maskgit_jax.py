@@ -15,9 +15,9 @@ By default every step is computed as theirs is, from the same keys by the same o
 library's, with one counter-based seed per sequence that is drawn from `rng`: the same law, other tokens,
 and neither (B, N, V) noise nor probabilities.
 
-What differs: unknown schedules raise ValueError.  With fast=True the steps are unrolled, so `num_iter`,
-`start_iter` and `choice_temperature` have to be numbers, and rows whose logits have no finite value stay
-masked.
+What differs: schedules other than uniform, cosine, log, exp and pow<x> raise ValueError.  With fast=True
+the steps are unrolled, so `num_iter`, `start_iter` and `choice_temperature` have to be numbers, and rows
+whose logits have no finite value stay masked.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepRule, decode_step
-from ..kernels.decode_step.checks import check_integer
+from ..kernels.decode_step.checks import as_index
 from ..kernels.decode_step.counts import check_schedule
 from .common import Handle, Report, check_signature
 
@@ -100,7 +100,7 @@ def decode(
         rng: a jax key.
         tokens_to_logits: maps tokens (B, N) to logits (B, N, V).
         mask_token_id, num_iter, choice_temperature: numbers, as in theirs.
-        start_iter: the first step; the entries before it hold `inputs`.
+        start_iter: the first step; the entries before it hold `inputs`.  May be traced without fast.
         mask_scheduling_method: uniform, cosine, log, exp or pow<x>.
         fast: see `install`.
         seeds: with fast, (B,) integers or (B, 2) words in place of those drawn from `rng`.
@@ -109,12 +109,12 @@ def decode(
     Raises:
         TypeError, ValueError: a wrong number or schedule, seeds without fast; and as `decode_step`.
     """
+    import jax
     import jax.numpy as jnp
 
-    for name, number in (("num_iter", num_iter), ("start_iter", start_iter)):
-        check_integer(name, number)
-    if not 0 <= start_iter <= num_iter:
-        raise ValueError(f"start_iter: expected 0 to num_iter = {num_iter}, got {start_iter}")
+    num_iter = as_index("num_iter", num_iter, 0)
+    if fast or not isinstance(start_iter, jax.Array):
+        start_iter = as_index("start_iter", start_iter, 0 if fast else None)
     if seeds is not None and not fast:
         raise ValueError("seeds: expected None without fast=True, where the noise is that of rng")
     check_method(mask_scheduling_method)
@@ -132,7 +132,7 @@ def decode(
         "seeds": _seeds(rng, len(x)) if seeds is None else seeds,
         "backend": backend,
     }
-    steps = [x] * start_iter
+    steps = [x] * min(start_iter, num_iter)
     for step in range(start_iter, num_iter):
         x, candidates, _ = decode_step(tokens_to_logits(x), x, step=step, **options)
         steps.append(candidates)
@@ -180,7 +180,7 @@ def check_method(method: object) -> None:
 
 
 def _as_theirs(
-    x: Any, rng: Any, tokens_to_logits: Any, mask_token_id: Any, num_iter: int, start_iter: int,
+    x: Any, rng: Any, tokens_to_logits: Any, mask_token_id: Any, num_iter: int, start_iter: Any,
     choice_temperature: Any, method: str,
 ) -> Any:  # fmt: skip
     """Every step's candidates, by the operations of the original in their order.
