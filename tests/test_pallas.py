@@ -16,6 +16,7 @@ import pytest
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+import ml_dtypes  # noqa: E402
 from helpers import (  # noqa: E402
     CORE,
     FREE,
@@ -188,6 +189,33 @@ def test_probabilities_that_round_to_the_largest(scale: float, dtype: str) -> No
     logits = np.array(case.logits)
     logits[:, ::3] = logits[:, ::3] * 32  # rows of the same block that are clear
     check(dataclasses.replace(case, logits=logits), "pallas")
+
+
+@pytest.mark.parametrize("guidance", sampled([None, 1.0], (None,)))
+def test_neighbours_of_the_largest_logit(guidance: float | None) -> None:
+    """Of two neighbours in bfloat16 above 2 only one has the largest rounded probability; not so below."""
+    kind = ml_dtypes.bfloat16
+    never = ml_dtypes.finfo(kind).min
+    for levels, lowest in (
+        ([2, 2.015625, 3.984375, 4, 90, -2, -2.015625, -70], -200),
+        ([0.5, 0.996, 1, 1.0078125, 1.992, -0.5, -1, -1.992], -200),
+        ([4, 1, 0, 1e-3], never),
+    ):
+        case = make_case(
+            StepRule.preset("dream-entropy"), batch=1, length=len(levels), vocab=384, masked=1.0,
+            dtype="bfloat16", guidance=guidance,
+        )  # fmt: skip
+        top = np.array(levels, kind)
+        logits = np.maximum(np.array(case.logits, np.float32) - 200, lowest)
+        next_below = np.nextafter(top, np.array(-np.inf, kind))
+        logits[0, :, 20], logits[0, :, 130], logits[0, :, 257] = lowest, next_below, top
+        for row in range(1, len(levels), 2):
+            logits[0, row, 258] = top[row]  # a third of the mass each, and no half
+        case = dataclasses.replace(case, logits=to_dtype(logits, "bfloat16"))
+        check(case, "pallas")
+        if lowest == never:  # entropies of what is drawn
+            check(dataclasses.replace(case, rule=SIZED["dream-entropy"]), "pallas")
+        assert (130 in run(case, "reference")[1]) == (min(map(abs, levels)) < 2)
 
 
 @pytest.mark.parametrize("count", sampled(["masked", "quota", "fraction", "threshold", "factor"], ("masked",)))  # fmt: skip

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .pallas_tiles import LEAF, Rows
+from .pallas_tiles import LEAF, Rows, TileNumber
 
 LOG2E = 1.4426950408889634
 LOWEST = np.int32(-(2**31))
@@ -72,8 +72,8 @@ def _folded(x: jax.Array) -> jax.Array:
 def _total(rows: Rows, conditions: Any, measure: Any, size: int) -> tuple[jax.Array, ...]:
     """Sums over each row of `measure(x, index)`, a tuple of `size` arrays [128, 128]."""
 
-    def body(number: Any, sums: Any) -> Any:
-        leaf = rows.leaf_of(number)
+    def body(number: TileNumber, sums: Any) -> Any:
+        leaf = rows.leaf_of(number.value)
         x = survivors(rows.clean(number), leaf, conditions, rows)
         parts = measure(x, rows.place + leaf * LEAF)
         return tuple(a + _folded(b) for a, b in zip(sums, parts, strict=True))
@@ -83,8 +83,8 @@ def _total(rows: Rows, conditions: Any, measure: Any, size: int) -> tuple[jax.Ar
 
 
 def _largest(rows: Rows, conditions: Any) -> jax.Array:
-    def body(number: Any, top: jax.Array) -> jax.Array:
-        x = survivors(rows.clean(number), rows.leaf_of(number), conditions, rows)
+    def body(number: TileNumber, top: jax.Array) -> jax.Array:
+        x = survivors(rows.clean(number), rows.leaf_of(number.value), conditions, rows)
         return jnp.maximum(top, jnp.max(x, axis=0, keepdims=True))
 
     return rows.largest(rows.over_row(body, jnp.full((1, LEAF), -jnp.inf, jnp.float32)))

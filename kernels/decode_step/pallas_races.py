@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..common.philox import STREAM_INNER, STREAM_LEAF
 from ..common.philox_pallas import exponentials
-from .pallas_tiles import BIG, CHUNK, LANES, Rows
+from .pallas_tiles import BIG, CHUNK, LANES, Rows, TileNumber
 
 
 class Words(NamedTuple):
@@ -75,7 +75,7 @@ def race_of_leaves(rows: Rows, words: Any, body: Any, carry: Any) -> tuple[Any, 
         inner, (ratio, at, mass) = carry
         sums = [jnp.zeros((CHUNK, LANES), jnp.float32)] * 2
         for tile in range(2 * pairs):
-            inner = body(2 * first + tile, inner)
+            inner = body(TileNumber(2 * first, tile), inner)
             total = jnp.sum(inner.pop("leaf"), axis=0, keepdims=True)
             sums[tile % 2] = jnp.where(sublane == tile // 2, total, sums[tile % 2])
         nonlocal waits

@@ -17,9 +17,12 @@ leaf by leaf, and the lanes are merged at the end.
 Passes over VMEM.  A first walk takes r from the first tile (for entropies a walk of its own, over tiles as
 they lie, finds it) and looks for nothing odd.  Should a sum of the block come out as zero, huge or NaN (a
 NaN, an infinity, a maximum e^38 above r), should a second logit be so close to the largest that their
-rounded probabilities may be equal, where these are what counts, or does the rule filter, the block is
-walked again: for the maxima, for the filters' bounds (pallas_filters.py), then with cleaned logits.  A last
-walk collects the winning leaf of each row.
+rounded probabilities may be equal, where these are what counts (two bfloat16 numbers are not, beyond 2), or
+does the rule filter, the block is walked again: for the maxima, for the filters' bounds
+(pallas_filters.py), then with cleaned logits.  A last walk collects the winning leaf of each row.
+
+All walks go by 16 tiles a turn of a loop, which share one address: with one for each tile the scalar unit is
+the busiest.
 
 Limits: a block of rows, twice, must fit in VMEM (pallas_tpu.py).  Tokens less likely than e^-87 of
 their row enter no sum, nor could they win: a Gumbel variate is at most 45.05.
@@ -47,6 +50,7 @@ from .pallas_tiles import (
     Numbers,
     Rows,
     RowSpec,
+    TileNumber,
     down,
     pieces,
     round_to,
@@ -60,7 +64,9 @@ SEQUENCES = 8  # whose tokens share a block
 NEAR = {"bfloat16": 0.00779, "float32": 1e-6}  # above log1p of a unit in the last place
 
 
-def scored(x: jax.Array, xf: jax.Array, leaf: Any, number: Any, rows: Rows) -> jax.Array:
+def scored(
+    x: jax.Array, xf: jax.Array, leaf: Any, number: TileNumber | None, rows: Rows
+) -> jax.Array:
     """What the score's softmax is taken over."""
     spec = rows.spec
     return rows.without(xf if spec.score_filtered else x, leaf, spec.score_banned, number)
@@ -73,7 +79,7 @@ def _full(value: float, dtype: Any = jnp.float32) -> jax.Array:
 def _maxima(rows: Rows) -> tuple[jax.Array, jax.Array]:
     """(largest logit, largest finite logit) of each row."""
 
-    def body(number: Any, carry: Any) -> Any:
+    def body(number: TileNumber, carry: Any) -> Any:
         top, finite = carry
         for _, x in pieces(rows.tile(number, safe=True)):
             x = jnp.where(x == x, x, -jnp.inf)
@@ -92,12 +98,12 @@ def _quick_reference(rows: Rows) -> jax.Array:
     """
     if rows.spec.score == "neg_entropy":
         return rows.rough_maximum()
-    return rows.largest(rows.tile(0, safe=False))
+    return rows.largest(rows.tile(TileNumber(0, 0), safe=False))
 
 
 def _largest_scored(rows: Rows, conditions: Any) -> jax.Array:
-    def body(number: Any, top: jax.Array) -> jax.Array:
-        x, leaf = rows.clean(number), rows.leaf_of(number)
+    def body(number: TileNumber, top: jax.Array) -> jax.Array:
+        x, leaf = rows.clean(number), rows.leaf_of(number.value)
         y = scored(x, survivors(x, leaf, conditions, rows), leaf, number, rows)
         return functools.reduce(jnp.maximum, [v for _, v in pieces(y)], top)
 
@@ -126,7 +132,7 @@ def _starts(spec: RowSpec, safe: bool) -> dict[str, jax.Array]:
         ("z", spec.needs_z and not spec.shared, 0.0),
         ("tz", spec.score == "neg_entropy", 0.0),
         ("mass", by_probs and safe, 0.0),
-        ("near", by_probs and not safe, -jnp.inf),
+        ("near", by_probs and not safe and not spec.is_bfloat16, -jnp.inf),
         ("check", not spec.needs_z and spec.draw != "race" and not safe, 0.0),
         ("first", spec.score in ("top1_prob", "margin"), -jnp.inf),
         ("second", spec.score == "margin", -jnp.inf),
@@ -145,8 +151,9 @@ def _walk(
     spec, n = rows.spec, rows.numbers
     race = spec.draw == "race"
 
-    def body(number: Any, carry: dict[str, Any]) -> dict[str, Any]:
-        c, leaf = dict(carry), rows.leaf_of(number)
+    def body(number: TileNumber, carry: dict[str, Any]) -> dict[str, Any]:
+        c, leaf = dict(carry), rows.leaf_of(number.value)
+        infinite = safe or rows.may_be_infinite(number)
         x = rows.clean(number) if safe else rows.tile(number, safe=False)
         xf = survivors(x, leaf, conditions, rows)
         y = scored(x, xf, leaf, number, rows)
@@ -163,7 +170,7 @@ def _walk(
             if "z" in c:
                 c["z"] += e
             if "tz" in c:
-                c["tz"] += e * jnp.maximum(t, LEAST)
+                c["tz"] += e * (jnp.maximum(t, LEAST) if infinite else t)
             if "second" in c:
                 c["second"] = jnp.maximum(c["second"], jnp.minimum(c["first"], y))
             if "first" in c:
@@ -176,10 +183,12 @@ def _walk(
                 below = jnp.where(xf == c["top"], -jnp.inf, jnp.minimum(xf, c["top"]))
                 c["near"] = jnp.maximum(c["near"], below)
             if "top" in c:
-                c["top"], c["top_at"] = better(xf, number * PIECES + q, c["top"], c["top_at"])
+                c["top"], c["top_at"] = better(xf, number.value * PIECES + q, c["top"], c["top_at"])
             if "key" in c:
                 key = _noisy(xf, noise[0], n.temperature)
-                c["key"], c["key_at"] = better(key, number * PIECES + q, c["key"], c["key_at"])
+                c["key"], c["key_at"] = better(
+                    key, number.value * PIECES + q, c["key"], c["key_at"]
+                )
         if race:
             c["leaf"] = functools.reduce(jnp.add, sums)
         return c
@@ -196,6 +205,8 @@ def _walk(
         if "near" in c:
             near = jnp.where(c["top"] == top, c["near"], c["top"])
             found = found._replace(near=rows.largest(near))
+        elif spec.draw == "greedy_probs" and not safe:  # no bfloat16 lies nearer
+            found = found._replace(near=top - jnp.abs(top) * 2.0**-8)
     for name in ("z", "tz", "mass", "check"):
         if name in c:
             found = found._replace(**{name: rows.total(c[name])})
@@ -212,8 +223,8 @@ def _first_of_probs(rows: Rows, conditions: Any, reference: Any, mass: Any) -> j
     kind = rows.spec.rounding
     bound = round_to(1.0 / mass, kind)
 
-    def body(number: Any, first: jax.Array) -> jax.Array:
-        leaf = rows.leaf_of(number)
+    def body(number: TileNumber, first: jax.Array) -> jax.Array:
+        leaf = rows.leaf_of(number.value)
         x = survivors(rows.clean(number), leaf, conditions, rows)
         p = round_to(jnp.exp2((x - reference) * LOG2E) / mass, kind)
         index = jnp.where(p >= bound, leaf * LEAF + rows.place, BIG)
@@ -295,7 +306,7 @@ def _odd(found: Stats, spec: RowSpec) -> jax.Array:
     for mass in (found.mass, found.z):
         if mass is not None:
             odd = odd | jnp.where((mass > 1e-17) & (mass < 1e17), 0, 1)
-    for value in (found.top, found.check):
+    for value in (found.top, found.tz, found.check):
         if value is not None:
             odd = odd | jnp.where(jnp.abs(value) < jnp.inf, 0, 1)
     if found.near is not None:  # whose probability may be rounded to the largest one's

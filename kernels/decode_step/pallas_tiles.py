@@ -41,6 +41,23 @@ class Numbers(NamedTuple):
     step: Any
 
 
+class TileNumber(NamedTuple):
+    """start + at, where `start` may be a loop's: one address for all tiles of a turn, and constants."""
+
+    start: Any
+    at: int
+
+    @property
+    def value(self) -> Any:
+        """The number."""
+        return self.start + self.at
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is, when the kernel is compiled."""
+        return isinstance(self.start, int)
+
+
 @dataclass(frozen=True)
 class RowSpec:
     """What a row kernel is compiled for.
@@ -99,6 +116,11 @@ class RowSpec:
         return self.pairs * 2 * self.parts * LEAF
 
     @property
+    def is_bfloat16(self) -> bool:
+        """Whether what is drawn from are numbers in bfloat16."""
+        return self.dtype == "bfloat16" and self.guide != 1
+
+    @property
     def quick(self) -> bool:
         """Whether a first walk may look for nothing odd."""
         return self.draw != "noise" and not self.filters and not self.score_banned
@@ -136,11 +158,11 @@ class Rows:
         across, down = (jax.lax.broadcasted_iota(jnp.int32, square, axis) for axis in (0, 1))
         self.identity = jnp.where(across == down, 1.0, 0.0).astype(jnp.bfloat16)
 
-    def leaf_of(self, tile: Any) -> jax.Array:
-        """Number of the leaf that each lane has in a tile, [1, 128] or of the shape of `tile`."""
-        return tile * self.spec.parts + self.part
+    def leaf_of(self, number: Any) -> jax.Array:
+        """Number of the leaf that each lane has in a tile, [1, 128] or of the shape of `number`."""
+        return number * self.spec.parts + self.part
 
-    def tile(self, number: Any, safe: bool) -> jax.Array:
+    def tile(self, number: TileNumber, safe: bool) -> jax.Array:
         """[128 logits, 128 lanes] float32: guided, -inf outside the row and at what is banned.
 
         Unless `safe`, a row of 16-bit logits with something infinite in it is all NaN.
@@ -148,45 +170,58 @@ class Rows:
         spec = self.spec
         refs = [self.logits, self.uncond] if spec.guide else [self.logits]
         x = self.guided(*(self.turned(ref, number, safe) for ref in refs))
-        x = self.without(x, self.leaf_of(number), spec.banned, number)
+        leaf = self.leaf_of(number.value)
+        x = self.without(x, leaf, spec.banned, number)
         if self._ends_in(number):
-            x = jnp.where(self.leaf_of(number) * LEAF + self.place < spec.vocab, x, -jnp.inf)
+            x = jnp.where(leaf * LEAF + self.place < spec.vocab, x, -jnp.inf)
         return x
 
-    def _ends_in(self, number: Any) -> bool:
+    def _ends_in(self, number: TileNumber) -> bool:
         """Whether the row ends in this tile, which is then one of those that are known by number."""
-        return isinstance(number, int) and (number + 1) * self.spec.parts * LEAF > self.spec.vocab
+        end = (number.value + 1) * self.spec.parts * LEAF
+        return number.is_known and bool(end > self.spec.vocab)
 
-    def clean(self, number: Any) -> jax.Array:
+    def may_be_infinite(self, number: TileNumber) -> bool:
+        """Whether a tile that is not safe may hold -inf in a row that is not all NaN."""
+        spec = self.spec
+        return spec.dtype != "bfloat16" or bool(spec.banned) or self._ends_in(number)
+
+    def clean(self, number: TileNumber) -> jax.Array:
         """A tile whose NaN are -inf and +inf the largest float."""
         return cleaned(self.tile(number, safe=True))
 
     def without(
-        self, x: jax.Array, leaf: Any, banned: tuple[int, ...], number: Any = None
+        self, x: jax.Array, leaf: Any, banned: tuple[int, ...], number: TileNumber | None = None
     ) -> jax.Array:
-        """-inf at the banned columns of a leaf; `number`: of the tile, where it is known."""
+        """-inf at the banned columns of a leaf; `number`: of its tile."""
+        known = number.value if number is not None and number.is_known else None
         for column in banned:
-            if not isinstance(number, int) or column // LEAF // self.spec.parts == number:
+            if known is None or column // LEAF // self.spec.parts == known:
                 x = jnp.where(self.place == column - leaf * LEAF, -jnp.inf, x)
         return x
 
-    def gumbel(self, number: Any) -> jax.Array:
+    def gumbel(self, number: TileNumber) -> jax.Array:
         """The caller's noise at a tile."""
         return self.turned(self.noise, number, safe=True)
 
-    def _tile(self, ref: Any, number: Any) -> jax.Array:
+    def _tile(self, ref: Any, number: TileNumber) -> jax.Array:
         """A tile as it lies, [128 lanes' rows, 128 logits]."""
-        if self.spec.packed:
-            words = LANES // 2 if ref.dtype == jnp.int32 else LANES
-            x = ref[pl.ds(_aligned(number * words, words), words)]
+        spec, (start, at) = self.spec, number
+        words = LANES // 2 if ref.dtype == jnp.int32 else LANES
+        size = words if spec.packed else spec.parts * LEAF
+        turn: Any = slice(None)
+        if number.is_known:
+            at += start
+        else:
+            turn = pl.ds(pl.multiple_of(start * size, size), 2 * CHUNK * size)
+        if spec.packed:
+            x = ref.at[turn][pl.ds(at * size, size)]
             return pltpu.bitcast(x, jnp.bfloat16) if ref.dtype == jnp.int32 else x
-        parts = []
-        for p in range(self.spec.parts):
-            first = _aligned((number * self.spec.parts + p) * LEAF)
-            parts.append(ref[self.at, pl.ds(first, LEAF)])
+        ref = ref.at[self.at, turn]
+        parts = [ref[:, pl.ds(at * size + p * LEAF, LEAF)] for p in range(spec.parts)]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
-    def turned(self, ref: Any, number: Any, safe: bool) -> jax.Array:
+    def turned(self, ref: Any, number: TileNumber, safe: bool) -> jax.Array:
         """A tile with the leaf on sublanes."""
         return self._turn(self._tile(ref, number), safe)
 
@@ -207,7 +242,7 @@ class Rows:
         spec, turned = self.spec, []
         if spec.guide or spec.banned:
 
-            def body(number: Any, top: jax.Array) -> jax.Array:
+            def body(number: TileNumber, top: jax.Array) -> jax.Array:
                 return functools.reduce(
                     jnp.maximum, [x for _, x in pieces(self.tile(number, False))], top
                 )
@@ -216,7 +251,7 @@ class Rows:
 
         is_packed = spec.dtype == "bfloat16"
 
-        def words(number: Any, tops: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def words(number: TileNumber, tops: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             if self._ends_in(number):
                 turned.append(self.tile(number, safe=False))
                 return tops
@@ -249,15 +284,16 @@ class Rows:
         if spec.width <= SHORT:
             short = jnp.full((LEAF, LANES), -jnp.inf)
             for number in range(2 * spec.pairs):
-                short = jnp.where(leaf == self.leaf_of(number), self.tile(number, safe), short)
+                x = self.tile(TileNumber(0, number), safe)
+                short = jnp.where(leaf == self.leaf_of(number), x, short)
             return cleaned(short)
         wanted = jnp.broadcast_to(leaf, (LANES, LANES)).T
         row = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
         wanted = wanted - (row >> spec.group.bit_length() - 1)  # of the row's first lane
         refs = [self.logits, self.uncond] if spec.guide else [self.logits]
 
-        def body(number: Any, found: Any) -> Any:
-            mine = wanted == number * spec.parts
+        def body(number: TileNumber, found: Any) -> Any:
+            mine = wanted == number.value * spec.parts
             tiles = [self._tile(ref, number).astype(jnp.float32) for ref in refs]
             return tuple(jnp.where(mine, x, old) for x, old in zip(tiles, found, strict=True))
 
@@ -286,12 +322,12 @@ class Rows:
             carry = chunk(first, min(CHUNK, spec.pairs - first), carry)
         return carry
 
-    def over_row(self, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-        """body(tile, carry) over all tiles."""
+    def over_row(self, body: Callable[[TileNumber, Any], Any], carry: Any) -> Any:
+        """body(number, carry) over all tiles."""
 
         def chunk(first: Any, pairs: int, carry: Any) -> Any:
             for tile in range(2 * pairs):
-                carry = body(2 * first + tile, carry)
+                carry = body(TileNumber(2 * first, tile), carry)
             return carry
 
         return self.by_chunks(chunk, carry)
@@ -320,10 +356,6 @@ def _as_list(ref: Any) -> Any:
     leaves, rows, _ = ref.shape
     ref = ref.reshape(leaves * rows, LEAF)
     return ref.bitcast(jnp.int32) if ref.dtype == jnp.bfloat16 else ref
-
-
-def _aligned(first: Any, size: int = LEAF) -> Any:
-    return first if isinstance(first, int) else pl.multiple_of(first, size)
 
 
 def _add(a: Any, b: Any) -> Any:
