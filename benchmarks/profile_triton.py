@@ -23,7 +23,8 @@ from typing import Any
 from .shapes import Shape
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-BUDGET = {2: 19.8, 4: 39.5}  # instructions per logit by its size, see above
+VARIANTS = ("seeds", "guided", "injected", "sample-tokens")  # of a step
+_BUDGET = 9.88  # instructions in which a byte arrives, see above
 _POINTERS = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "int64": "i64",
     "int32": "i32", "uint8": "u8", "bool": "i1",
@@ -86,8 +87,18 @@ def recording(*modules: Any) -> Iterator[list[Launch]]:
             setattr(module, name, kernel)
 
 
-def step_launches(rule: Any, shape: Shape, dtype: str, noise: str = "seeds") -> list[Launch]:
-    """The launches of one `decode_step`; noise "injected" takes the caller's."""
+def budget(dtype: str, variant: str) -> float:
+    """Instructions that an H100 can issue while a logit arrives, and what is read beside it."""
+    size = 4 if dtype == "float32" else 2
+    beside = {"guided": size, "injected": 4}.get(variant, 0)
+    return round(_BUDGET * (size + beside), 1)
+
+
+def step_launches(rule: Any, shape: Shape, dtype: str, variant: str = "seeds") -> list[Launch]:
+    """The launches of one `decode_step`: from seeds, with guidance too, or with the caller's noise.
+
+    Variant "sample-tokens" is that function, whose log Z makes other kernels.
+    """
     import torch
     from maskgit.kernels.decode_step import triton_cuda
     from maskgit.kernels.decode_step.plan import resolve, table_size
@@ -97,7 +108,7 @@ def step_launches(rule: Any, shape: Shape, dtype: str, noise: str = "seeds") -> 
         return torch.empty(sizes, dtype=kind, device="meta")
 
     sizes, kind = (shape.batch, shape.length), getattr(torch, dtype)
-    injected = noise == "injected"
+    injected = variant == "injected"
     plan = resolve(rule, 1, 8, table_size(rule, *sizes))
     x = StepInputs(
         logits=empty(*sizes, shape.vocab, kind=kind),
@@ -105,12 +116,14 @@ def step_launches(rule: Any, shape: Shape, dtype: str, noise: str = "seeds") -> 
         seeds=None if injected else empty(shape.batch), positions=None,
         token_gumbel=empty(*sizes, shape.vocab, kind=torch.float32) if injected else None,
         choice_gumbel=empty(*sizes, kind=torch.float32) if injected else None,
-        uncond_logits=None, guidance_scale=0.0, mask_token_id=shape.vocab + 5,
+        uncond_logits=empty(*sizes, shape.vocab, kind=kind) if variant == "guided" else None,
+        guidance_scale=1.5, mask_token_id=shape.vocab + 5,
         scores=empty(*sizes, kind=torch.float32) if rule.score == "given" else None,
         num_commit=empty(shape.batch) if rule.count == "given" else None,
     )  # fmt: skip
+    call = triton_cuda.sample_tokens if variant == "sample-tokens" else triton_cuda.decode_step
     with recording(triton_cuda) as launches:
-        triton_cuda.decode_step(x, plan, dtype)
+        call(x, plan, dtype)
     return launches
 
 

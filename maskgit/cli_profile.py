@@ -62,6 +62,13 @@ def profile(
     dtype: Annotated[
         list[str] | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)}. [default: bfloat16]")
     ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            help="Of a step on GPUs: seeds, guided, injected, sample-tokens. [default: seeds]",
+        ),
+    ] = None,
     width: Annotated[
         int,
         typer.Option(
@@ -86,6 +93,8 @@ def profile(
     if tpus:
         if len(tpus) < len(wanted):
             raise ValueError(f"target: expected GPUs or TPUs in one call, got {', '.join(wanted)}")
+        if variant:
+            raise ValueError("variant: expected none for TPUs, whose step is drawn from seeds")
         _profile_tpus(
             tpus, _legal("op", op or list(OPS), OPS), rule or ["maskgit"], shape or ["maskgit-256"],
             _legal("dtype", dtype or ["bfloat16"], ("bfloat16", "float32")), width, head_size or [64],
@@ -96,18 +105,19 @@ def profile(
         raise ValueError("profile: needs torch and triton; pip install torch triton")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise ValueError("TRITON_INTERPRET: expected unset, since kernels are compiled, not run")
-    from maskgit.benchmarks.profile_triton import BUDGET, TARGETS, compiled
+    from maskgit.benchmarks.profile_triton import TARGETS, VARIANTS, budget, compiled
 
     targets = _legal("target", wanted, (*TARGETS, *TPUS))
     found = []
     for labels, launch in _launches(
         _legal("op", op or list(GPU_OPS), GPU_OPS), rule or ["maskgit"], shape or ["amused-512"],
         _legal("dtype", dtype or ["bfloat16"], DTYPES), width, head_size or [64],
+        _legal("variant", variant or ["seeds"], VARIANTS),
     ):  # fmt: skip
         for name in targets:
             facts = labels | compiled(launch, name)
             if "instructions_per_logit" in facts:
-                facts["budget"] = BUDGET[4 if labels["dtype"] == "float32" else 2]
+                facts["budget"] = budget(facts["dtype"], facts["variant"])
             found.append(facts)
     if not found:
         raise ValueError(
@@ -119,6 +129,8 @@ def profile(
         return
     for facts in found:
         facts["for"] = " ".join(facts[name] for name in ("rule", "shape", "dtype"))
+        if facts.get("variant", "seeds") != "seeds":
+            facts["for"] += f" {facts['variant']}"
     _print_table("from the compiler, not a run", COLUMNS, found)
 
 
@@ -193,7 +205,7 @@ def _legal(name: str, given: list[str], legal: tuple[str, ...]) -> list[str]:
 
 def _launches(
     ops: list[str], rules: list[str], shapes: list[str], dtypes: list[str], width: int,
-    head_sizes: list[int],
+    head_sizes: list[int], variants: list[str],
 ) -> Iterator[tuple[dict[str, Any], Any]]:  # fmt: skip
     """(what it is, a recorded launch), each kernel once for what it is compiled for."""
     from maskgit import StepRule
@@ -209,9 +221,9 @@ def _launches(
             rule = StepRule.preset(name)
             for shape in sizes:
                 labels = {"rule": name, "shape": shape.name, "dtype": dtype}
-                if "decode-step" in ops:
-                    made = triton.step_launches(rule, shape, dtype)
-                    calls.append(({"op": "decode-step"} | labels, made))
+                for variant in variants if "decode-step" in ops else []:
+                    made = triton.step_launches(rule, shape, dtype, variant)
+                    calls.append(({"op": "decode-step", "variant": variant} | labels, made))
                 if "head" in ops:
                     made = triton.head_launches(rule, shape.rows, width, shape.vocab, dtype)
                     calls.append(({"op": "head"} | labels, made))

@@ -203,7 +203,7 @@ def generate(
 
     Args:
         weights: see `load`.
-        class_ids: (B,) integers.
+        class_ids: (B,) integers; `num_classes` is "no class" in a model that has it.
         seeds: (B,) 64-bit integers or (B, 2) uint32 words, one for each image.
         num_steps, rule, guidance_scale: by default those of the weights.  A scale s other than 1 needs a
             model with a null class: u + s (c - u), mixed on what goes into the head.
@@ -211,7 +211,8 @@ def generate(
         backend: of the decode step, as in `maskgit.decode_step`; with "pallas" of attention too.
 
     Raises:
-        ValueError: guidance without a null class, shapes that do not fit, and as `generate`.
+        ValueError: guidance without a null class, shapes that do not fit, classes and tokens that the
+            model has not (where they are on the host), and as `generate`.
 
     Semantics: schedule and counts are compiled in, seeds, classes and tokens are arguments: further
     calls with other values and equal shapes run the same program, and nothing waits for the host.
@@ -229,15 +230,12 @@ def generate(
     scale = None if scale is None or scale == 1.0 else float(scale)
     if scale is not None and config.null_class_id is None:
         raise ValueError(f"guidance_scale: expected 1, this model has no null class, got {scale}")
-    class_ids = jnp.asarray(class_ids)
-    if class_ids.ndim != 1:
-        raise ValueError(f"class_ids: expected shape (B,), got {class_ids.shape}")
+    class_ids = _checked_classes(class_ids, config)
     size = (class_ids.shape[0], config.num_tokens)
     if tokens is None:
         tokens = jnp.full(size, config.mask_token_id, jnp.int32)
     if np.shape(tokens) != size:
         raise ValueError(f"tokens: expected shape {size}, got {np.shape(tokens)}")
-    check_integers("class_ids", class_ids)
     tokens = jnp.asarray(tokens)
     check_integers("tokens", tokens)
     if is_on_host(tokens):
@@ -253,6 +251,20 @@ def generate(
     run = _program(config, step_rule, steps, scale, backend, active())
     out: jax.Array = run(weights.params, jnp.asarray(tokens), class_ids, jnp.asarray(words))
     return out
+
+
+def _checked_classes(given: Any, config: TransformerConfig) -> jax.Array:
+    """Classes (B,) as they were given; ValueError for another shape, and outside the model on the host."""
+    classes = given if isinstance(given, jax.Array) else np.asarray(given)
+    if classes.ndim != 1:
+        raise ValueError(f"class_ids: expected shape (B,), got {classes.shape}")
+    check_integers("class_ids", classes)
+    if is_on_host(classes):
+        end = config.num_classes + int(config.null_class)
+        outside = [int(c) for c in np.asarray(classes) if not 0 <= c < end]
+        if outside:
+            raise ValueError(f"class_ids: expected ids in [0, {end}), got {outside[0]}")
+    return jnp.asarray(classes)
 
 
 @functools.lru_cache(maxsize=64)

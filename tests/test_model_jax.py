@@ -122,6 +122,9 @@ def test_what_does_not_fit_is_named(digits, tmp_path):
         ({"tokens": np.full((2, digits.config.transformer.num_tokens), 9999)}, "tokens: expected ids"),
         ({"seeds": np.array([0.5, 1.5])}, "seeds: expected integers"),
         ({"class_ids": np.array([0.5, 1.7])}, "class_ids: expected integers"),
+        ({"class_ids": np.array([0, 12])}, r"class_ids: expected ids in \[0, 11\), got 12"),
+        ({"class_ids": np.array([0, 2**32])}, "class_ids: expected ids"),
+        ({"class_ids": jnp.array([-1, 0])}, "class_ids: expected ids"),
         ({"backend": "pallas"}, "backend: 'pallas' cannot run"),
     ):  # fmt: skip
         options = {"class_ids": jnp.arange(2), "seeds": seeds, "num_steps": 2} | wrong

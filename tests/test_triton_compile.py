@@ -1,7 +1,7 @@
 """Triton's kernels compiled ahead of time: no spills, and instructions within the budget of memory.
 
 `maskgit profile` does it, in a process of its own since the interpreter would be in the way here.
-BUDGET in benchmarks/profile_triton.py is what an H100 can issue while a logit arrives.
+The budget (benchmarks/profile_triton.py) is what an H100 can issue while a logit arrives.
 """
 
 import json
@@ -101,6 +101,34 @@ def test_every_preset(name, target):
     assert [k for k in audit(kernels) if k["spill_bytes"] or not wide] == []
 
 
+VARIANTS = ["guided", "injected", "sample-tokens"]
+
+
+def test_guidance_noise_and_log_z():
+    kernels = profiled(
+        *options("variant", VARIANTS), *options("op", ["decode-step"]), *options("shape", ["8x16x1024"])
+    )  # fmt: skip
+    walks = [k for k in kernels if k["kernel"] == "sample_kernel"]
+    assert [k["variant"] for k in walks] == VARIANTS
+    assert [k["budget"] for k in walks] == [39.5, 59.3, 19.8]  # of what is read for a logit
+    assert audit(kernels) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "name", ["maskgit", "llada", "mdlm", "dream-entropy", "muse", "entropy-bound"]
+)
+def test_every_variant(name, variant, target):
+    kernels = profiled(
+        *options("target", [target]), *options("rule", [name]), *options("variant", [variant]),
+        *options("op", ["decode-step"]), *options("shape", ["maskgit-256", "llada-block", "8x24x50258"]),
+        *options("dtype", ["bfloat16", "float32"]),
+    )  # fmt: skip
+    assert audit(kernels) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_head_size(target):
@@ -119,6 +147,8 @@ def test_what_is_refused():
         (["--dtype", "int8"], "dtype: expected"),
         (["--shape", "0x0"], "shape: expected"),
         (["--op", "attention", "--dtype", "float32"], "op: expected float16 or bfloat16"),
+        (["--variant", "plain"], "variant: expected seeds"),
+        (["--variant", "guided", "--target", "tpu-v5e"], "variant: expected none for TPUs"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "maskgit.cli", "profile", *arguments],

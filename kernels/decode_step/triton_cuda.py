@@ -140,7 +140,8 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows
     heavy = spec.wide or spec.score == "margin" or spec.draw in ("greedy_probs", "noise")
     tiling = tiles(batch * length, vocab, strides[2] == 1, heavy, dtype, x.logits.device)
     apart = spec.draw == "race" and spec.needs_z and not spec.shared
-    crowded = apart or spec.guide > 0  # two exponentials or two logits at each place of a tile
+    # two exponentials or two logits at each place of a tile, or rows that start anywhere and log Z
+    crowded = apart or spec.guide > 0 or (shifted and wants_z)
     splits = tiling["splits"] if spec.quick else 1
     spec = dataclasses.replace(
         spec, rows=tiling["rows"], leaves=tiling["leaves"], vec=vec, splits=splits,
@@ -180,7 +181,8 @@ def _commit(
     block = max(16, 1 << (length - 1).bit_length())
     spec = _commit_spec(plan, block, dtype)
     shared = rows.spec.splits > 1
-    finishing = dataclasses.replace(rows.spec, rows=min(block, 32)) if shared else None
+    together = 16 if rows.spec.guide else 32  # rows whose leaf fits into registers
+    finishing = dataclasses.replace(rows.spec, rows=min(block, together)) if shared else None
     pointers, strides, uncond_strides = rows.logits
     table = _device_table(plan, str(x.tokens.device)) if plan.table.size else None
     commit_kernel[(batch,)](

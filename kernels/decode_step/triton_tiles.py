@@ -17,9 +17,12 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from ..common.selection import is_interpreting
+
 LEAF = tl.constexpr(128)
 BIG = tl.constexpr(2147483647)
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
+INTERPRETED = tl.constexpr(is_interpreting())
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ def by_row(values, leaves: tl.constexpr):
 
 @triton.jit
 def rounded_to(x, kind: tl.constexpr):
-    """Float32 `x` rounded to the dtype `kind`; bfloat16 by its bits, which the interpreter truncates."""
-    if kind == tl.bfloat16:
+    """Float32 `x` rounded to the dtype `kind`; in the interpreter, which truncates, by its bits."""
+    if INTERPRETED and kind == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         up = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return tl.where(x == x, up.to(tl.float32, bitcast=True), x)
