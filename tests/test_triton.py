@@ -111,6 +111,39 @@ def test_layouts(layout, dtype):
     torch.testing.assert_close(got.confidence, want.confidence, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("layout", "alike"), [("twins", True), ("halves", False), ("a copy", False), ("V-major", False)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layouts_of_guidance(layout, alike, dtype):
+    """Unconditional logits that are as unaligned as the others, or otherwise."""
+    kind, vocab = getattr(torch, dtype), 265
+    memory = torch.randn(4, 4, vocab + 10, generator=torch.manual_seed(1)).to(kind).to(DEVICE) * 3
+    odd = memory.flatten()[: 2 * 5 * (vocab + 10)].view(2, 5, -1)[..., 3 : 3 + vocab]
+    pair = memory[:2, :, 3 : 3 + vocab], memory[2:, :, 3 : 3 + vocab]
+    logits, uncond = {
+        "twins": lambda: pair,
+        "halves": lambda: (odd[:1], odd[1:]),
+        "a copy": lambda: (pair[0], pair[1].contiguous()),
+        "V-major": lambda: (pair[0], pair[1].transpose(1, 2).contiguous().transpose(1, 2)),
+    }[layout]()
+    assert triton_cuda._lie_alike(logits, uncond) == alike
+    tokens = torch.full(logits.shape[:2], vocab, device=DEVICE)
+    options = {"mask_token_id": vocab, "step": 1, "num_steps": 4, "guidance_scale": 2.5}
+    options |= {"seeds": torch.arange(len(tokens), device=DEVICE), "backend": "triton"}
+    for rule in ("maskgit", "llada"):
+        got, want, reference = (
+            maskgit.decode_step(a, tokens, rule=rule, uncond_logits=u, **options | {"backend": name})
+            for a, u, name in (
+                (logits, uncond, "triton"), (logits.contiguous(), uncond.contiguous(), "triton"),
+                (logits, uncond, "reference"),
+            )
+        )  # fmt: skip
+        assert torch.equal(got.candidate_tokens, want.candidate_tokens)
+        assert torch.equal(got.candidate_tokens, reference.candidate_tokens)
+        torch.testing.assert_close(got.confidence, want.confidence, rtol=1e-5, atol=1e-5)
+
+
 def test_a_batch_does_not_change_a_sequence():
     case = make_case(StepRule.preset("maskgit"), batch=3, vocab=400, length=7)
     together = run(case, "triton")

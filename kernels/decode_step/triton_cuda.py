@@ -143,17 +143,27 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows
     # two exponentials or two logits at each place of a tile, or rows that start anywhere and log Z
     crowded = apart or spec.guide > 0 or (shifted and wants_z)
     splits = tiling["splits"] if spec.quick else 1
+    uncond_strides = (0, 0, 0) if x.uncond_logits is None else x.uncond_logits.stride()
     spec = dataclasses.replace(
         spec, rows=tiling["rows"], leaves=tiling["leaves"], vec=vec, splits=splits,
         dense=strides[2] == 1, shifted=shifted, ragged=shifted or vocab % vec != 0,
+        twin=x.uncond_logits is not None and _lie_alike(x.logits, x.uncond_logits),
     )  # fmt: skip
     drawn, score, parts = _temporary(batch * length, splits, wide, x.logits.device)
-    uncond_strides = (0, 0, 0) if x.uncond_logits is None else x.uncond_logits.stride()
     return _Rows(
         spec, options(tiling["warps"], 255 if crowded else tiling["registers"]), drawn, score, parts,
         ((x.logits, x.uncond_logits), (*strides, head), uncond_strides), batch * length, length,
         vocab, numbers(x, plan, vocab),
     )  # fmt: skip
+
+
+def _lie_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether rows of neighbours lie equally far from a multiple of 16 bytes in both."""
+    apart = (
+        (s - t) * a.element_size() for s, t in zip(a.stride()[:2], b.stride()[:2], strict=True)
+    )
+    distances = (a.data_ptr() - b.data_ptr(), *apart)
+    return a.stride(2) == b.stride(2) == 1 and all(n % 16 == 0 for n in distances)
 
 
 def options(warps: int, registers: int) -> dict[str, int]:

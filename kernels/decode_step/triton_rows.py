@@ -32,6 +32,7 @@ from .triton_tiles import BIG, FLOAT_MAX, LEAF, by_row, elements, rounded_to, sc
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LEAST = tl.constexpr(-1000.0)  # exp of it is 0, and so is the product; with -inf it is NaN
 UNSPECIALIZED = [
     "step",
     "mask_token_id",
@@ -146,7 +147,7 @@ def _walk(
                 e = tl.exp2(t)
             z += tl.sum(e, 2)
             if S.score == "neg_entropy":
-                tz += tl.sum(tl.where(e > 0, e * t, 0.0), 2)
+                tz += tl.sum(e * tl.maximum(t, LEAST), 2)
             if S.score == "margin":
                 nothing = tl.full(y.shape, -float("inf"), tl.float32)
                 one, two = tl.reduce((y, nothing), 2, top_two)

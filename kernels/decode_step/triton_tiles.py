@@ -33,7 +33,8 @@ class RowSpec:
         programs that share a row.
     dense: a row's logits are neighbours; shifted: rows may start at any element; ragged: the last
         chunk of a row may be partly outside.
-    guide: 0 no guidance, 1 in float32, 2 with each operation rounded to the logits' dtype.
+    guide: 0 no guidance, 1 in float32, 2 with each operation rounded to the logits' dtype; twin: rows
+        without a condition lie as far from a multiple of 16 bytes as those with one.
     banned, ban_mask: columns that are never drawn.
     filters: of (kind, value, whether the temperature divides first), see triton_filters.py; bits:
         how many of a key's bits can differ; below: of top_p_keep.
@@ -52,6 +53,7 @@ class RowSpec:
     shifted: bool = False
     ragged: bool = False
     guide: int = 0
+    twin: bool = False
     banned: tuple[int, ...] = ()
     ban_mask: bool = False
     filters: tuple[tuple[int, float, bool], ...] = ()
@@ -158,10 +160,13 @@ def tile(source, at, leaf, chunks: tl.constexpr, S: tl.constexpr, safe: tl.const
     raw = tl.load(pointers, mask=inside, other=-float("inf"))
     x = raw.to(tl.float32)
     if S.guide > 0:
-        if S.ragged:
-            inside = inside & (index >= 0) & (index < vocab)
-        place = uncond_row + index.to(tl.int64) * uncond_stride_v
-        u = tl.load(uncond + place, mask=inside, other=0.0)
+        if S.twin:
+            pointers = tl.multiple_of(uncond + (uncond_row - shift + p), [1, 1, 16])
+        else:
+            pointers = uncond + (uncond_row + index.to(tl.int64) * uncond_stride_v)
+            if S.ragged:
+                inside = inside & (index >= 0) & (index < vocab)
+        u = tl.load(pointers, mask=inside, other=0.0)
         x = guided(x, u.to(tl.float32), guidance, raw.dtype, S)
     first, stop = leaf * LEAF, (leaf + leaves) * LEAF
     if S.ragged:
