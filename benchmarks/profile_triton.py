@@ -87,17 +87,18 @@ def recording(*modules: Any) -> Iterator[list[Launch]]:
             setattr(module, name, kernel)
 
 
-def budget(dtype: str, variant: str) -> float:
+def budget(launch: Launch) -> float:
     """Instructions that an H100 can issue while a logit arrives, and what is read beside it."""
-    size = 4 if dtype == "float32" else 2
-    beside = {"guided": size, "injected": 4}.get(variant, 0)
-    return round(_BUDGET * (size + beside), 1)
+    arrays = (launch.arguments.get(name) for name in ("logits", "uncond", "noise"))
+    size: int = sum(a.element_size() for a in arrays if a is not None)
+    return round(_BUDGET * size, 1)
 
 
 def step_launches(rule: Any, shape: Shape, dtype: str, variant: str = "seeds") -> list[Launch]:
     """The launches of one `decode_step`: from seeds, with guidance too, or with the caller's noise.
 
-    Variant "sample-tokens" is that function, whose log Z makes other kernels.
+    Variant "sample-tokens" is that function, of all rows and with log Z; none for scores that are not
+    computed from logits, which it refuses.
     """
     import torch
     from maskgit.kernels.decode_step import triton_cuda
@@ -107,21 +108,25 @@ def step_launches(rule: Any, shape: Shape, dtype: str, variant: str = "seeds") -
     def empty(*sizes: int, kind: Any = torch.int64) -> Any:
         return torch.empty(sizes, dtype=kind, device="meta")
 
+    alone = variant == "sample-tokens"
+    if alone and rule.score in ("random", "given"):
+        return []
     sizes, kind = (shape.batch, shape.length), getattr(torch, dtype)
-    injected = variant == "injected"
     plan = resolve(rule, 1, 8, table_size(rule, *sizes))
+    injected = variant == "injected"
+    noisy = injected and plan.sample_temperature > 0
     x = StepInputs(
         logits=empty(*sizes, shape.vocab, kind=kind),
-        tokens=empty(*sizes), eligible=None, num_masked_at_start=empty(shape.batch),
+        tokens=None if alone else empty(*sizes), eligible=None, num_masked_at_start=empty(shape.batch),
         seeds=None if injected else empty(shape.batch), positions=None,
-        token_gumbel=empty(*sizes, shape.vocab, kind=torch.float32) if injected else None,
+        token_gumbel=empty(*sizes, shape.vocab, kind=torch.float32) if noisy else None,
         choice_gumbel=empty(*sizes, kind=torch.float32) if injected else None,
         uncond_logits=empty(*sizes, shape.vocab, kind=kind) if variant == "guided" else None,
-        guidance_scale=1.5, mask_token_id=shape.vocab + 5,
+        guidance_scale=1.5, mask_token_id=-1 if alone else shape.vocab + 5,
         scores=empty(*sizes, kind=torch.float32) if rule.score == "given" else None,
         num_commit=empty(shape.batch) if rule.count == "given" else None,
     )  # fmt: skip
-    call = triton_cuda.sample_tokens if variant == "sample-tokens" else triton_cuda.decode_step
+    call = triton_cuda.sample_tokens if alone else triton_cuda.decode_step
     with recording(triton_cuda) as launches:
         call(x, plan, dtype)
     return launches

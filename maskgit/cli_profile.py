@@ -93,8 +93,8 @@ def profile(
     if tpus:
         if len(tpus) < len(wanted):
             raise ValueError(f"target: expected GPUs or TPUs in one call, got {', '.join(wanted)}")
-        if variant:
-            raise ValueError("variant: expected none for TPUs, whose step is drawn from seeds")
+        if variant and variant != ["seeds"]:
+            raise ValueError(f"variant: expected seeds for TPUs, got {', '.join(variant)}")
         _profile_tpus(
             tpus, _legal("op", op or list(OPS), OPS), rule or ["maskgit"], shape or ["maskgit-256"],
             _legal("dtype", dtype or ["bfloat16"], ("bfloat16", "float32")), width, head_size or [64],
@@ -108,20 +108,24 @@ def profile(
     from maskgit.benchmarks.profile_triton import TARGETS, VARIANTS, budget, compiled
 
     targets = _legal("target", wanted, (*TARGETS, *TPUS))
+    ops = _legal("op", op or list(GPU_OPS), GPU_OPS)
+    if variant and "decode-step" not in ops:
+        raise ValueError(f"variant: expected with op decode-step, got {', '.join(ops)}")
     found = []
     for labels, launch in _launches(
-        _legal("op", op or list(GPU_OPS), GPU_OPS), rule or ["maskgit"], shape or ["amused-512"],
+        ops, rule or ["maskgit"], shape or ["amused-512"],
         _legal("dtype", dtype or ["bfloat16"], DTYPES), width, head_size or [64],
         _legal("variant", variant or ["seeds"], VARIANTS),
     ):  # fmt: skip
         for name in targets:
             facts = labels | compiled(launch, name)
             if "instructions_per_logit" in facts:
-                facts["budget"] = budget(facts["dtype"], facts["variant"])
+                facts["budget"] = budget(launch)
             found.append(facts)
     if not found:
         raise ValueError(
-            "op: expected float16 or bfloat16 for attention, or a rule that the head fuses"
+            "op: expected float16 or bfloat16 for attention, a rule that the head fuses, or with "
+            "--variant sample-tokens a score that is computed from logits"
         )
     if as_json:
         about = {"from": "the compiler, not a run", "triton": version("triton")}

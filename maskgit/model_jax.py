@@ -158,8 +158,8 @@ def hidden(
     tokens is (B, N) with the mask id where unknown; class_ids is (B,), where `num_classes` stands for "no
     class" in a model that has it.
     """
-    first = (config.codebook_size + class_ids)[:, None].astype(tokens.dtype)
-    ids = jnp.concatenate([first, tokens], axis=1)
+    first = (config.codebook_size + class_ids.astype(jnp.int32))[:, None]
+    ids = jnp.concatenate([first, tokens.astype(jnp.int32)], axis=1)
     x = params["embedding.word.weight"][ids] + params["embedding.position.weight"][: ids.shape[1]]
     x = _norm(params, "embedding.norm", x, config)
     for i in range(config.num_layers):
@@ -254,7 +254,7 @@ def generate(
 
 
 def _checked_classes(given: Any, config: TransformerConfig) -> jax.Array:
-    """Classes (B,) as they were given; ValueError for another shape, and outside the model on the host."""
+    """Classes (B,), int32; ValueError for another shape or dtype, and, on the host, outside the model."""
     classes = given if isinstance(given, jax.Array) else np.asarray(given)
     if classes.ndim != 1:
         raise ValueError(f"class_ids: expected shape (B,), got {classes.shape}")
@@ -264,7 +264,7 @@ def _checked_classes(given: Any, config: TransformerConfig) -> jax.Array:
         outside = [int(c) for c in np.asarray(classes) if not 0 <= c < end]
         if outside:
             raise ValueError(f"class_ids: expected ids in [0, {end}), got {outside[0]}")
-    return jnp.asarray(classes)
+    return jnp.asarray(classes).astype(jnp.int32)
 
 
 @functools.lru_cache(maxsize=64)

@@ -128,7 +128,7 @@ def test_every_vocabulary_size(vocab: str) -> None:
 
 @pytest.mark.parametrize("shape", sampled(
     ["3x4x700", "1x3x5000", "2x1x300", "9x3x8192", "2x257x300", "9x40x260", "70x5x33", "1x1100x129", "2x40x20000", "3x4x8832",
-     "2x8x2560", "9x4x32768"], ("9x40x260", "3x4x8832"),
+     "2x8x2560", "9x4x32768", "1x100x4608", "1x16x34816"], ("9x40x260", "3x4x8832", "1x100x4608"),
 ))  # fmt: skip
 def test_every_layout_of_rows(shape: str) -> None:
     """Rows in every number of lanes, blocks that end raggedly, more sequences than a block holds."""
@@ -155,7 +155,10 @@ def test_entropies_of_rows_far_from_zero(shape: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("length", "vocab"), [(4, 8960), (8, 2176)])
+@pytest.mark.parametrize(("length", "vocab"), [
+    (4, 8960), (8, 2176), pytest.param(8, 67_584, marks=pytest.mark.slow),
+    pytest.param(4, 151_936, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_views_of_packed_rows(
     length: int, vocab: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,7 +118,7 @@ def test_guidance_noise_and_log_z():
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
-    "name", ["maskgit", "llada", "mdlm", "dream-entropy", "muse", "entropy-bound"]
+    "name", ["maskgit", "llada", "soundstorm", "dream-entropy", "muse", "entropy-bound"]
 )
 def test_every_variant(name, variant, target):
     kernels = profiled(
@@ -148,7 +148,9 @@ def test_what_is_refused():
         (["--shape", "0x0"], "shape: expected"),
         (["--op", "attention", "--dtype", "float32"], "op: expected float16 or bfloat16"),
         (["--variant", "plain"], "variant: expected seeds"),
-        (["--variant", "guided", "--target", "tpu-v5e"], "variant: expected none for TPUs"),
+        (["--variant", "guided", "--target", "tpu-v5e"], "variant: expected seeds for TPUs"),
+        (["--variant", "guided", "--op", "attention"], "variant: expected with op decode-step"),
+        (["--variant", "sample-tokens", "--op", "decode-step", "--rule", "mdlm"], "op: expected"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "maskgit.cli", "profile", *arguments],

@@ -38,7 +38,7 @@ class Stats(NamedTuple):
     leaf: Any = None
     token: Any = None
     top: Any = None  # largest logit that may be drawn
-    near: Any = None  # and the next smaller one
+    near: Any = None  # and a bound on the next smaller one
     mass: Any = None  # of what is drawn from, relative to the reference
     z: Any = None
     tz: Any = None

@@ -21,8 +21,8 @@ rounded probabilities may be equal, where these are what counts (two bfloat16 nu
 does the rule filter, the block is walked again: for the maxima, for the filters' bounds
 (pallas_filters.py), then with cleaned logits.  A last walk collects the winning leaf of each row.
 
-All walks go by 16 tiles a turn of a loop, which share one address: with one for each tile the scalar unit is
-the busiest.
+Walks go by 16 tiles a turn of a loop, which share one address: with one for each, the scalar unit bound the
+walks for the maximum and for the winning leaf.
 
 Limits: a block of rows, twice, must fit in VMEM (pallas_tpu.py).  Tokens less likely than e^-87 of
 their row enter no sum, nor could they win: a Gumbel variate is at most 45.05.
@@ -205,7 +205,7 @@ def _walk(
         if "near" in c:
             near = jnp.where(c["top"] == top, c["near"], c["top"])
             found = found._replace(near=rows.largest(near))
-        elif spec.draw == "greedy_probs" and not safe:  # no bfloat16 lies nearer
+        elif spec.draw == "greedy_probs" and not safe:  # no other bfloat16 lies nearer
             found = found._replace(near=top - jnp.abs(top) * 2.0**-8)
     for name in ("z", "tz", "mass", "check"):
         if name in c:
@@ -241,7 +241,8 @@ def _chosen(
     spec, own = rows.spec, words.own
     is_own = own >= 0
     race = spec.draw == "race"
-    if (spec.draw == "greedy" or found.near is not None) and not spec.held:
+    is_quick_argmax = spec.draw == "greedy_probs" and not safe
+    if (spec.draw == "greedy" or is_quick_argmax) and not spec.held:
         y = found.top
         for column in spec.score_banned:
             y = jnp.where(found.token == column, -jnp.inf, y)
@@ -301,7 +302,10 @@ def score_of(
 
 
 def _odd(found: Stats, spec: RowSpec) -> jax.Array:
-    """1 where a quick walk has met what it does not look for."""
+    """1 where a quick walk has met what it does not look for.
+
+    An entropy's sum is NaN where a finite logit came out as -inf, by guidance or by its scale.
+    """
     odd = jnp.zeros((1, LANES), jnp.int32)
     for mass in (found.mass, found.z):
         if mass is not None:

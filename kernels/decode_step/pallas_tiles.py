@@ -178,11 +178,12 @@ class Rows:
 
     def _ends_in(self, number: TileNumber) -> bool:
         """Whether the row ends in this tile, which is then one of those that are known by number."""
-        end = (number.value + 1) * self.spec.parts * LEAF
-        return number.is_known and bool(end > self.spec.vocab)
+        if not number.is_known:
+            return False
+        return bool((number.value + 1) * self.spec.parts * LEAF > self.spec.vocab)
 
     def may_be_infinite(self, number: TileNumber) -> bool:
-        """Whether a tile that is not safe may hold -inf in a row that is not all NaN."""
+        """Whether -inf is put into a tile, or comes with its logits and does not make the row NaN."""
         spec = self.spec
         return spec.dtype != "bfloat16" or bool(spec.banned) or self._ends_in(number)
 
@@ -206,7 +207,7 @@ class Rows:
 
     def _tile(self, ref: Any, number: TileNumber) -> jax.Array:
         """A tile as it lies, [128 lanes' rows, 128 logits]."""
-        spec, (start, at) = self.spec, number
+        spec, start, at = self.spec, number.start, number.at
         words = LANES // 2 if ref.dtype == jnp.int32 else LANES
         size = words if spec.packed else spec.parts * LEAF
         turn: Any = slice(None)
