@@ -71,7 +71,7 @@ def test_bad_numbers():
     check(dataclasses.replace(case, logits=logits), "triton")
 
 
-@pytest.mark.parametrize("name", ["maskgit", "llada"])
+@pytest.mark.parametrize("name", ["maskgit", "llada", "muse"])
 @pytest.mark.parametrize("splits", [2, 4])
 def test_rows_that_programs_share(name, splits, monkeypatch):
     own = triton_cuda.tiles
@@ -81,6 +81,8 @@ def test_rows_that_programs_share(name, splits, monkeypatch):
 
     monkeypatch.setattr(triton_cuda, "tiles", shared)
     check(make_case(StepRule.preset(name), vocab=1500, length=5, batch=1), "triton")
+    case = make_case(StepRule.preset(name), vocab=700, length=20, batch=1, guidance=2.5)
+    check(case, "triton")  # finished 16 rows at a time
 
 
 @pytest.mark.parametrize(

@@ -139,9 +139,8 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows
     spec = row_spec(x, plan, dtype, x.uncond_logits is not None, wants_z)
     heavy = spec.wide or spec.score == "margin" or spec.draw in ("greedy_probs", "noise")
     tiling = tiles(batch * length, vocab, strides[2] == 1, heavy, dtype, x.logits.device)
-    apart = spec.draw == "race" and spec.needs_z and not spec.shared
-    # two exponentials or two logits at each place of a tile, or rows that start anywhere and log Z
-    crowded = apart or spec.guide > 0 or (shifted and wants_z)
+    # rows that start anywhere, and more sums than one
+    crowded = _is_crowded(spec) or (shifted and (wants_z or spec.score == "neg_entropy"))
     splits = tiling["splits"] if spec.quick else 1
     uncond_strides = (0, 0, 0) if x.uncond_logits is None else x.uncond_logits.stride()
     spec = dataclasses.replace(
@@ -155,6 +154,11 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows
         ((x.logits, x.uncond_logits), (*strides, head), uncond_strides), batch * length, length,
         vocab, numbers(x, plan, vocab),
     )  # fmt: skip
+
+
+def _is_crowded(spec: RowSpec) -> bool:
+    """Whether each place of a tile has two exponentials or two logits."""
+    return spec.guide > 0 or (spec.draw == "race" and spec.needs_z and not spec.shared)
 
 
 def _lie_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -191,7 +195,7 @@ def _commit(
     block = max(16, 1 << (length - 1).bit_length())
     spec = _commit_spec(plan, block, dtype)
     shared = rows.spec.splits > 1
-    together = 16 if rows.spec.guide else 32  # rows whose leaf fits into registers
+    together = 16 if _is_crowded(rows.spec) else 32  # rows whose leaf fits into registers
     finishing = dataclasses.replace(rows.spec, rows=min(block, together)) if shared else None
     pointers, strides, uncond_strides = rows.logits
     table = _device_table(plan, str(x.tokens.device)) if plan.table.size else None
@@ -202,7 +206,7 @@ def _commit(
         flat(x.num_masked_at_start), flat(x.num_commit), table, plan.table.size, batch,
         plan.choice_temperature, float(np.float32(plan.commit_fraction)), plan.commit_below,
         gumbel_below(plan.remask_chance), plan.remask_chance, F=finishing, S=spec,
-        **options(max(8 if shared else 1, min(16, block // 32)), 168 if shared else 128),
+        **options(max(8 if shared else 1, min(16, block // 32)), 255 if shared else 128),
     )  # fmt: skip
 
 
