@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test test-all lint types bench gpu clean
+.PHONY: setup demo test test-all lint types bench gpu gpu-tune clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ bench: setup
 # on a machine with an NVIDIA GPU, torch, triton and pytest; needs no setup
 gpu:
 	$(PYTHON) benchmarks/gpu.py
+
+# the same machine: tile sizes for it, into kernels/*/tuned
+gpu-tune:
+	$(PYTHON) benchmarks/gpu.py --only tune-step tune-head tune-attention
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info maskgit/*.so

@@ -1,159 +1,113 @@
-"""The benchmarks of gpu.py: each yields rows, which are kept as they come."""
+"""The benchmarks of gpu.py: each yields rows, which are kept as they come.
+
+Keys that all rows of a benchmark have: what was measured, then seconds of ours and of each peer by name.
+A peer that cannot run leaves its message instead.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from .gpu_timing import Bench
 
 Row = dict[str, Any]
 
 
-class Bench:
-    """What the benchmarks share: the device, sizes, timing."""
-
-    def __init__(self, device: str, smoke: bool, until: float) -> None:
-        self.device, self.smoke, self.until = device, smoke, until
-
-    def size(self, real: int, toy: int) -> int:
-        """The real size, or a toy for --smoke."""
-        return toy if self.smoke else real
-
-    def rand(self, *shape: int, dtype: str = "bfloat16", scale: float = 1.0) -> Any:
-        """Normal numbers."""
-        import torch
-
-        return (torch.randn(shape, device=self.device) * scale).to(getattr(torch, dtype))
-
-    def inputs(self, *shape: int, dtype: str) -> list[Any]:
-        """Enough copies to exceed an L2 cache of 50 MB twice; one for --smoke."""
-        first = self.rand(*shape, dtype=dtype, scale=2.0)
-        size = first.numel() * first.element_size()
-        copies = 1 if self.smoke else max(1, min(64, int(1.2e8 // size) + 1))
-        return [first, *(first.roll(i + 1, -1) for i in range(copies - 1))]
-
-    def seconds(self, call: Callable[[int], Any], budget: float = 0.4) -> float:
-        """Median seconds of call(i), i = 0, 1, ...: one event pair around each call."""
-        import torch
-
-        call(0), call(1)
-        if self.device == "cpu":
-            start = time.perf_counter()
-            call(0)
-            return time.perf_counter() - start
-        times, start = [], time.monotonic()
-        torch.cuda.synchronize()
-        while time.monotonic() - start < budget and len(times) < 400:
-            pairs = []
-            for i in range(20):
-                a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                a.record(), call(i), b.record()
-                pairs.append((a, b))
-            torch.cuda.synchronize()
-            times += [a.elapsed_time(b) / 1e3 for a, b in pairs]
-        return statistics.median(times)
-
-    def graphed(self, call: Callable[[], Any]) -> Callable[[int], Any]:
-        """The call as a CUDA graph's replay."""
-        import torch
-
-        if self.device == "cpu":
-            return lambda i: call()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call(), call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return lambda i: graph.replay()
-
-    def copy_rate(self) -> float:
-        """Bytes a second of a large copy, read and written."""
-        import torch
-
-        x = torch.empty(self.size(1 << 29, 1 << 20), dtype=torch.uint8, device=self.device)
-        y = torch.empty_like(x)
-        return 2 * x.numel() / self.seconds(lambda i: y.copy_(x))
-
-    def peak_bytes(self, call: Callable[[int], Any]) -> int:
-        """Extra memory at the worst moment of a call."""
-        import torch
-
-        if self.device == "cpu":
-            return 0
-        call(0)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call(1)
-        torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated() - before)
-
-    def is_over(self) -> bool:
-        """Whether the time is up."""
-        return time.monotonic() > self.until
-
-
 def bench_step(bench: Bench) -> Iterator[Row]:
-    """Draw and score of rows of logits against eager, compiled and other samplers, cold cache."""
+    """Draw and score of rows of logits against other samplers, cold cache."""
     import torch
 
     import maskgit
 
     rate = bench.copy_rate()
-    for rows, vocab in ((256, 126464), (2048, 50304), (8192, 8192), (65536, 1024)):
-        rows, vocab = bench.size(rows, 4), bench.size(vocab, 300)
-        for dtype in ("bfloat16", "float32"):
-            if bench.is_over():
-                return
+    seeds = torch.tensor([1], device=bench.device)
+    rules = {
+        mode: maskgit.StepRule(score="prob", sample_temperature=temperature)
+        for mode, temperature in (("greedy", 0.0), ("draw", 1.0))
+    }
+    shapes = ((256, 126464), (2048, 50304), (8192, 8192), (65536, 1024), (256, 8192))
+    for dtype in ("bfloat16", "float32"):
+        for rows, vocab in bench.some(shapes):
+            rows, vocab = bench.size(rows, 4), bench.size(vocab, 300)
             inputs = bench.inputs(1, rows, vocab, dtype=dtype)
-            gate(bench, inputs[0])
+            gate(inputs[0])
             size = inputs[0].numel() * inputs[0].element_size()
-            for mode, rule in (("greedy", maskgit.StepRule(sample_temperature=0.0, score="prob")),
-                               ("draw", maskgit.StepRule(score="prob"))):  # fmt: skip
-                peers = _peers(mode)
+            for mode, rule in rules.items():
+                if bench.is_over():
+                    return
 
                 def ours(i: int, rule: Any = rule, inputs: Any = inputs) -> Any:
-                    return maskgit.sample_tokens(inputs[i % len(inputs)], rule=rule, seeds=[1])
+                    return maskgit.sample_tokens(inputs[i % len(inputs)], rule=rule, seeds=seeds)
 
-                best = bench.seconds(ours)
+                taken = bench.samples(ours)
+                best = statistics.median(taken)
                 row: Row = {
-                    "shape": [rows, vocab], "dtype": dtype, "mode": mode, "maskgit": best,
-                    "share_of_copy": size / best / rate, "extra_share": bench.peak_bytes(ours) / size,
+                    "shape": [rows, vocab], "dtype": dtype, "mode": mode, "bytes": size, "maskgit": best,
+                    "spread": (max(taken) - min(taken)) / best, "share_of_copy": size / best / rate,
+                    "extra_share": bench.peak_bytes(ours) / size,
                 }  # fmt: skip
-                for name, peer in peers.items():
-                    try:
-                        took = bench.seconds(lambda i: peer(inputs[i % len(inputs)][0]), 0.2)
-                        row[name], row[f"{name} ratio"] = took, took / best
-                    except (RuntimeError, torch.OutOfMemoryError) as error:
-                        row[name] = str(error).splitlines()[0][:80]
+                for name, peer in _samplers(mode, dtype).items():
+                    row[name] = attempt(
+                        lambda: bench.seconds(lambda i: peer(inputs[i % len(inputs)][0]), 0.1)
+                    )
                 yield row
 
 
-def _peers(mode: str) -> dict[str, Callable[[Any], Any]]:
-    """What people use, on (R, V) logits."""
+def attempt(measure: Callable[[], float]) -> float | str:
+    """Seconds, or why there are none."""
     import torch
 
-    def eager(x: Any) -> Any:
+    try:
+        return measure()
+    except Exception as error:  # a peer may refuse in any way
+        torch.cuda.empty_cache()
+        return (str(error) or type(error).__name__).splitlines()[0][:80]
+
+
+def _eager(mode: str) -> Callable[[Any], Any]:
+    """Draw and score as they are usually written, of (R, V) logits."""
+    import torch
+
+    def sample(x: Any) -> Any:
         p = x.float().softmax(-1)
         i = p.argmax(-1, keepdim=True) if mode == "greedy" else torch.multinomial(p, 1)
         return i, p.gather(-1, i)
 
-    def gumbel64(x: Any) -> Any:
-        wide = x.double()
-        noise = torch.rand_like(wide)
-        i = (wide.exp() / -noise.log()).argmax(-1, keepdim=True)
-        return i, x.softmax(-1).gather(-1, i)
+    return sample
 
-    found: dict[str, Callable[[Any], Any]] = {"eager": eager}
-    if torch.cuda.is_available():
-        found["compiled"] = torch.compile(eager)
+
+def _race(x: Any) -> Any:
+    """The exponential race that compiles into few kernels."""
+    import torch
+
+    p = x.float().softmax(-1)
+    i = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
+    return i, p.gather(-1, i)
+
+
+def _llada(x: Any) -> Any:
+    """LLaDA's: Gumbel noise in float64."""
+    import torch
+
+    wide = x.double()
+    i = (wide.exp() / -torch.rand_like(wide).log()).argmax(-1, keepdim=True)
+    return i, x.softmax(-1).gather(-1, i)
+
+
+def _samplers(mode: str, dtype: str) -> dict[str, Callable[[Any], Any]]:
+    """What people use on (R, V) logits; compiled in bfloat16 alone, since each shape takes seconds."""
+    import torch
+
+    found = {"eager": _eager(mode)}
+    if torch.cuda.is_available() and dtype == "bfloat16":
+        torch._dynamo.reset()  # each shape is compiled for itself
+        best = _eager(mode) if mode == "greedy" else _race
+        found["compiled"] = torch.compile(best, dynamic=False)
     if mode == "draw":
-        found["float64 Gumbel"] = gumbel64
+        found |= {"eager race": _race, "float64 Gumbel": _llada}
         try:
             from flashinfer.sampling import sampling_from_logits
 
@@ -163,50 +117,74 @@ def _peers(mode: str) -> dict[str, Callable[[Any], Any]]:
     return found
 
 
-def gate(bench: Bench, logits: Any) -> None:
-    """AssertionError unless some rows are drawn as the float64 reference draws them."""
-    import maskgit
-
-    few = logits[:, :8]
-    rule = maskgit.StepRule(score="prob")
-    got = maskgit.sample_tokens(few, rule=rule, seeds=[1])
-    want = maskgit.sample_tokens(few, rule=rule, seeds=[1], backend="reference")
-    same = (got.candidate_tokens == want.candidate_tokens).float().mean()
-    assert same >= 0.8, f"only {same:.2f} of the candidates are the reference's"
-
-
-def bench_graph(bench: Bench) -> Iterator[Row]:
-    """One whole decode step in a CUDA graph."""
+def gate(logits: Any) -> None:
+    """AssertionError unless some rows are drawn and scored as the float64 reference does."""
     import torch
 
     import maskgit
 
-    for shape in ((1, 256, 1024), (1, 32, 152064)):
-        batch, length, vocab = (shape[0], bench.size(shape[1], 8), bench.size(shape[2], 300))
+    few = logits[:, :8]
+    for temperature in (0.0, 1.0):
+        rule = maskgit.StepRule(score="prob", sample_temperature=temperature)
+        got = maskgit.sample_tokens(few, rule=rule, seeds=[1])
+        want = maskgit.sample_tokens(few, rule=rule, seeds=[1], backend="reference")
+        same = got.candidate_tokens == want.candidate_tokens
+        share = same.float().mean()
+        assert share >= 0.8, f"only {share:.2f} of the candidates are the reference's"
+        torch.testing.assert_close(
+            got.confidence[same], want.confidence[same], rtol=1e-3, atol=1e-6
+        )
+
+
+def bench_graph(bench: Bench) -> Iterator[Row]:
+    """Whole decode steps in CUDA graphs: one alone, and one of 16 as in a generation."""
+    import torch
+
+    import maskgit
+
+    for batch, length, vocab in bench.some(((1, 256, 1024), (1, 32, 152064), (64, 256, 1024))):
+        length, vocab = bench.size(length, 8), bench.size(vocab, 300)
         logits = bench.rand(batch, length, vocab)
         tokens = torch.full((batch, length), vocab, device=bench.device)
         seeds = torch.arange(batch, device=bench.device)
+        start = torch.full_like(seeds, length)
 
-        def step(logits: Any = logits, tokens: Any = tokens, seeds: Any = seeds) -> Any:
+        def step() -> Any:
             return maskgit.decode_step(
-                logits, tokens, rule="maskgit", mask_token_id=logits.shape[2], step=1, num_steps=8,
-                num_masked_at_start=torch.full_like(seeds, tokens.shape[1]), seeds=seeds,
+                logits, tokens, rule="maskgit", mask_token_id=vocab, step=1, num_steps=8,
+                num_masked_at_start=start, seeds=seeds,
             )  # fmt: skip
 
-        yield {"shape": [batch, length, vocab], "seconds": bench.seconds(bench.graphed(step))}
+        steps = bench.size(16, 1)
+
+        def many() -> None:
+            for _ in range(steps):
+                step()
+
+        yield {
+            "shape": [batch, length, vocab], "kernels": bench.num_kernels(lambda i: step()),
+            "maskgit": bench.seconds(bench.graphed(many)) / steps,
+            "graph of one": bench.seconds(bench.graphed(step)),
+            "without a graph, host included": bench.latency(lambda i: step(), bench.size(50, 1)),
+        }  # fmt: skip
 
 
 def bench_head(bench: Bench) -> Iterator[Row]:
-    """The head without logits against cuBLAS and our own step on the logits."""
+    """The head without logits against a product and samplers of its logits."""
     import torch
 
     import maskgit
 
     width, vocab = bench.size(4096, 32), bench.size(126464, 300)
     weight = bench.rand(vocab, width, scale=0.02)
-    size, rate = weight.numel() * weight.element_size(), bench.copy_rate()
-    rule = maskgit.StepRule(score="prob")
-    for rows in (32, 256, 4096):
+    size, rate, ceiling = (
+        weight.numel() * weight.element_size(),
+        bench.copy_rate(),
+        bench.product_rate(),
+    )
+    options = {"rule": maskgit.StepRule(score="prob"), "mask_token_id": vocab, "step": 0,
+               "num_steps": 2, "seeds": torch.tensor([1], device=bench.device)}  # fmt: skip
+    for rows in bench.some((32, 64, 256, 1024, 4096)):
         rows = bench.size(rows, 8)
         hidden = bench.rand(1, rows, width)
         for share in (1.0, 0.5):
@@ -214,73 +192,69 @@ def bench_head(bench: Bench) -> Iterator[Row]:
                 return
             tokens = torch.full((1, rows), vocab, device=bench.device)
             tokens[:, int(rows * share) :] = 0
-            options = {
-                "rule": rule,
-                "mask_token_id": vocab,
-                "step": 0,
-                "num_steps": 2,
-                "seeds": [1],
-            }
 
-            def fused(i: int, hidden: Any = hidden, tokens: Any = tokens) -> Any:
+            def fused(i: int) -> Any:
                 return maskgit.decode_step_from_hidden(hidden, weight, tokens, **options)
 
-            def apart(i: int, hidden: Any = hidden, tokens: Any = tokens) -> Any:
+            def apart(i: int) -> Any:
                 return maskgit.decode_step(hidden @ weight.T, tokens, **options)
 
-            best, other = bench.seconds(fused), bench.seconds(apart)
+            best = bench.seconds(fused)
             flops = 2.0 * rows * share * width * vocab
-            yield {
+            row: Row = {
                 "rows": rows, "width": width, "vocab": vocab, "masked": share, "maskgit": best,
-                "product and step": other, "ratio": other / best, "tflops": flops / best / 1e12,
-                "share_of_weight_read": size / best / (rate / 2), "extra_bytes": bench.peak_bytes(fused),
+                "product and our step": bench.seconds(apart), "tflops": flops / best / 1e12,
+                "share_of_product": flops / best / ceiling,
+                "share_of_weight_read": size / best / rate, "extra_bytes": bench.peak_bytes(fused),
                 "extra_bytes_apart": bench.peak_bytes(apart),
             }  # fmt: skip
+            if share == 1.0:
+                row["product"] = bench.seconds(lambda i: hidden[0] @ weight.T)
+                sampler = _eager("draw")
+                row["product and eager sampler"] = attempt(
+                    lambda: bench.seconds(lambda i: sampler(hidden[0] @ weight.T))
+                )
+            yield row
 
 
 def bench_attention(bench: Bench) -> Iterator[Row]:
-    """Our attention against torch's, for each block size; the winner of each shape is tuned data."""
-
+    """Attention, ours and what `auto` takes, against each of torch's backends, from one packed product."""
     from maskgit.kernels.attention import triton_cuda
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     import maskgit
 
-    names = {"tuned": triton_cuda._tuned}
-    choices = [
-        {"queries": q, "keys": k, "warps": w, "stages": s}
-        for q, k, w, s in (
-            (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2), (128, 128, 8, 2),
-        )
-    ]  # fmt: skip
-    for length in (64, 257, 577, 1025, 4096):
-        for size in (48, 64, 72, 96, 128):
+    peers = {
+        "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }  # fmt: skip
+    for length in bench.some((257, 1025, 64, 4096)):
+        for size in (48, 96, 64, 128, 72)[: bench.size(5, 2)]:
             if bench.is_over():
                 return
             n, heads = bench.size(length, 17), 768 // size
             batch = 1 if bench.smoke else max(1, 16384 // n)
             dtype = "float32" if bench.device == "cpu" else "bfloat16"
             q, k, v = bench.rand(batch, n, 3, heads, size, dtype=dtype).unbind(2)
-            row: Row = {"length": n, "size": size, "batch": batch, "heads": heads}
-            row["torch"] = bench.seconds(lambda i: maskgit.attention(q, k, v, backend="torch"), 0.1)
-            timed = []
-            for choice in choices[:1] if bench.smoke else choices:
-                triton_cuda._tuned = lambda q, k, choice=choice: choice
-                try:
-                    took = bench.seconds(
-                        lambda i: triton_cuda.attention(q, k, v, None, size**-0.5), 0.05
-                    )
-                    timed.append((took, choice))
-                except Exception as error:  # too much shared memory, on this device
-                    row[str(choice)] = str(error).splitlines()[0][:80]
-            triton_cuda._tuned = names["tuned"]
-            best, choice = min(timed, key=lambda t: t[0])
-            got = maskgit.attention(q, k, v, backend="triton")
-            error = (got.float() - maskgit.attention(q, k, v, backend="torch").float()).abs().max()
-            yield row | {
-                "maskgit": best, "choice": choice, "ratio": row["torch"] / best, "difference": float(error),
-                "tflops": 4.0 * q.numel() * n / best / 1e12,
-                "when": {"dtype": dtype, "size": size, "keys": n, "rows": batch * heads},
-            }  # fmt: skip
+            turned = [x.transpose(1, 2) for x in (q, k, v)]
+            mine = bench.seconds(lambda i: triton_cuda.attention(q, k, v, None, size**-0.5), 0.1)
+            row: Row = {"length": n, "size": size, "batch": batch, "heads": heads, "maskgit": mine}
+            for name, kind in peers.items():
+                with sdpa_kernel([kind]):
+                    row[name] = attempt(lambda: bench.seconds(lambda i: _sdpa(turned), 0.1))
+            row["torch"] = bench.seconds(lambda i: _sdpa(turned), 0.1)
+            row["auto"] = bench.seconds(lambda i: maskgit.attention(q, k, v), 0.1)
+            difference = maskgit.attention(q, k, v, backend="triton").float() - maskgit.attention(
+                q, k, v, backend="torch"
+            )
+            row["difference"] = float(difference.abs().max())
+            yield row | {"tflops": 4.0 * q.numel() * n / mine / 1e12}
+
+
+def _sdpa(turned: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.scaled_dot_product_attention(*turned)
 
 
 def bench_maskgit(bench: Bench) -> Iterator[Row]:
@@ -291,11 +265,12 @@ def bench_maskgit(bench: Bench) -> Iterator[Row]:
     from maskgit.config import preset
     from maskgit.model import MaskGitTransformer
 
-    for name, batch, tokens, steps in (("maskgit-official", 1, 256, 8), ("maskgit-official", 64, 256, 8),
-                                       ("maskgit-official", 1, 1024, 12)):  # fmt: skip
+    for batch, tokens, steps in bench.some(((1, 256, 8), (64, 256, 8), (1, 1024, 12))):
         if bench.is_over():
             return
-        config = dataclasses.replace(preset(name).transformer, num_tokens=bench.size(tokens, 16))
+        config = dataclasses.replace(
+            preset("maskgit-official").transformer, num_tokens=bench.size(tokens, 16)
+        )
         if bench.smoke:
             config = dataclasses.replace(config, num_layers=1)
         kind = torch.float32 if bench.device == "cpu" else torch.bfloat16
@@ -306,24 +281,22 @@ def bench_maskgit(bench: Bench) -> Iterator[Row]:
         seeds = torch.arange(batch, device=bench.device)
         weight, bias = model.head_weight()
 
-        def hidden(x: Any, model: Any = model, classes: Any = classes) -> Any:
+        def hidden(x: Any) -> Any:
             return model.head.project(model.hidden(x, classes))
 
-        def run(i: int, graph: bool = bench.device == "cuda") -> Any:
+        def run(i: int) -> Any:
             return maskgit.generate(
                 hidden, start, rule="maskgit", mask_token_id=config.mask_token_id, num_steps=steps,
-                seeds=seeds, head_weight=weight, head_bias=bias, cuda_graph=graph,
+                seeds=seeds, head_weight=weight, head_bias=bias, cuda_graph=bench.device == "cuda",
             ).tokens  # fmt: skip
 
-        def eager(i: int) -> Any:
-            return _eager_generation(model, start, classes, steps)
-
         with torch.no_grad():
-            best, other = bench.seconds(run), bench.seconds(eager)
-        yield {
-            "model": name, "batch": batch, "tokens": config.num_tokens, "steps": steps, "maskgit": best,
-            "eager": other, "ratio": other / best,
-        }  # fmt: skip
+            yield {
+                "batch": batch, "tokens": config.num_tokens, "steps": steps, "maskgit": bench.latency(run),
+                "eager": bench.latency(lambda i: _eager_generation(model, start, classes, steps)),
+                "kernels of a forward": bench.num_kernels(lambda i: model.hidden(start, classes)),
+                "seconds of a forward": bench.seconds(lambda i: model.hidden(start, classes)),
+            }  # fmt: skip
 
 
 def _eager_generation(model: Any, start: Any, classes: Any, steps: int) -> Any:
@@ -345,7 +318,66 @@ def _eager_generation(model: Any, start: Any, classes: Any, steps: int) -> Any:
     return x
 
 
+def bench_tokens(bench: Bench) -> Iterator[Row]:
+    """The same seeds here and on the CPU: how many tokens differ (tests/test_cuda.py audits them)."""
+    import torch
+
+    import maskgit
+
+    shapes = ((2, 64, 50304), (16, 256, 1024), (1, 32, 126464))
+    for rule in ("maskgit", "llada", "mdlm", "dream-entropy"):
+        for batch, length, vocab in bench.some(shapes):
+            if bench.is_over():
+                return
+            length, vocab = bench.size(length, 8), bench.size(vocab, 300)
+            logits = bench.rand(batch, length, vocab, dtype="float32", scale=2.0)
+            tokens = torch.full((batch, length), vocab, device=bench.device)
+            found = [
+                maskgit.decode_step(
+                    logits.to(device), tokens.to(device), rule=rule, mask_token_id=vocab, step=1,
+                    num_steps=8, seeds=torch.arange(batch, device=device), backend=backend,
+                )
+                for device, backend in ((bench.device, "auto"), ("cpu", "torch"))
+            ]  # fmt: skip
+            rows = {"rule": rule, "shape": [batch, length, vocab], "positions": batch * length}
+            yield rows | {
+                name: int((getattr(found[0], name).cpu() != getattr(found[1], name)).sum())
+                for name in ("candidate_tokens", "next_tokens")
+            }
+
+
+def bench_probe(bench: Bench) -> Iterator[Row]:
+    """One small call of every kernel, without timing: what compute-sanitizer watches."""
+    import torch
+    from maskgit.kernels.common.tuning import forced
+
+    import maskgit
+
+    dtype = "float32" if bench.device == "cpu" else "bfloat16"
+    for rule in bench.some(("maskgit", "dream-entropy", "muse-critic", "entropy-bound")):
+        for length, vocab, offset in ((bench.size(24, 4), 200, 0), (3, 5000, 3)):
+            logits = bench.rand(2, length, vocab + 8, dtype=dtype)[..., offset : offset + vocab]
+            tokens = torch.full((2, length), vocab, device=bench.device)
+            options: Row = {"rule": rule, "mask_token_id": vocab, "step": 1, "num_steps": 4,
+                            "seeds": torch.arange(2, device=bench.device)}  # fmt: skip
+            if maskgit.StepRule.preset(rule).score == "given":
+                options["scores"] = bench.rand(2, length, dtype="float32")
+            with forced("decode_step", {"leaves": 4, "programs": bench.size(64, 8)}):
+                out = maskgit.decode_step(logits, tokens, **options)
+                guided = {"uncond_logits": logits.flip(0), "guidance_scale": 2.0}
+                maskgit.decode_step(logits, tokens, **options, **guided)
+            yield {"rule": rule, "vocab": vocab, "drawn": int((out.candidate_tokens >= 0).sum())}
+    hidden, weight = bench.rand(1, 40, 64, dtype=dtype), bench.rand(300, 64, dtype=dtype)
+    tokens = torch.full((1, 40), 300, device=bench.device)
+    options = {"rule": "maskgit", "mask_token_id": 300, "step": 1, "num_steps": 4, "seeds": [1]}
+    for rows in (40, 8):
+        maskgit.decode_step_from_hidden(hidden[:, :rows], weight, tokens[:, :rows], **options)
+    q = bench.rand(2, 33, 3, 2, 48, dtype=dtype)
+    out = maskgit.attention(*q.unbind(2), backend="triton")
+    yield {"head": "done", "attention": float(out.float().abs().max())}
+
+
 BENCHES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "step": bench_step, "graph": bench_graph, "head": bench_head, "attention": bench_attention,
-    "maskgit": bench_maskgit,
+    "maskgit": bench_maskgit, "tokens": bench_tokens,
 }  # fmt: skip

@@ -4,7 +4,7 @@
     python -m maskgit.benchmarks.report --check   # exit code 1 where a document is out of date
 
 A table stands between `<!-- table: KIND FOLDER -->` and `<!-- end -->`; its figures are those of
-benchmarks/results/FOLDER/KIND.json.
+benchmarks/results/FOLDER/KIND.json; kind "gpu" is made of all files of a folder (gpu_goals.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import gpu_goals
 from .shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,6 +161,8 @@ def render(text: str) -> str:
     """`text` with each marked table made anew from its result file."""
 
     def table(match: re.Match[str]) -> str:
+        if match[2] == "gpu":
+            return match[1] + gpu_goals.table(RESULTS / match[3]) + match[4]
         path = RESULTS / match[3] / f"{match[2]}.json"
         return match[1] + TABLES[match[2]](json.loads(path.read_text())) + match[4]
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from maskgit.benchmarks import gpu_goals
+from maskgit.kernels.common import tuning
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -20,15 +22,70 @@ def script(*arguments):
     )  # fmt: skip
 
 
+def results(folder):
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*/*.json")}
+
+
 def test_it_runs_and_keeps_its_rows(tmp_path):
-    done = script("--smoke", "--out", tmp_path, "--only", "step", "graph", "head")
+    benches = ["step", "graph", "head", "attention", "tokens", "probe"]
+    done = script("--smoke", "--out", tmp_path, "--only", *benches)
     assert done.returncode == 0, done.stderr[-2000:]
-    files = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("*/*.json")}
-    assert sorted(files) == ["graph.json", "head.json", "step.json"]
-    for report in files.values():
+    files = results(tmp_path)
+    assert sorted(files) == sorted(benches)
+    for name, report in files.items():
         assert report["torch"]
-        assert len(report["rows"]) >= 2
-    assert all(row["maskgit"] > 0 for row in files["step.json"]["rows"])
+        assert report["rows"]
+        assert all(row.get("maskgit", 1.0) > 0 for row in report["rows"]), name
+    assert all(row["candidate_tokens"] == 0 for row in files["tokens"]["rows"])
+    table = done.stdout[done.stdout.index("| benchmark |") :]
+    assert "draw + score over greedy + score" in table
+    assert (
+        "N 257, head 48: the best of torch's backends over auto | >= 1 x | not measured yet"
+        in table
+    )
+
+
+@pytest.mark.slow
+def test_whole_generations(tmp_path):
+    done = script("--smoke", "--out", tmp_path, "--only", "maskgit")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert results(tmp_path)["maskgit"]["rows"][0]["eager"] > 0
+
+
+def test_tuning_writes_what_the_kernels_read(tmp_path, monkeypatch):
+    tuners = ["tune-step", "tune-head", "tune-attention"]
+    done = script("--smoke", "--out", tmp_path / "out", "--tuned", tmp_path, "--only", *tuners)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(results(tmp_path / "out")) == sorted(tuners)
+    for op in ("decode_step", "head_sample", "attention"):
+        entries = json.loads((tmp_path / op / "tuned" / "cpu.json").read_text())
+        assert all(set(entry) == {"when", "use"} for entry in entries)
+    assert {entry["use"]["wins"] for entry in entries} <= {0, 1}
+    monkeypatch.setattr(tuning, "_entries", lambda op, name: entries)
+    nearest = tuning._nearest("attention", "a device", (("dtype", "bfloat16"), ("keys", 17)))
+    assert nearest == entries[0]["use"]
+
+
+def test_goals_are_judged_by_their_worst_row(tmp_path):
+    rows = [
+        {"shape": [256, 126464], "dtype": "bfloat16", "mode": mode, "bytes": 64749568,
+         "maskgit": seconds, "share_of_copy": 0.9, "extra_share": 0.001, "compiled": 4 * seconds,
+         "float64 Gumbel": "out of memory"}
+        for mode, seconds in (("greedy", 1e-4), ("draw", 1.2e-4))
+    ]  # fmt: skip
+    rows.append(rows[0] | {"dtype": "float32", "share_of_copy": 0.5})
+    (tmp_path / "step.json").write_text(json.dumps({"device": "a GPU", "rows": rows}))
+    table = gpu_goals.table(tmp_path)
+    assert "share of a copy's rate | >= 0.88 | 0.5 (missed) |" in table
+    assert (
+        "| draw + score over greedy + score, V >= 8192, bfloat16 | <= 1.1 x | 1.2 x (missed) |"
+        in table
+    )
+    assert "| torch.compile over draw + score, bfloat16 | >= 3 x | 4 x |" in table
+    assert (
+        "| LLaDA's float64 draw over draw + score, bfloat16 | >= 40 x | not measured yet |" in table
+    )
+    assert table.endswith("device a GPU.\n")
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

@@ -21,6 +21,8 @@ if maskgit.available_backends()["triton"] is not None:
     pytest.skip(maskgit.available_backends()["triton"], allow_module_level=True)
 
 from maskgit.kernels.common.selection import is_interpreting  # noqa: E402
+from maskgit.kernels.common.tuning import forced  # noqa: E402
+from maskgit.kernels.decode_step import run as run_module  # noqa: E402
 from maskgit.kernels.decode_step import triton_cuda  # noqa: E402
 from maskgit.kernels.head_sample import plain  # noqa: E402
 
@@ -83,6 +85,67 @@ def test_rows_that_programs_share(name, splits, monkeypatch):
     check(make_case(StepRule.preset(name), vocab=1500, length=5, batch=1), "triton")
     case = make_case(StepRule.preset(name), vocab=700, length=20, batch=1, guidance=2.5)
     check(case, "triton")  # finished 16 rows at a time
+
+
+@pytest.mark.parametrize("cut", ["exact", "strict", "inclusive"])
+def test_sequences_too_long_to_rank(cut):
+    """More than 1024 positions are cut by bisection; with ties everywhere, and where all are committed."""
+    rule = StepRule(cut=cut, score="given", clamps=(), choice_temperature=0.0)
+    random = torch.Generator().manual_seed(3)
+    for step, levels in ((1, 3), (1, 10_000), (7, 3)):
+        scores = torch.randint(0, levels, (2, 1100), generator=random) / levels
+        drawn = torch.randint(0, 6, (2, 1100), generator=random)
+        tokens = torch.where(torch.rand(2, 1100, generator=random) < 0.8, 9, drawn)
+        found = [
+            maskgit.commit_tokens(
+                drawn.to(place), scores.to(place), tokens.to(place), rule=rule, mask_token_id=9, step=step,
+                num_steps=8, backend=backend,
+            )
+            for place, backend in ((DEVICE, "triton"), ("cpu", "reference"))
+        ]  # fmt: skip
+        for got, want in zip(*found, strict=True):
+            np.testing.assert_array_equal(got.cpu().numpy(), want.numpy())
+
+
+@pytest.mark.parametrize("rule", ["maskgit", "mdlm", "entropy-bound"])
+def test_nothing_comes_from_the_host(rule, monkeypatch):
+    """A copy from the host would wait for the device: kernels get tensors that are there already."""
+    own, seen = run_module.to_gpu, []
+
+    def watched(x, logits):
+        fields = {
+            n: v for n, v in x._asdict().items() if n not in ("guidance_scale", "mask_token_id")
+        }
+        seen.extend(name for name, value in fields.items() if isinstance(value, np.ndarray))
+        return own(x, logits)
+
+    monkeypatch.setattr(run_module, "to_gpu", watched)
+    logits, weight = torch.randn(2, 6, 140, device=DEVICE), torch.randn(140, 16, device=DEVICE)
+    tokens = torch.full((2, 6), 140, device=DEVICE)
+    options = {"rule": rule, "mask_token_id": 140, "num_steps": 3, "backend": "triton"}
+    options["seeds"] = torch.arange(2, device=DEVICE)
+    maskgit.decode_step(logits, tokens, step=1, **options)
+    hidden = logits[..., :16].contiguous()
+    maskgit.decode_step_from_hidden(hidden, weight, tokens, step=1, **options)
+    maskgit.generate(lambda x: logits, tokens, **options)
+    if StepRule.preset(rule).score != "random":
+        maskgit.sample_tokens(logits, rule=rule, seeds=options["seeds"], backend="triton")
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        {"leaves": 2, "warps": 2, "programs": 1}, {"leaves": 4, "warps": 8, "programs": 8, "registers": 255},
+        {"leaves": 128, "warps": 4, "programs": 64},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tuned_numbers_change_no_token(use):
+    """Whatever a device's file says, the result is the reference's."""
+    with forced("decode_step", use):
+        check(make_case(StepRule.preset("maskgit"), vocab=1500, length=5, batch=1), "triton")
+        check(make_case(StepRule.preset("dream-margin"), vocab=300, length=9), "triton")
 
 
 @pytest.mark.parametrize(
@@ -187,8 +250,8 @@ def no_logits(*_):
 
 
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("rows", [12, 90])
-def test_the_fused_head(name, rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "use"), [(12, {}), (90, {}), (90, {"pair": 1})], ids=str)
+def test_the_fused_head(name, rows, use, monkeypatch):
     """The same tokens as the step on the float64 logits, which are never formed."""
     rng, rule, vocab, width = np.random.default_rng(rows), HEADS[name], 300, 24
     hidden = rng.normal(size=(2, rows // 2, width)).astype(np.float32)
@@ -208,10 +271,11 @@ def test_the_fused_head(name, rows, monkeypatch):
         native(a, "torch").to(DEVICE)
         for a in (hidden, weight, tokens, bias, uncond, eligible, seeds)
     ]
-    got = maskgit.decode_step_from_hidden(
-        *put[:3], head_bias=put[3], uncond_hidden=put[4], guidance_scale=1.5, eligible=put[5],
-        seeds=put[6], backend="triton", check=True, **options,
-    )  # fmt: skip
+    with forced("head_sample", use):
+        got = maskgit.decode_step_from_hidden(
+            *put[:3], head_bias=put[3], uncond_hidden=put[4], guidance_scale=1.5, eligible=put[5],
+            seeds=put[6], backend="triton", check=True, **options,
+        )  # fmt: skip
     after = got.next_tokens.cpu().numpy()
     np.testing.assert_array_equal(after, want.next_tokens)
     drawn = (after != vocab) & (tokens == vocab)

@@ -101,6 +101,26 @@ def test_every_preset(name, target):
     assert [k for k in audit(kernels) if k["spill_bytes"] or not wide] == []
 
 
+def test_long_sequences():
+    """Up to 4096 positions lie in registers, of rules that sort in each of the ways there are."""
+    kernels = profiled(
+        *options("rule", ["maskgit", "magvit", "factor", "entropy-bound"]), *options("op", ["decode-step"]),
+        *options("shape", ["1x4096x1024"]),
+    )  # fmt: skip
+    assert [k for k in kernels if k["spill_bytes"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_long_sequences_of_every_preset(target):
+    kernels = profiled(
+        *options("target", [target]), "--rule", "all", *options("op", ["decode-step"]),
+        *options("shape", ["1x520x50258", "1x1024x1024", "1x2048x1024", "1x4096x1024"]),
+    )  # fmt: skip
+    spilling = {(k["rule"], k["shape"]) for k in kernels if k["spill_bytes"]}
+    assert spilling <= {("dinfer-hierarchy", "1x4096x1024")}  # 32 bytes, of two scans
+
+
 VARIANTS = ["guided", "injected", "sample-tokens"]
 
 

@@ -6,15 +6,31 @@ be equal; of the entries left the one whose numbers are nearest in ratio is used
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib import resources
 from typing import Any
 
+_FORCED: dict[str, dict[str, int]] = {}
+
+
+@contextlib.contextmanager
+def forced(op: str, use: dict[str, int]) -> Iterator[None]:
+    """Every case of an op has these numbers in here: to time them, or to test odd ones."""
+    _FORCED[op] = use
+    try:
+        yield
+    finally:
+        del _FORCED[op]
+
 
 def tuned(op: str, device: Any, when: dict[str, str | int]) -> dict[str, int]:
     """The tuned numbers for a case on a torch device, {} where there are none."""
+    if op in _FORCED:
+        return dict(_FORCED[op])
     if getattr(device, "type", "cpu") != "cuda":
         return {}
     return dict(_nearest(op, device_name(device), tuple(sorted(when.items()))))

@@ -270,7 +270,7 @@ def sample_tokens(
     check: bool = False,
 ) -> tuple[Any, Any, Any]:
     """(candidate_tokens, confidence, log_z) of (B, N, V) logits; see `maskgit.sample_tokens`."""
-    batch, _, vocab = check_logits(logits, 3)
+    _, _, vocab = check_logits(logits, 3)
     plan = constant_plan(rule, step)
     if rule.score in ("random", "given"):
         raise ValueError(
@@ -282,7 +282,7 @@ def sample_tokens(
         logits=_own_columns(logits, rule),
         tokens=None,
         eligible=None,
-        num_masked_at_start=_zeros(batch),
+        num_masked_at_start=None,
         seeds=seeds,
         positions=positions,
         token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
@@ -385,11 +385,6 @@ def _all_masked(batch: int, length: int) -> Any:
 @lru_cache(maxsize=64)
 def _everywhere(batch: int, length: int) -> Any:
     return _read_only(np.ones((batch, length), bool))
-
-
-@lru_cache(maxsize=64)
-def _zeros(batch: int) -> Any:
-    return _read_only(np.zeros(batch, np.int64))
 
 
 def _to_host(x: StepInputs, chosen: str, dtype: str) -> StepInputs:

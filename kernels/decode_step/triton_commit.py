@@ -9,8 +9,8 @@ gets its noise and becomes the confidence, and the rule's count and cut say what
 
 Confidences go to memory once, as the result; ranks read them from there after a barrier.
 
-Limits: N at most 2^15.  Counts over the batch (count_rows "first", "mean", "sum") are formed by every
-program for itself, from the tokens.
+Limits: N at most 2^15; beyond 4096 positions a thread's 128 registers do not hold all, and spill.  Counts
+over the batch (count_rows "first", "mean", "sum") are formed by every program for itself, from the tokens.
 """
 
 # mypy: ignore-errors
@@ -213,8 +213,9 @@ def _best_of_runs(
     """The largest confidence of the run of neighbours that each position is in."""
     n = tl.arange(0, S.block)
     _, _, _, left = _competing(tokens, eligible, drawn, b, n - 1, length, mask_token_id, S)
-    _, _, _, right = _competing(tokens, eligible, drawn, b, n + 1, length, mask_token_id, S)
     _, up = tl.associative_scan(((~(competes & left)).to(tl.int32), confidence), 0, _segmented)
+    tl.debug_barrier()  # or both neighbours would be in registers
+    _, _, _, right = _competing(tokens, eligible, drawn, b, n + 1, length, mask_token_id, S)
     _, down = tl.associative_scan(
         ((~(competes & right)).to(tl.int32), confidence), 0, _segmented, reverse=True
     )
@@ -253,21 +254,25 @@ def _take(mine, competes, rank, before, now, least, S: tl.constexpr):
 @triton.jit
 def _cut(mine, competes, key, rank, take, now, S: tl.constexpr):
     """The competing positions above the rule's cut where `take` of `now` are to be committed."""
-    if S.ranks:
-        exact = competes & (rank < take)
-        strict = tl.max(tl.where(competes & (rank == take - 1), mine, -float("inf")), 0)
-        inclusive = tl.max(tl.where(competes & (rank == take), mine, -float("inf")), 0)
-        at_least, above = competes & (mine >= strict), competes & (mine > inclusive)
-    else:
-        exact = _first(key, competes, take, S)
-        at_least = competes & (key >= _of_rank(key, take - 1, S))
-        above = competes & (key > _of_rank(key, take, S))
     if S.cut == "exact":
-        return exact
+        if S.ranks:
+            return competes & (rank < take)
+        else:
+            return _first(key, competes, take, S)
     elif S.cut == "strict":
-        return tl.where(take == now, exact, at_least & (take > 0))
+        if S.ranks:
+            last = tl.max(tl.where(competes & (rank == take - 1), mine, -float("inf")), 0)
+            above = competes & (mine >= last)
+        else:
+            above = competes & (key >= _of_rank(key, take - 1, S))
+        return tl.where(take == now, competes, above & (take > 0))
     else:
-        return tl.where(take == now, exact, above)
+        if S.ranks:
+            next = tl.max(tl.where(competes & (rank == take), mine, -float("inf")), 0)
+            above = competes & (mine > next)
+        else:
+            above = competes & (key > _of_rank(key, take, S))
+        return tl.where(take == now, competes, above)
 
 
 @triton.jit
@@ -362,9 +367,8 @@ def commit_kernel(
     token, known, takes_part, competes = _competing(
         tokens, eligible, drawn, b, n, length, mask_token_id, S
     )
-    candidate = tl.load(drawn + row, mask=takes_part, other=-1).to(tl.int64)
+    candidate = tl.load(drawn + row, mask=takes_part, other=-1)
     alive = competes & (known | (candidate >= 0))
-    filled = tl.where(alive & ~known, candidate, token)
     noise = tl.zeros([block], tl.float32)
     if S.uses_noise:
         if choice_gumbel is not None:
@@ -431,6 +435,8 @@ def commit_kernel(
                 given = tl.load(num_commit + b).to(tl.int32)
             stay = _stay_masked(table, table_size, base, now, now_batch, batch, given, share, S)
             commit = _cut(mine, competes, key, rank, now - stay, now, S)
+    candidate = candidate.to(tl.int64)
+    filled = tl.where(alive & ~known, candidate, token)
     result = tl.where(commit & alive, filled, tl.where(competes, mask_token_id, token))
     if S.edits:
         edited = takes_part & known & (candidate >= 0) & (value > _constant(S.edit_threshold, S))

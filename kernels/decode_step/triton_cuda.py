@@ -33,6 +33,7 @@ from .triton_tiles import RowSpec
 
 _LOG2E = 1.4426950408889634
 _FILTERS = {"top_k": 1, "top_p": 2, "min_p": 3, "typical_p": 4}
+_OTHERS = {"factor": 13, "entropy_bound": 12}  # log2 of places of a comparison; more would spill
 _NEEDS_NO_Z = ("logit", "random", "given")
 
 
@@ -139,8 +140,8 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows
     spec = row_spec(x, plan, dtype, x.uncond_logits is not None, wants_z)
     heavy = spec.wide or spec.score == "margin" or spec.draw in ("greedy_probs", "noise")
     tiling = tiles(batch * length, vocab, strides[2] == 1, heavy, dtype, x.logits.device)
-    # rows that start anywhere, and more sums than one
-    crowded = _is_crowded(spec) or (shifted and (wants_z or spec.score == "neg_entropy"))
+    # rows that start anywhere: Triton 3.6 wants 230 registers, 3.9 from 168 to 200
+    crowded = _is_crowded(spec) or shifted
     splits = tiling["splits"] if spec.quick else 1
     uncond_strides = (0, 0, 0) if x.uncond_logits is None else x.uncond_logits.stride()
     spec = dataclasses.replace(
@@ -171,8 +172,11 @@ def _lie_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def options(warps: int, registers: int) -> dict[str, int]:
-    """How to compile: left alone, ptxas spills a few bytes to fit one more program."""
-    limit = {"maxnreg": registers} if torch.version.hip is None else {}
+    """How to compile: left alone, ptxas spills a few bytes to fit one more program.
+
+    With more registers than a multiprocessor's 65536 hold for the warps of one a kernel cannot start.
+    """
+    limit = {"maxnreg": min(registers, 2048 // warps)} if torch.version.hip is None else {}
     return {"num_warps": warps} | limit
 
 
@@ -206,7 +210,7 @@ def _commit(
         flat(x.num_masked_at_start), flat(x.num_commit), table, plan.table.size, batch,
         plan.choice_temperature, float(np.float32(plan.commit_fraction)), plan.commit_below,
         gumbel_below(plan.remask_chance), plan.remask_chance, F=finishing, S=spec,
-        **options(max(8 if shared else 1, min(16, block // 32)), 255 if shared else 128),
+        **options(8 if shared else max(1, min(16, block // 32)), 255 if shared else 128),
     )  # fmt: skip
 
 
@@ -275,7 +279,7 @@ def _commit_spec(plan: ResolvedStep, block: int, dtype: str) -> CommitSpec:
     by_noise = rule.score == "random" or plan.count == "bernoulli" or rule.remask != "none"
     return CommitSpec(
         block=block,
-        others=max(16, min(32, (1 << 14) // block)),
+        others=max(1, min(32, (1 << _OTHERS.get(plan.count, 14)) // block)),
         count="all" if plan.commit_all else plan.count,
         cut=rule.cut,
         count_rows=plan.count_rows,
@@ -332,10 +336,11 @@ def tiles(
     has some programs.
     """
     leaves = -(-vocab // reference.LEAF)
-    size = (32 if dtype == "float32" else 64) // (2 if heavy else 1)
-    fields = {"rows": 1, "leaves": size, "splits": 1, "warps": 4, "programs": 4}
-    fields["registers"] = 168
+    fields = {"rows": 1, "leaves": 32 if dtype == "float32" else 64, "splits": 1, "warps": 4,
+              "programs": 4, "registers": 168}  # fmt: skip
     fields |= tuned("decode_step", device, {"dtype": dtype, "leaves": leaves})
+    if heavy:
+        fields["leaves"] = max(1, fields["leaves"] // 2)
     wanted = fields.pop("programs") * multiprocessors(device)
     if not dense:  # V-major: neighbouring positions are neighbours in memory
         return fields | {"rows": 32, "leaves": 1, "splits": 1}

@@ -63,9 +63,10 @@ def sample_rows(
     dtype = str(hidden.dtype).removeprefix("torch.")
     spec = step_kernels.row_spec(x, plan, dtype=dtype, guided=False, wants_z=False)
     tiling = tiles(num_rows, width, dtype, spec.score == "margin", device)
+    pair = bool(tiling["pair"]) and spec.score != "neg_entropy"  # whose sums would not fit as well
     head = HeadSpec(
-        tiling["rows"], tiling["depth"], bool(tiling["swap"]), width % tiling["depth"] == 0,
-        tiling["programs"], dataclasses.replace(spec, rows=_FINISHED),
+        tiling["rows"], tiling["depth"], bool(tiling["swap"]), pair,
+        width % tiling["depth"] == 0, tiling["programs"], dataclasses.replace(spec, rows=_FINISHED),
     )  # fmt: skip
     entries = max(head.programs, -(-num_rows // head.rows)) * head.rows
     listed = torch.empty(num_rows + 1, dtype=torch.int32, device=device)
@@ -83,7 +84,8 @@ def sample_rows(
         head_kernel[(head.programs,)](
             hidden, weight, bias, listed, count, seeds, positions, parts, leaf_logits, entries,
             length, width, vocab, hidden.stride(0), weight.stride(0), column, step, draw, scale,
-            H=head, num_stages=tiling["stages"], **step_kernels.options(tiling["warps"], 255),
+            H=head, num_stages=tiling["stages"],
+            **step_kernels.options(tiling["warps"], tiling["registers"]),
         )  # fmt: skip
         finish_kernel[(-(-num_rows // _FINISHED),)](
             hidden, listed, count, seeds, positions, parts, leaf_logits, drawn, score, entries,
@@ -96,9 +98,10 @@ def sample_rows(
 def tiles(
     num_rows: int, width: int, dtype: str, heavy: bool, device: torch.device
 ) -> dict[str, int]:
-    """Rows, depth and order of the product, programs, warps and stages of its pipeline.
+    """Rows, depth and order of the product, programs, warps, registers and stages of its pipeline.
 
-    `heavy`: the epilogue keeps the two largest of each row as well.
+    `heavy`: the epilogue keeps the two largest of each row as well.  Many rows take two leaves at a time
+    where tensor cores read both operands from shared memory: the rows are read from L2 half as often.
     """
     few, least = num_rows <= 64, num_rows <= 16 or heavy
     wide = 2 if dtype == "float32" else 1
@@ -106,11 +109,20 @@ def tiles(
         "rows": (16 if least else 32) if few else 128 // wide,
         "depth": 16 if wide == 2 else 64,  # float32 operands lie in registers
         "swap": int(few),
+        "pair": int(not few and wide == 1 and _is_hopper(device)),
         "programs": 2 * step_kernels.multiprocessors(device),
         "warps": 4 if few and least else 8,
         "stages": 4 if few and wide == 1 else 3,
+        "registers": 255,
     }
     fields |= tuned("head_sample", device, {"dtype": dtype, "rows": num_rows, "width": width})
     if device.type == "cpu":  # the interpreter: few programs, small products
         fields |= {"programs": 3, "rows": min(fields["rows"], 32), "depth": 32}
     return fields
+
+
+def _is_hopper(device: torch.device) -> bool:
+    """Whether products read shared memory: Hopper and later; tensors without memory are an H100's."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

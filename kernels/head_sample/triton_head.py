@@ -45,13 +45,15 @@ NUM_PARTS = 6
 class HeadSpec:
     """What the head kernel is compiled for.
 
-    rows, depth: rows and columns of H in a product; swap: W is the left operand; even: D is a
-    multiple of `depth`; programs: how many share the work; rule: of a RowSpec what follows from the rule.
+    rows, depth: rows and columns of H in a product; swap: W is the left operand; pair: two leaves at
+    a time, not with swap; even: D is a multiple of `depth`; programs: how many share the work; rule: of
+    a RowSpec what follows from the rule.
     """
 
     rows: int
     depth: int
     swap: bool
+    pair: bool
     even: bool
     programs: int
     rule: RowSpec
@@ -85,37 +87,92 @@ def list_kernel(
 def _dealt(count, leaves, H: tl.constexpr):
     """(blocks of rows, programs for each block) for `count` rows."""
     blocks = tl.maximum((count + H.rows - 1) // H.rows, 1)
-    return blocks, tl.minimum(tl.maximum(H.programs // blocks, 1), leaves)
+    turns = (leaves + 1) // 2 if H.pair else leaves
+    return blocks, tl.minimum(tl.maximum(H.programs // blocks, 1), turns)
+
+
+@triton.jit
+def _part(at, first, inside, width, H: tl.constexpr):
+    """(n, depth) of a matrix, from column `first` on; `inside` says which rows there are."""
+    k = tl.arange(0, H.depth)
+    if H.even:
+        return tl.load(at + first, mask=inside, other=0.0)
+    else:
+        return tl.load(at + first, mask=inside & (first + k < width)[None, :], other=0.0)
 
 
 @triton.jit
 def _product(hidden, weight, row, live, column, width, vocab, stride_h, stride_w, H: tl.constexpr):
-    """H W^T of some rows and one leaf, (rows, 128) float32."""
+    """H W^T of some rows and one leaf, (rows, 128) float32, and of the next leaf where H.pair."""
     rows: tl.constexpr = H.rows
-    depth: tl.constexpr = H.depth
-    k = tl.arange(0, depth)
+    k = tl.arange(0, H.depth)
     h_at = hidden + row.to(tl.int64)[:, None] * stride_h + k[None, :]
     w_at = weight + column.to(tl.int64)[:, None] * stride_w + k[None, :]
-    h_in, w_in = live[:, None], (column < vocab)[:, None]
+    next_at = w_at + LEAF * stride_w.to(tl.int64)
+    h_in, w_in, next_in = live[:, None], (column < vocab)[:, None], (column + LEAF < vocab)[:, None]
     if H.swap:
         total = tl.zeros([LEAF, rows], tl.float32)
     else:
         total = tl.zeros([rows, LEAF], tl.float32)
-    for first in range(0, width, depth):
-        if H.even:
-            h = tl.load(h_at + first, mask=h_in, other=0.0)
-            w = tl.load(w_at + first, mask=w_in, other=0.0)
-        else:
-            inside = (first + k < width)[None, :]
-            h = tl.load(h_at + first, mask=h_in & inside, other=0.0)
-            w = tl.load(w_at + first, mask=w_in & inside, other=0.0)
+    more = total
+    for first in range(0, width, H.depth):
+        h = _part(h_at, first, h_in, width, H)
+        w = _part(w_at, first, w_in, width, H)
         if H.swap:
             total = tl.dot(w, tl.trans(h), total, input_precision="ieee")
         else:
             total = tl.dot(h, tl.trans(w), total, input_precision="ieee")
+        if H.pair:
+            w = _part(next_at, first, next_in, width, H)
+            more = tl.dot(h, tl.trans(w), more, input_precision="ieee")
     if H.swap:
         total = tl.trans(total)
-    return total
+    return total, more
+
+
+@triton.jit
+def _taken(
+    x, leaf, found, leaf_logits, entry, live, bias, vocab, mask_column, position, k0, k1, step,
+    draw_scale, score_scale, H: tl.constexpr,
+):  # fmt: skip
+    """What is `found` of each row so far, with a leaf's products x (rows, 128) counted in."""
+    S: tl.constexpr = H.rule
+    m, z, tz, best, best_leaf, second = found
+    column = leaf * LEAF + tl.arange(0, LEAF)
+    if bias is not None:
+        x += tl.load(bias + column, mask=column < vocab, other=0.0).to(tl.float32)[None, :]
+    x = tl.where((column < vocab)[None, :], x, -float("inf"))
+    x = without(x, column[None, :], leaf * LEAF, leaf * LEAF + LEAF, mask_column, S)
+    x = tl.minimum(tl.maximum(x, -FLOAT_MAX), FLOAT_MAX)
+    top = tl.max(x, 1)
+    largest = tl.maximum(m, top)
+    if S.score == "margin":
+        _, below = tl.reduce((x, x * 0.0 - FLOAT_MAX), 1, top_two)
+        second = tl.maximum(tl.maximum(second, below), tl.minimum(m, top))
+    if S.needs_z:
+        t = (x - largest[:, None]) * score_scale
+        e = tl.exp2(t)
+        behind = (m - largest) * score_scale
+        weight_of_old = tl.exp2(behind)
+        if S.score == "neg_entropy":
+            tz = weight_of_old * (tz + tl.where(z > 0, behind * z, 0.0))
+            tz += tl.sum(tl.where(e > 0, e * t, 0.0), 1)
+        sums = tl.sum(e, 1)
+        z = z * weight_of_old + sums
+    if S.draw == "race":
+        if not (S.shared and S.needs_z):
+            sums = tl.sum(tl.exp2((x - largest[:, None]) * draw_scale), 1)
+        ratio = over(sums, exponential(best_leaf * 0 + leaf, position, step, STREAM_LEAF, k0, k1))
+        best *= tl.exp2((m - largest) * draw_scale)
+        better = (ratio > best) & live & (top > -FLOAT_MAX)
+        best = tl.where(better, ratio, best)
+    else:
+        better = (top > m) & live
+    best_leaf = tl.where(better, leaf, best_leaf)
+    if tl.sum(better.to(tl.int32), 0) > 0:
+        place = entry.to(tl.int64)[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+        tl.store(leaf_logits + place, x, mask=better[:, None])
+    return largest, z, tz, best, best_leaf, second
 
 
 @triton.jit(do_not_specialize=["mask_column", "vocab", "length", "step", "entries"])
@@ -124,9 +181,9 @@ def head_kernel(
     vocab, stride_h, stride_w, mask_column, step, draw_scale, score_scale, H: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,): what `finish_kernel` makes candidates and scores of."""
-    S: tl.constexpr = H.rule
     rows: tl.constexpr = H.rows
     programs: tl.constexpr = H.programs
+    together: tl.constexpr = 2 if H.pair else 1
     total = tl.load(count)
     leaves = (vocab + LEAF - 1) // LEAF
     blocks, splits = _dealt(total, leaves, H)
@@ -136,50 +193,32 @@ def head_kernel(
         live = listing < total
         row = tl.load(listed + listing, mask=live, other=0)
         position, k0, k1 = stream_of(seeds, positions, row, length, live)
-        m = tl.full([rows], -FLOAT_MAX, tl.float32)
-        z, tz = tl.zeros([rows], tl.float32), tl.zeros([rows], tl.float32)
-        best, best_leaf = tl.full([rows], -1.0, tl.float32), tl.zeros([rows], tl.int32)
-        second = tl.full([rows], -FLOAT_MAX, tl.float32)
+        none = tl.zeros([rows], tl.float32)
+        found = (
+            none - FLOAT_MAX,
+            none,
+            none,
+            none - 1.0,
+            tl.zeros([rows], tl.int32),
+            none - FLOAT_MAX,
+        )
         # pointers to H are made anew for each leaf: kept, they would not fit into registers
-        for leaf in tl.range(task // blocks, leaves, splits, disable_licm=True):
+        first, each = task // blocks * together, splits * together
+        for leaf in tl.range(first, leaves, each, disable_licm=True):
             column = leaf * LEAF + tl.arange(0, LEAF)
-            x = _product(hidden, weight, row, live, column, width, vocab, stride_h, stride_w, H)
-            if bias is not None:
-                x += tl.load(bias + column, mask=column < vocab, other=0.0).to(tl.float32)[None, :]
-            x = tl.where((column < vocab)[None, :], x, -float("inf"))
-            x = without(x, column[None, :], leaf * LEAF, leaf * LEAF + LEAF, mask_column, S)
-            x = tl.minimum(tl.maximum(x, -FLOAT_MAX), FLOAT_MAX)
-            top = tl.max(x, 1)
-            largest = tl.maximum(m, top)
-            if S.score == "margin":
-                _, below = tl.reduce((x, x * 0.0 - FLOAT_MAX), 1, top_two)
-                second = tl.maximum(tl.maximum(second, below), tl.minimum(m, top))
-            if S.needs_z:
-                t = (x - largest[:, None]) * score_scale
-                e = tl.exp2(t)
-                behind = (m - largest) * score_scale
-                weight_of_old = tl.exp2(behind)
-                if S.score == "neg_entropy":
-                    tz = weight_of_old * (tz + tl.where(z > 0, behind * z, 0.0))
-                    tz += tl.sum(tl.where(e > 0, e * t, 0.0), 1)
-                sums = tl.sum(e, 1)
-                z = z * weight_of_old + sums
-            if S.draw == "race":
-                if not (S.shared and S.needs_z):
-                    sums = tl.sum(tl.exp2((x - largest[:, None]) * draw_scale), 1)
-                ratio = over(
-                    sums, exponential(best_leaf * 0 + leaf, position, step, STREAM_LEAF, k0, k1)
-                )
-                best *= tl.exp2((m - largest) * draw_scale)
-                better = (ratio > best) & live & (top > -FLOAT_MAX)
-                best = tl.where(better, ratio, best)
-            else:
-                better = (top > m) & live
-            best_leaf = tl.where(better, leaf, best_leaf)
-            m = largest
-            if tl.sum(better.to(tl.int32), 0) > 0:
-                place = entry.to(tl.int64)[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
-                tl.store(leaf_logits + place, x, mask=better[:, None])
+            x, more = _product(
+                hidden, weight, row, live, column, width, vocab, stride_h, stride_w, H
+            )
+            found = _taken(
+                x, leaf, found, leaf_logits, entry, live, bias, vocab, mask_column, position, k0, k1,
+                step, draw_scale, score_scale, H,
+            )  # fmt: skip
+            if H.pair:
+                found = _taken(
+                    more, leaf + 1, found, leaf_logits, entry, live, bias, vocab, mask_column,
+                    position, k0, k1, step, draw_scale, score_scale, H,
+                )  # fmt: skip
+        m, z, tz, best, best_leaf, second = found
         at = parts + entry
         tl.store(at, m, mask=live)
         tl.store(at + entries, best, mask=live)
