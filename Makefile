@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test test-all lint types bench gpu gpu-tune clean
+.PHONY: setup demo test test-all lint types bench gpu gpu-contract gpu-tune clean
 
 setup: $(STAMP)
 
@@ -44,9 +44,12 @@ bench: setup
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
+gpu-contract:
+	$(PYTHON) benchmarks/gpu.py --only contract
+
 # the same machine: tile sizes for it, into kernels/*/tuned
 gpu-tune:
-	$(PYTHON) benchmarks/gpu.py --only tune-step tune-head tune-attention
+	$(PYTHON) benchmarks/gpu.py --only tune-attention tune-step tune-head
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info maskgit/*.so

@@ -1,6 +1,7 @@
 """All that needs an NVIDIA GPU, in one go and within nine minutes: tests, sanitizer, benchmarks.
 
     make gpu                      or: python benchmarks/gpu.py [--only tests sanitizer step ...]
+    make gpu-contract             every preset and field of the contract on the GPU
     make gpu-tune                 what the tile sizes should be (gpu_tune.py)
 
 Needs a checkout, torch, triton, and for the tests pytest, scipy and hypothesis; nothing is installed, and
@@ -19,10 +20,12 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,13 @@ TESTS = ["tests/test_cuda.py", "tests/test_triton.py", "tests/test_attention.py"
          "tests/test_residual_norm.py", "tests/test_head_sample.py", "tests/test_commit.py",
          "tests/test_given_scores.py"]  # fmt: skip
 CONTRACT = ["tests/test_contract.py", "tests/test_semantics.py", "-k", "triton"]
+RESERVED = {
+    "step": 60,
+    "head": 40,
+    "attention": 40,
+    "maskgit": 60,
+    "tokens": 15,
+}  # seconds, at least
 TUNE_PROCESSES = 8  # that compile what is to be timed
 Row = dict[str, Any]
 
@@ -45,7 +55,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Tests, sanitizer and benchmarks on a GPU")
     phases = ["tests", "sanitizer", *BENCHES]
-    also = ["probe", *gpu_tune.TUNERS]
+    also = ["contract", "probe", *gpu_tune.TUNERS]
     parser.add_argument("--only", nargs="+", choices=[*phases, *also], default=phases)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -68,32 +78,44 @@ def main() -> None:
     about = machine(device) | {"triton": _version("triton"), "date": time.strftime("%Y-%m-%d")}
     name = about["device"].lower().replace(" ", "-")
     folder = given.out / name
-    tuning = [phase for phase in given.only if phase in gpu_tune.TUNERS]
-    if tuning and device == "cuda" and not given.smoke:
-        compile_together(tuning)
     benches = (
         BENCHES | {"probe": bench_probe} | {n: tune for n, (_, tune) in gpu_tune.TUNERS.items()}
     )
+    checks = {"tests": TESTS, "contract": CONTRACT}
     for phase in given.only:
         left = LIMIT - (time.monotonic() - started)
         if left < 20:
             print(f"{phase}: left out, the time is up")
-        elif phase == "tests":
-            if not given.smoke:
-                save(folder, phase, about, run_tests(staged, left))
-        elif phase == "sanitizer":
-            if not given.smoke:
-                save(folder, phase, about, run_sanitizer(left))
-        else:
-            bench = Bench(device, given.smoke, time.monotonic() + left)
-            rows: list[Row] = []
-            for row in benches[phase](bench):
-                rows.append(row)
-                save(folder, phase, about, rows)
-                print(phase, json.dumps(row), flush=True)
-            if phase in gpu_tune.TUNERS and rows:
+        elif phase in checks and not given.smoke:
+            save(folder, phase, about, [run_tests(staged, checks[phase], left)])
+        elif phase == "sanitizer" and not given.smoke:
+            save(folder, phase, about, run_sanitizer(left))
+        elif phase in benches:
+            if phase in gpu_tune.TUNERS and device == "cuda" and not given.smoke:
+                compile_together(phase)
+            later = sum(RESERVED.get(n, 0) for n in given.only[given.only.index(phase) + 1 :])
+            until = time.monotonic() + max(20.0, left - later)
+            rows, is_whole = measure(
+                benches[phase](Bench(device, given.smoke, until)), folder, phase, about
+            )
+            if phase in gpu_tune.TUNERS and is_whole:
                 print(gpu_tune.write(gpu_tune.TUNERS[phase][0], name, rows, given.tuned))
     print(gpu_goals.table(folder))
+
+
+def measure(found: Any, folder: Path, phase: str, about: Row) -> tuple[list[Row], bool]:
+    """(rows, whether none failed) of a benchmark, each kept as it comes; a failure ends it alone."""
+    rows: list[Row] = []
+    try:
+        for row in found:
+            rows.append(row)
+            save(folder, phase, about, rows)
+            print(phase, json.dumps(row), flush=True)
+    except Exception as error:  # kept with the rows: the other benchmarks go on
+        traceback.print_exc()
+        save(folder, phase, about | {"error": f"{type(error).__name__}: {error}"[:500]}, rows)
+        return rows, False
+    return rows, True
 
 
 def stage() -> Path:
@@ -129,19 +151,16 @@ def _version(package: str) -> str:
         return "none"
 
 
-def run_tests(staged: Path, left: float) -> list[Row]:
-    """The tests that need a GPU, and the contract's on Triton; in several processes where xdist is there.
+def run_tests(staged: Path, tests: list[str], left: float) -> Row:
+    """Tests that need a GPU; in several processes where xdist is there.
 
     Most of the time goes into compiling kernels, which processes share through Triton's cache.
     """
-    spread = []
+    spread = ["-v"]
     if importlib.util.find_spec("xdist"):
-        spread = ["-n", str(min(12, os.cpu_count() or 1)), "--maxfail", "30"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread]
-    return [
-        _timed([*command, *TESTS], min(left / 3, 120), staged),
-        _timed([*command, *CONTRACT], min(left / 3, 120), staged),
-    ]
+        spread += ["-n", str(min(14, os.cpu_count() or 1)), "--maxfail", "30"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *spread, *tests]
+    return _timed(command, min(left - 10, 150 if tests is TESTS else LIMIT), staged)
 
 
 def run_sanitizer(left: float) -> list[Row]:
@@ -149,50 +168,57 @@ def run_sanitizer(left: float) -> list[Row]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return [{"tool": "compute-sanitizer", "rc": None, "tail": "not installed"}]
-    script = [sys.executable, str(Path(__file__).resolve()), "--only", "probe", "--out"]
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = (
         "1"  # or bad accesses end in the allocator's pool
     )
     with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            _timed(
-                [tool, "--tool", kind, "--error-exitcode", "9", *script, folder], min(left / 4, 60)
-            )
-            for kind in ("memcheck", "racecheck")
-        ]
+        script = [sys.executable, str(Path(__file__).resolve()), "--only", "probe", "--out", folder]
+        rows = [_timed(script, min(left / 4, 60))]  # alone, which also compiles
+        for kind in ("memcheck", "racecheck"):
+            watched = [tool, "--tool", kind, "--error-exitcode", "9", *script]
+            rows.append(_timed(watched, min(left / 4, 60)))
     del os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"]
     return rows
 
 
-def compile_together(tuners: list[str]) -> None:
-    """Fill Triton's cache with what the tuners are going to time, in several processes."""
-    script = [sys.executable, str(Path(__file__).resolve()), "--only", *tuners]
+def compile_together(tuner: str) -> None:
+    """Fill Triton's cache with most of what the tuner is going to time, in several processes."""
+    script = [sys.executable, str(Path(__file__).resolve()), "--only", tuner]
     running = [
         subprocess.Popen([*script, "--compile-share", str(i)], stdout=subprocess.DEVNULL)
         for i in range(TUNE_PROCESSES)
     ]
     for process in running:
-        process.wait()
+        try:
+            process.wait(100)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _timed(command: list[str], seconds: float, folder: Path = ROOT) -> Row:
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=seconds, check=False
-        )
-        rc, text = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as error:
-        out = error.stdout or b""
-        rc, text = -1, out.decode(errors="replace") if isinstance(out, bytes) else out
-        text += f"\ncut off after {seconds:.0f} s"
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        try:
+            rc = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # workers too, which would be in the way of timings
+            rc = process.wait() or -1
+            output.write(f"\ncut off after {seconds:.0f} s\n")
+        output.seek(0)
+        text = output.read()
     print(text[-3000:], flush=True)
     lines = text.strip().splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    failed = [line for line in lines if "FAILED" in line or line.startswith("ERROR")]
     return {
         "command": " ".join([Path(command[0]).name, *command[1:]]), "rc": rc,
-        "seconds": round(time.monotonic() - start, 1), "failed": failed[:50],
-        "tail": lines[-1] if lines else "",
+        "seconds": round(time.monotonic() - start, 1), "passed": sum("PASSED" in line for line in lines),
+        "failed": failed[:50], "tail": lines[-1] if lines else "",
     }  # fmt: skip
 
 

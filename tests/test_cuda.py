@@ -49,7 +49,7 @@ def test_the_same_tokens_as_on_the_cpu(rule):
         for backend in ("triton", "torch"):
             check(case, backend, differences=0.002)
         here, there = (run(case, backend)[1] for backend in ("triton", "torch"))
-        assert (here == there).mean() > 0.998
+        assert (here != there).sum() <= 2
 
 
 def test_long_sequences():

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 if maskgit.available_backends()["triton"] is not None:
     pytest.skip(maskgit.available_backends()["triton"], allow_module_level=True)
 
+from maskgit.kernels.common.arrays import like  # noqa: E402
 from maskgit.kernels.common.selection import is_interpreting  # noqa: E402
 from maskgit.kernels.common.tuning import forced  # noqa: E402
 from maskgit.kernels.decode_step import run as run_module  # noqa: E402
@@ -85,6 +86,14 @@ def test_rows_that_programs_share(name, splits, monkeypatch):
     check(make_case(StepRule.preset(name), vocab=1500, length=5, batch=1), "triton")
     case = make_case(StepRule.preset(name), vocab=700, length=20, batch=1, guidance=2.5)
     check(case, "triton")  # finished 16 rows at a time
+
+
+def test_results_go_back_to_where_the_inputs_were():
+    """A GPU works for tensors of the host; a device without memory stands for it here."""
+    there = torch.empty(3, device="meta")
+    assert like(torch.zeros(3), there).device == there.device
+    here = torch.zeros(3)
+    assert like(here, torch.ones(3)) is here
 
 
 @pytest.mark.parametrize("cut", ["exact", "strict", "inclusive"])

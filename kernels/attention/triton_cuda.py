@@ -23,6 +23,11 @@ def attention(q: Any, k: Any, v: Any, padding: Any, scale: float) -> Any:
         raise ValueError(f"q: backend 'triton' expected D <= {LARGEST_SIZE}, got {size}")
     if q.element_size() != 2 and not is_interpreting():
         raise ValueError(f"q: backend 'triton' expected float16 or bfloat16, got {dtype_name(q)}")
+    if (
+        q.device.type == "cpu" and not is_interpreting()
+    ):  # what is on the host goes to the first GPU
+        padding = None if padding is None else padding.cuda()
+        return attention(q.cuda(), k.cuda(), v.cuda(), padding, scale).cpu()
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or k.shape[1] == 0:
@@ -67,6 +72,7 @@ def wins(q: Any, k: Any) -> bool:
 
 
 def _tuned(q: Any, k: Any) -> dict[str, int]:
-    batch, _, heads, size = q.shape
-    when = {"dtype": dtype_name(q), "size": size, "keys": k.shape[1], "rows": batch * heads}
+    when: dict[str, str | int] = {
+        "dtype": dtype_name(q), "size": str(q.shape[3]), "keys": int(k.shape[1]),
+    }  # fmt: skip
     return tuned("attention", q.device, when)

@@ -131,4 +131,6 @@ def to_kind(x: Any, kind: str, device: Any = None) -> Any:
 def like(result: Any, model: Any) -> Any:
     """`result` as an array of the library and on the device of `model`."""
     kind = kind_of(model) or "numpy"
+    if kind == "torch" and kind_of(result) == "torch":  # a GPU may have worked for the host
+        return result if result.device == model.device else result.to(model.device)
     return to_kind(result, kind, model.device if kind == "torch" else None)

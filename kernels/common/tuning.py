@@ -20,11 +20,14 @@ _FORCED: dict[str, dict[str, int]] = {}
 @contextlib.contextmanager
 def forced(op: str, use: dict[str, int]) -> Iterator[None]:
     """Every case of an op has these numbers in here: to time them, or to test odd ones."""
+    before = _FORCED.get(op)
     _FORCED[op] = use
     try:
         yield
     finally:
         del _FORCED[op]
+        if before is not None:
+            _FORCED[op] = before
 
 
 def tuned(op: str, device: Any, when: dict[str, str | int]) -> dict[str, int]:

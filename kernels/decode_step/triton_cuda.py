@@ -343,7 +343,7 @@ def tiles(
         fields["leaves"] = max(1, fields["leaves"] // 2)
     wanted = fields.pop("programs") * multiprocessors(device)
     if not dense:  # V-major: neighbouring positions are neighbours in memory
-        return fields | {"rows": 32, "leaves": 1, "splits": 1}
+        return fields | {"rows": 32, "leaves": 1, "warps": 4, "registers": 168}
     size = fields["rows"] * fields["leaves"]
     fields["leaves"] = min(fields["leaves"], 1 << (leaves - 1).bit_length())
     rows = size // fields["leaves"]

@@ -30,6 +30,9 @@ def decode_step(
 ) -> tuple[tuple[Any, Any, Any], Any]:  # fmt: skip
     """What plain.py's function of that name does; nothing waits for the device."""
     x = run.to_gpu(x, hidden)
+    place = x.tokens.device
+    hidden, weight = hidden.to(place), weight.to(place)
+    bias = None if bias is None else bias.to(place)
     wanted = run.taking_part(plan.rule, x.tokens, x.mask_token_id, x.eligible)
     if plain.chooses_first(plan):  # such a rule draws for no known token
         wanted = wanted & (x.tokens == x.mask_token_id) & plain.chosen(x, plan, hidden, backend)
@@ -63,7 +66,9 @@ def sample_rows(
     dtype = str(hidden.dtype).removeprefix("torch.")
     spec = step_kernels.row_spec(x, plan, dtype=dtype, guided=False, wants_z=False)
     tiling = tiles(num_rows, width, dtype, spec.score == "margin", device)
-    pair = bool(tiling["pair"]) and spec.score != "neg_entropy"  # whose sums would not fit as well
+    # of the entropy the sums would not fit as well
+    pair = bool(tiling["pair"]) and not tiling["swap"] and spec.score != "neg_entropy"
+    registers = 255 if spec.score in ("margin", "neg_entropy") else tiling["registers"]
     head = HeadSpec(
         tiling["rows"], tiling["depth"], bool(tiling["swap"]), pair,
         width % tiling["depth"] == 0, tiling["programs"], dataclasses.replace(spec, rows=_FINISHED),
@@ -85,7 +90,7 @@ def sample_rows(
             hidden, weight, bias, listed, count, seeds, positions, parts, leaf_logits, entries,
             length, width, vocab, hidden.stride(0), weight.stride(0), column, step, draw, scale,
             H=head, num_stages=tiling["stages"],
-            **step_kernels.options(tiling["warps"], tiling["registers"]),
+            **step_kernels.options(tiling["warps"], registers),
         )  # fmt: skip
         finish_kernel[(-(-num_rows // _FINISHED),)](
             hidden, listed, count, seeds, positions, parts, leaf_logits, drawn, score, entries,
@@ -115,7 +120,12 @@ def tiles(
         "stages": 4 if few and wide == 1 else 3,
         "registers": 255,
     }
-    fields |= tuned("head_sample", device, {"dtype": dtype, "rows": num_rows, "width": width})
+    regime = "few" if few else "many"
+    fields |= tuned(
+        "head_sample", device, {"dtype": dtype, "regime": regime, "rows": num_rows, "width": width}
+    )
+    if heavy:
+        fields["rows"] = min(fields["rows"], 16 if few else 128)
     if device.type == "cpu":  # the interpreter: few programs, small products
         fields |= {"programs": 3, "rows": min(fields["rows"], 32), "depth": 32}
     return fields
