@@ -307,7 +307,7 @@ def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
     native, mask_token_id = BACKENDS[chosen][1], x.mask_token_id
     if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
         out = getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
-        return tuple(like(array, logits) for array in out)  # back to the host, if they came from there
+        return tuple(like(array, logits) for array in out)  # to the host, if they were there
     if chosen == "pallas":
         x = x._replace(
             seeds=key_words(x.seeds, (x.tokens if x.logits is None else x.logits).shape[0])
