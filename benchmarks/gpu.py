@@ -35,13 +35,8 @@ TESTS = ["tests/test_cuda.py", "tests/test_triton.py", "tests/test_attention.py"
          "tests/test_residual_norm.py", "tests/test_head_sample.py", "tests/test_commit.py",
          "tests/test_given_scores.py"]  # fmt: skip
 CONTRACT = ["tests/test_contract.py", "tests/test_semantics.py", "-k", "triton"]
-RESERVED = {
-    "step": 60,
-    "head": 40,
-    "attention": 40,
-    "maskgit": 60,
-    "tokens": 15,
-}  # seconds, at least
+# seconds that each gets at least
+RESERVED = {"step": 60, "head": 40, "attention": 40, "maskgit": 60, "tokens": 15}
 TUNE_PROCESSES = 8  # that compile what is to be timed
 Row = dict[str, Any]
 
@@ -52,6 +47,7 @@ def main() -> None:
     from maskgit.benchmarks import gpu_goals, gpu_tune
     from maskgit.benchmarks.gpu_benches import BENCHES, bench_probe
     from maskgit.benchmarks.gpu_timing import Bench, machine
+    from maskgit.kernels.common.tuning import device_name
 
     parser = argparse.ArgumentParser(description="Tests, sanitizer and benchmarks on a GPU")
     phases = ["tests", "sanitizer", *BENCHES]
@@ -76,7 +72,7 @@ def main() -> None:
             list(gpu_tune.TUNERS[phase][1](share))
         return
     about = machine(device) | {"triton": _version("triton"), "date": time.strftime("%Y-%m-%d")}
-    name = about["device"].lower().replace(" ", "-")
+    name = "cpu" if device == "cpu" else device_name(torch.device("cuda"))
     folder = given.out / name
     benches = (
         BENCHES | {"probe": bench_probe} | {n: tune for n, (_, tune) in gpu_tune.TUNERS.items()}
@@ -94,11 +90,9 @@ def main() -> None:
             if phase in gpu_tune.TUNERS and device == "cuda" and not given.smoke:
                 compile_together(phase)
             later = sum(RESERVED.get(n, 0) for n in given.only[given.only.index(phase) + 1 :])
-            until = time.monotonic() + max(20.0, left - later)
-            rows, is_whole = measure(
-                benches[phase](Bench(device, given.smoke, until)), folder, phase, about
-            )
-            if phase in gpu_tune.TUNERS and is_whole:
+            bench = Bench(device, given.smoke, time.monotonic() + max(20.0, left - later))
+            rows, is_sound = measure(benches[phase](bench), folder, phase, about)
+            if phase in gpu_tune.TUNERS and is_sound and not bench.is_over():
                 print(gpu_tune.write(gpu_tune.TUNERS[phase][0], name, rows, given.tuned))
     print(gpu_goals.table(folder))
 
@@ -168,9 +162,8 @@ def run_sanitizer(left: float) -> list[Row]:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return [{"tool": "compute-sanitizer", "rc": None, "tail": "not installed"}]
-    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = (
-        "1"  # or bad accesses end in the allocator's pool
-    )
+    # or bad accesses end in the allocator's pool
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         script = [sys.executable, str(Path(__file__).resolve()), "--only", "probe", "--out", folder]
         rows = [_timed(script, min(left / 4, 60))]  # alone, which also compiles

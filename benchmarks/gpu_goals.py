@@ -68,9 +68,11 @@ def together(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
     for row in joined.get("head", []):
         row["whole"] = whole.get(row["rows"])
     tokens = joined.get("tokens", [])
+    differing, positions = (
+        sum(row[n] for row in tokens) for n in ("candidate_tokens", "positions")
+    )
     for row in tokens:
-        differing = sum(other["candidate_tokens"] for other in tokens)
-        row["of_all"] = differing / sum(other["positions"] for other in tokens)
+        row["of_all"] = differing / positions
     return joined
 
 

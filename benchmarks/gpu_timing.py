@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_FASTEST_CLOCK = (
-    2.1e9  # cycles a second, more than any of today's: what is slept is rather too long
-)
+_FASTEST_CLOCK = 2.1e9  # cycles a second, more than any of today's: rather too long a sleep
 
 
 class Bench:

@@ -18,7 +18,6 @@ from .gpu_benches import Row, attempt
 from .gpu_timing import Bench
 
 Choice = dict[str, int]
-_KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 STEP_CHOICES: list[Choice] = [  # at most as many logits a thread as by default: other rules keep more of each
     {"leaves": leaves, "warps": warps, "registers": registers}
     for leaves, warps, registers in (
@@ -166,8 +165,8 @@ def tune_attention(bench: Bench) -> Iterator[Row]:
                 }  # fmt: skip
 
 
-def write(op: str, device_name: str, rows: list[Row], into: Path = _KERNELS) -> Path:
-    """The device's file of an op from the rows, an entry a line."""
+def write(op: str, device_name: str, rows: list[Row], into: Path) -> Path:
+    """The device's file of an op under `into`, from the rows, an entry a line."""
     path = into / op / "tuned" / f"{device_name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"when": row["when"], "use": row["use"]}) for row in rows]
@@ -192,7 +191,7 @@ class Sharded(Bench):
         self._number, self._processes, self._turn = number, processes, 0
 
     def inputs(self, *shape: int, dtype: str) -> list[Any]:
-        """Few rows, which are compiled for like many."""
+        """One of them, which all are compiled for alike."""
         return [self.rand(*shape, dtype=dtype)]
 
     def samples(self, call: Callable[[int], Any], budget: float = 0.0) -> list[float]:

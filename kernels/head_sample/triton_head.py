@@ -17,10 +17,11 @@ rounded to 16 bits.
 Which rows: `list_kernel` lists those that take part, on the device.  The list's length decides how
 programs are dealt out, so the time follows the masked rows without the host knowing their number.
 
-Two regimes.  More than 64 rows: 128 rows by one leaf, 64 accumulators a thread; bound by the tensor cores,
-and the hidden states of all rows and some leaves of W lie in L2.  Few rows: W is the left operand, 128 x K
-by K x 16 or 32, since tensor cores take at least 64 rows there; bound by reading W, with two programs for
-each multiprocessor so that the last ones share the bandwidth.
+Two regimes.  More than 64 rows: 128 rows by two leaves, 128 accumulators a thread, each leaf finished on its
+own (by one leaf before Hopper, in float32 and for entropies); bound by the tensor cores, and the hidden
+states of all rows and some leaves of W lie in L2.  Few rows: W is the left operand, 128 x K by K x 16 or 32,
+since tensor cores take at least 64 rows there; bound by reading W, with two programs for each multiprocessor
+so that the last ones share the bandwidth.
 
 Limits: rules that filter, that score in float64, that take Dream's argmax of probabilities, that score
 held tokens or get injected token noise go through plain.py.  NaN counts as -inf; an infinite product as
@@ -194,14 +195,8 @@ def head_kernel(
         row = tl.load(listed + listing, mask=live, other=0)
         position, k0, k1 = stream_of(seeds, positions, row, length, live)
         none = tl.zeros([rows], tl.float32)
-        found = (
-            none - FLOAT_MAX,
-            none,
-            none,
-            none - 1.0,
-            tl.zeros([rows], tl.int32),
-            none - FLOAT_MAX,
-        )
+        least = none - FLOAT_MAX
+        found = (least, none, none, none - 1.0, tl.zeros([rows], tl.int32), least)
         # pointers to H are made anew for each leaf: kept, they would not fit into registers
         first, each = task // blocks * together, splits * together
         for leaf in tl.range(first, leaves, each, disable_licm=True):
