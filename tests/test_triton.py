@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import GOLDEN, golden_rule, make_case, native, run, run_stats
 from test_contract import check, compare_stats
+from test_temperatures import case_at
 
 import maskgit
 from maskgit import StepRule
@@ -72,6 +73,12 @@ def test_bad_numbers():
     logits[0, 3], logits[1, 0, 100:] = -np.inf, np.nan
     logits[1, 1] *= 1e37
     check(dataclasses.replace(case, logits=logits), "triton")
+
+
+@pytest.mark.parametrize("temperature", [1e37, 1e308])
+def test_hot(temperature):
+    for name, kind in [("sample", "sparse"), ("all", "huge"), ("slice", "last")]:
+        check(case_at(name, temperature, kind, 200), "triton")
 
 
 @pytest.mark.parametrize("name", ["maskgit", "llada", "muse"])

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from .counts import commit_share, masked_count_table, quota_table, remask_chances
 from .spec import StepRule
 
-# Temperatures under this are 0: 1/T would leave float32, and the draw is argmax long before.
-_MIN_TEMPERATURE = 1e-6
+# 1/T must stay in float32: temperatures under the first are 0, since the draw is argmax long before;
+# those above the second are the second, where any logits but of the order of 1e23 are long alike.
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-6, 1e30
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +57,15 @@ def _anneal(kind: str, step: int, num_steps: int) -> float:
     return math.prod(1.0 - (i + 1) / num_steps for i in range(step + 1))
 
 
-def _at_least(value: float) -> float:
-    return value if value >= _MIN_TEMPERATURE else 0.0
+def _bounded(value: float) -> float:
+    return min(value, _MAX_TEMPERATURE) if value >= _MIN_TEMPERATURE else 0.0
 
 
 def _sample_temperature(rule: StepRule, step: int, num_steps: int) -> float:
     """The drawing temperature of a step, not regarding steps that are greedy by decree."""
     end = rule.sample_temperature_end
     share = _anneal(rule.sample_anneal, step, num_steps)
-    return _at_least(
+    return _bounded(
         max(end + (rule.sample_temperature - end) * share, rule.sample_temperature_floor)
     )
 
@@ -138,8 +139,8 @@ def resolve(rule: StepRule, step: int, num_steps: int, size: int) -> ResolvedSte
         step=step,
         sample_temperature=0.0 if _is_greedy(rule, step, num_steps) else sample,
         filter_temperature=sample or 1.0,
-        score_temperature=rule.score_temperature or sample or 1.0,
-        choice_temperature=_at_least(choice),
+        score_temperature=_bounded(rule.score_temperature or sample) or 1.0,
+        choice_temperature=_bounded(choice),
         count=rule.count,
         table=table,
         commit_fraction=share,
