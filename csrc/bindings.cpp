@@ -104,6 +104,7 @@ PYBIND11_MODULE(_C, m) {
   MASKGIT_NUMBER(num_score_banned);
   MASKGIT_NUMBER(remask_below);
   MASKGIT_NUMBER(edit_threshold);
+  MASKGIT_NUMBER(compare_rounding);
   MASKGIT_NUMBER(low_threshold);
   MASKGIT_NUMBER(threshold_slack);
   MASKGIT_NUMBER(threshold_strict);

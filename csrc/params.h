@@ -46,6 +46,7 @@ struct StepParams {
   double sample_temperature = 1.0, filter_temperature = 1.0, score_temperature = 1.0, choice_temperature = 0.0;
   int guidance_rounds = 0, top_p_below = 0;
   int greedy_on_probs = 0, score = kLogProb, score_filtered = 0, score_rounding = kToFloat32;
+  int compare_rounding = kToFloat32;  // of what is computed to be compared with scores
   int num_filters = 0;
   int filters[5] = {};
   double filter_values[5] = {};

@@ -47,16 +47,17 @@ double round_bfloat16(float x) {
   return x;
 }
 
-double round_float16(double x) {  // of numbers between 2^-14 and 65504
+double round_float16(double x) {
+  if (!(std::abs(x) < 65520.0)) return std::isnan(x) ? x : std::copysign(kInf, x);
   int exponent;
   std::frexp(x, &exponent);
   const double unit = std::ldexp(1.0, std::max(exponent - 11, -24));
   return std::nearbyint(x / unit) * unit;
 }
 
-// A number as confidences of the rule's dtype are compared with.
+// A computed bound as confidences are compared with it; given ones come rounded.
 double as_confidence(const StepParams& p, double x) {
-  switch (p.score_rounding) {
+  switch (p.compare_rounding) {
     case kToFloat64: return x;
     case kToBfloat16: return round_bfloat16(float(x));
     case kToFloat16: return round_float16(x);
@@ -71,8 +72,8 @@ int64_t num_confident(const StepParams& p, const std::vector<double>& falling) {
   const int64_t n = static_cast<int64_t>(falling.size());
   int64_t i = 0;
   if (p.count == kThreshold) {
-    double bound = as_confidence(p, p.threshold);
-    if (p.has_slack) bound = std::min(bound, rounded(falling[0] - rounded(p.threshold_slack)));
+    double bound = p.threshold;
+    if (p.has_slack) bound = std::min(bound, as_confidence(p, rounded(falling[0] - p.threshold_slack)));
     while (i < n && (p.threshold_strict ? falling[i] > bound : falling[i] >= bound)) ++i;
     return i;
   }
@@ -80,12 +81,12 @@ int64_t num_confident(const StepParams& p, const std::vector<double>& falling) {
     double total = 0;
     for (; i < n; ++i) {
       total = rounded(total - falling[i]);
-      if (!(rounded(total + falling[i]) <= rounded(p.threshold))) break;
+      if (!(rounded(total + falling[i]) <= p.threshold)) break;
     }
     return i;
   }
   i = 1;  // the first always passes
-  while (i < n && falling[i] >= rounded(1 - p.factor / double(i + 2))) ++i;
+  while (i < n && falling[i] >= as_confidence(p, 1 - p.factor / double(i + 2))) ++i;
   return p.factor_tail && (n <= 2 || i == n - 1) ? n : i;  // as in Fast-dLLM, a failure at the last index still commits it
 }
 
@@ -154,8 +155,7 @@ class Selector {
 
   // Editing and ReMDM's re-masking, which are apart from the competition.
   void touch_known(int64_t i, int64_t drawn, double value) {
-    const double bound = p_.score_rounding == kToFloat64 ? p_.edit_threshold : float(p_.edit_threshold);
-    if (p_.edits && drawn >= 0 && value > bound) p_.next_tokens[i] = p_.candidates[i] = drawn;
+    if (p_.edits && drawn >= 0 && value > p_.edit_threshold) p_.next_tokens[i] = p_.candidates[i] = drawn;
     const double below = p_.remask_bounds ? p_.remask_bounds[i] : p_.remask_below;
     if (p_.remasks && p_.choice_noise[i] < below) p_.next_tokens[i] = p_.mask_token_id;
   }
@@ -165,7 +165,6 @@ class Selector {
   // Of each run of neighbouring positions the best above low_threshold, all above threshold, and the
   // best of the row.
   void best_of_runs(int64_t base) {
-    const double low = as_confidence(p_, p_.low_threshold), high = as_confidence(p_, p_.threshold);
     const size_t n = ranked_.size();
     commit(base + std::min_element(ranked_.begin(), ranked_.end())->position);
     for (size_t first = 0; first < n;) {
@@ -175,7 +174,7 @@ class Selector {
         best = std::max(best, ranked_[stop].confidence);
       for (; first < stop; ++first) {
         const double c = ranked_[first].confidence;
-        if (c > high || (c == best && c > low)) commit(base + ranked_[first].position);
+        if (c > p_.threshold || (c == best && c > p_.low_threshold)) commit(base + ranked_[first].position);
       }
     }
   }

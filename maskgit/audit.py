@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .kernels.common.arrays import dtype_name, kind_of, to_numpy, widen
+from .kernels.common.rounding import round_to, rounded
 from .kernels.decode_step import StepNoise, StepRule, reference
 from .kernels.decode_step.api import rule_and_noise
 from .kernels.decode_step.checks import LOGIT_DTYPES, check_guidance, check_logits, columns
-from .kernels.decode_step.plan import ResolvedStep
+from .kernels.decode_step.plan import ResolvedStep, in_score_dtype
 from .kernels.decode_step.run import complete, inputs
 from .kernels.decode_step.spec import StepInputs
 
@@ -427,19 +428,20 @@ def _boundary_tie(one: _Ranked, commits: dict[str, npt.NDArray[np.bool_]]) -> Cu
 
 def _threshold_ties(one: _Ranked, plan: ResolvedStep, kind: str) -> list[CutTie]:
     """Confidences that are a rounding error away from what they are compared with."""
-    rule = plan.rule
+    rule, plan = plan.rule, in_score_dtype(plan, kind)
+    kind = plan.compared_in
     where = np.flatnonzero(one.eligible & ~np.isneginf(one.confidence))
     order = where[np.argsort(-one.confidence[where], kind="stable")]
     if not order.size:
         return []
-    low, high, to = one.low[order], one.high[order], one.confidence.dtype.type
+    low, high = one.low[order], one.high[order]
     if plan.count == "threshold":
-        bound = float(reference.threshold_in(rule.threshold, rule.score_dtype, kind, to))
-        if rule.threshold_slack is not None:
-            bound = min(bound, float(one.confidence[order[0]]) - rule.threshold_slack)
+        bound = plan.threshold
+        if plan.threshold_slack is not None:
+            bound = min(bound, rounded(one.confidence[order[0]] - plan.threshold_slack, kind))
         at = order[(low <= bound) & (bound <= high)]
     elif plan.count == "factor":
-        bounds = np.array([1 - rule.factor / (i + 2) for i in range(order.size)])
+        bounds = round_to([1 - rule.factor / (i + 2) for i in range(order.size)], kind, kind)
         passing = reference.confident(one.confidence[order], plan, kind)
         decides = (np.arange(order.size) <= passing) & (np.arange(order.size) > 0)
         hit = np.flatnonzero(decides & (low <= bounds) & (bounds <= high))
@@ -448,7 +450,7 @@ def _threshold_ties(one: _Ranked, plan: ResolvedStep, kind: str) -> list[CutTie]
         entropies = -one.confidence[order].astype(np.float64)
         before = np.cumsum(entropies) - entropies
         error = 16 * EPS["float32"] * (1 + before) * np.arange(1, order.size + 1)
-        at, bound = order[np.abs(before - rule.threshold) <= error], rule.threshold
+        at, bound = order[np.abs(before - plan.threshold) <= error], plan.threshold
     else:
         return []
     return [_at_threshold(one, bound, at)] if at.size else []
@@ -463,11 +465,8 @@ def _at_threshold(one: _Ranked, bound: float, at: npt.NDArray[Any]) -> CutTie:
 
 def _run_ties(one: _Ranked, plan: ResolvedStep, kind: str) -> list[CutTie]:
     """Ties for the best of a run of neighbouring positions, and at the two thresholds."""
-    rule, to = plan.rule, one.confidence.dtype.type
-    floor, bar = (
-        float(reference.threshold_in(t, rule.score_dtype, kind, to))
-        for t in (rule.low_threshold, rule.threshold)
-    )
+    plan = in_score_dtype(plan, kind)
+    floor, bar = plan.low_threshold, plan.threshold
     where, found = np.flatnonzero(one.eligible), []
     for run in np.split(where, np.flatnonzero(np.diff(where) != 1) + 1):
         values = one.confidence[run]

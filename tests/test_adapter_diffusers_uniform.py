@@ -116,6 +116,21 @@ def test_every_output_is_the_stock_one(kind, option):
     assert 0.05 < decided / seen < 0.95
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_accepted_in_half_precision(dtype):
+    rng, accepted = torch.Generator().manual_seed(3), 0
+    for i in range(60):
+        stock, mine = twins("EntropyBoundScheduler", entropy_bound=(0.1, 1.0, 5.0)[i % 3])
+        for scheduler in (stock, mine):
+            scheduler.set_timesteps(16)
+        logits = (torch.randn(2, 24, 500, generator=rng) * 4).to(dtype)
+        sample = torch.zeros(2, 24, dtype=torch.long)
+        a, b = stock.step(logits, i % 16, sample), mine.step(logits, i % 16, sample)
+        assert torch.equal(a.accepted_index, b.accepted_index), i
+        accepted += int(a.accepted_index.sum())
+    assert accepted > 100
+
+
 @pytest.mark.parametrize("name", ["discrete-ddim", "discrete-ddim-drawn"])
 def test_what_the_codebase_itself_did(name):
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:

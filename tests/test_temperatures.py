@@ -72,7 +72,9 @@ def test_every_temperature(backend: str, name: str, kind: str) -> None:
         for vocab in (61, 2100):
             case = case_at(name, temperature, kind, vocab)
             check(case, backend)
-            compare_stats(case, run_stats(case, backend), wide=backend == "torch" and name == "wide")
+            compare_stats(
+                case, run_stats(case, backend), wide=backend == "torch" and name == "wide"
+            )
 
 
 @pytest.mark.parametrize("name", ["all", "choice"])
@@ -88,9 +90,7 @@ def test_hot_in_jax(backend: str, name: str) -> None:
     st.integers(61, 700),
     st.integers(0, 99),
 )
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in DEAR])
 def test_any_temperature(
     backend: str, temperature: float, name: str, kind: str, vocab: int, seed: int

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .plan import ResolvedStep, gumbel_below
+from .plan import ResolvedStep, gumbel_below, in_score_dtype
 from .spec import StepInputs
 
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -216,6 +216,7 @@ def _numbers(plan: ResolvedStep, dtype: str) -> Any:
     """The parameters that depend on the plan and the dtype alone."""
     from maskgit import _C
 
+    plan = in_score_dtype(plan, dtype)
     rule, p = plan.rule, _C.StepParams()
     p.dtype = _DTYPES[dtype]
     p.table, p.table_size = plan.table, plan.table.size
@@ -228,24 +229,25 @@ def _numbers(plan: ResolvedStep, dtype: str) -> Any:
     p.score = _SCORES.index(rule.score)
     p.score_filtered = rule.score_filtered
     p.score_rounding = _ROUNDING[dtype if rule.score_dtype == "logits" else rule.score_dtype]
+    p.compare_rounding = _ROUNDING[plan.compared_in]
     p.set_filters([(_FILTERS.index(f), float(getattr(rule, f, 0) or 0)) for f in rule.filters])
     p.count, p.cut = _COUNTS.index(plan.count), _CUTS.index(rule.cut)
     p.count_rows = ("each", "first", "mean", "sum").index(plan.count_rows)
     p.base_is_positions = plan.count_base == "positions"
     p.clamps = [("commit_one", "keep_one").index(clamp) + 1 for clamp in plan.clamps]
     p.revise = ("no", "held", "drawn").index(rule.revise)
-    p.edits = rule.edit_threshold is not None
-    p.edit_threshold = rule.edit_threshold or 0.0
+    p.edits = plan.edit_threshold is not None
+    p.edit_threshold = plan.edit_threshold or 0.0
     p.remasks = rule.remask != "none"
     p.remask_below = gumbel_below(plan.remask_chance)
     p.skip_mask_token = rule.skip_mask_token
     p.filter_temperature = plan.filter_temperature
     p.guidance_rounds = rule.guidance_dtype == "logits"
     p.top_p_below = rule.top_p_keep == "below"
-    p.threshold_strict, p.low_threshold = rule.threshold_strict, rule.low_threshold
-    p.has_slack, p.threshold_slack = rule.threshold_slack is not None, rule.threshold_slack or 0.0
+    p.threshold_strict, p.low_threshold = rule.threshold_strict, plan.low_threshold
+    p.has_slack, p.threshold_slack = plan.threshold_slack is not None, plan.threshold_slack or 0.0
     p.min_is_quota = rule.min_commit == "quota"
     p.commit_all = plan.commit_all
     p.commit_fraction, p.commit_below = plan.commit_fraction, plan.commit_below
-    p.threshold, p.factor, p.factor_tail = rule.threshold, rule.factor, rule.factor_tail
+    p.threshold, p.factor, p.factor_tail = plan.threshold, rule.factor, rule.factor_tail
     return p

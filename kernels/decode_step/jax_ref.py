@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..common import philox, philox_jax
+from ..common.rounding import round_to as round_on_host
 from .plan import ResolvedStep
 from .spec import StepInputs
 
@@ -111,7 +112,7 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     mask = jnp.asarray(x.mask_token_id, x.tokens.dtype)
     next_tokens = jnp.where(commit & alive, candidates, jnp.where(eligible, mask, x.tokens))
     if rule.edit_threshold is not None:
-        edited = x.eligible & known & found & (score > rule.edit_threshold)
+        edited = x.eligible & known & found & (score > plan.edit_threshold)
         next_tokens = jnp.where(edited, drawn, next_tokens)
         candidates = jnp.where(edited, drawn, candidates)
     if rule.remask != "none":
@@ -361,7 +362,7 @@ def select(
         return jnp.where(here, confidence, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf)
 
     if plan.count == "runs":
-        return _best_of_runs(confidence, eligible, plan, dtype) | (eligible & (rank == 0))
+        return _best_of_runs(confidence, eligible, plan) | (eligible & (rank == 0))
     if plan.count in ("threshold", "factor", "entropy_bound"):
         take = _confident(confidence, eligible, rank, now, plan, dtype)
         least = jnp.ones_like(now)
@@ -415,11 +416,6 @@ def _stay_masked(plan: ResolvedStep, x: StepInputs, now: jax.Array, positions: i
     return jnp.clip(target, 0, now)
 
 
-def _threshold(value: float, like: jax.Array, plan: ResolvedStep, dtype: str) -> jax.Array:
-    """A threshold as the number that scores of the rule's dtype are compared with."""
-    return round_to(jnp.asarray(value, like.dtype), plan.rule.score_dtype, dtype)
-
-
 def _confident(
     confidence: jax.Array,
     eligible: jax.Array,
@@ -430,20 +426,23 @@ def _confident(
 ) -> jax.Array:
     """How many of the surest a rule commits that looks at their values, (B, 1)."""
     rule, kind = plan.rule, np.dtype(confidence.dtype)
+    compared_in = plan.compared_in or rule.score_dtype
     if plan.count == "threshold":
-        bound = _threshold(rule.threshold, confidence, plan, dtype)
-        if rule.threshold_slack is not None:
+        bound = jnp.asarray(plan.threshold, kind)
+        if plan.threshold_slack is not None:
             top = jnp.where(eligible, confidence, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf)
-            bound = jnp.minimum(bound, top - np.asarray(rule.threshold_slack, kind))
+            below = top - np.asarray(plan.threshold_slack, kind)
+            bound = jnp.minimum(bound, round_to(below, compared_in, dtype))
         above = confidence > bound if rule.threshold_strict else confidence >= bound
         return (eligible & above).sum(-1, keepdims=True, dtype=jnp.int32)
     if plan.count == "entropy_bound":
         order = jnp.argsort(jnp.where(eligible, rank, rank.shape[-1]), axis=-1, stable=True)
         falling = jnp.take_along_axis(jnp.where(eligible, confidence, 0.0), order, axis=-1)
-        within = jnp.cumsum(-falling, axis=-1) + falling <= rule.threshold
+        within = jnp.cumsum(-falling, axis=-1) + falling <= plan.threshold
         return jnp.cumprod(within.astype(jnp.int32), axis=-1).sum(-1, keepdims=True)
     size = eligible.shape[-1]
-    bounds = (1 - rule.factor / (np.arange(size + 1, dtype=np.float64) + 2)).astype(kind)
+    bounds = 1 - rule.factor / (np.arange(size + 1, dtype=np.float64) + 2)
+    bounds = round_on_host(bounds, compared_in, dtype).astype(kind)
     failing = eligible & (rank >= 1) & (confidence < jnp.asarray(bounds)[rank])  # the first passes
     first = jnp.where(failing, rank, now).min(-1, keepdims=True, initial=size)
     first = jnp.minimum(first, now)
@@ -452,22 +451,16 @@ def _confident(
     return jnp.where(ends, now, first) if rule.factor_tail else first
 
 
-def _best_of_runs(
-    confidence: jax.Array, eligible: jax.Array, plan: ResolvedStep, dtype: str
-) -> jax.Array:
+def _best_of_runs(confidence: jax.Array, eligible: jax.Array, plan: ResolvedStep) -> jax.Array:
     """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
-    low, high = (
-        _threshold(value, confidence, plan, dtype)
-        for value in (plan.rule.low_threshold, plan.rule.threshold)
-    )
     batch, length = eligible.shape
     starts = eligible & ~jnp.pad(eligible, ((0, 0), (1, 0)))[:, :-1]
     run = jnp.where(eligible, jnp.cumsum(starts, axis=-1, dtype=jnp.int32), 0)
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     best = jnp.full((batch, length + 1), -jnp.inf, confidence.dtype)
     best = best.at[rows, run].max(jnp.where(eligible, confidence, -jnp.inf))
-    is_best = (confidence == best[rows, run]) & (confidence > low)
-    return eligible & (is_best | (confidence > high))
+    is_best = (confidence == best[rows, run]) & (confidence > plan.low_threshold)
+    return eligible & (is_best | (confidence > plan.threshold))
 
 
 def _choice_noise(x: StepInputs, plan: ResolvedStep) -> jax.Array | None:

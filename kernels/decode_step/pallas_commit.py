@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..common.philox import STREAM_CHOICE
 from ..common.philox_pallas import exponentials
+from .pallas_tiles import round_to
 
 LANES = 128
 UNROLL = 8  # rotations of a loop's body
@@ -62,6 +63,7 @@ class CommitSpec:
     remasks: bool = False
     remasks_by_score: bool = False
     skip_mask_token: bool = False
+    compared_in: str = ""  # the dtype of a bound that is computed
 
     @property
     def width(self) -> int:
@@ -233,7 +235,8 @@ def _take(
         bound = jnp.full(now.shape, spec.threshold, jnp.float32)
         if spec.slack is not None:
             top = _top(jnp.where(competes, mine, -jnp.inf))
-            bound = jnp.minimum(bound, top - np.float32(spec.slack))
+            below = top - np.float32(spec.slack)
+            bound = jnp.minimum(bound, round_to(below, spec.compared_in))
         take = _num(competes & ((mine > bound) if spec.threshold_strict else (mine >= bound)))
     elif spec.count == "entropy_bound":
         failing = competes & ~(before <= spec.threshold)

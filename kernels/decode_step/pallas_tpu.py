@@ -22,12 +22,12 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..common.rounding import round_to
 from ..common.simulation import interpret_params, is_simulating
 from .pallas_commit import CommitSpec, commit_kernel
 from .pallas_rows import LOG2E, SEQUENCES, rows_kernel
 from .pallas_tiles import LANES, LEAF, RowSpec
-from .plan import ResolvedStep, gumbel_below
-from .reference import threshold_in
+from .plan import ResolvedStep, gumbel_below, in_score_dtype
 from .spec import StepInputs, StepRule
 
 BLOCK_BYTES = 4 << 20
@@ -270,14 +270,11 @@ def _vmem(block: int) -> int | None:
 
 def commit_spec(x: StepInputs, plan: ResolvedStep, dtype: str) -> CommitSpec:
     """What the commit kernel is compiled for at this step."""
-    rule = plan.rule
+    rule, plan = plan.rule, in_score_dtype(plan, dtype)
     batch, length = x.tokens.shape
-
-    def bound(value: float) -> float:
-        return float(threshold_in(value, rule.score_dtype, dtype, np.float32))
-
     adds_noise = plan.choice_temperature > 0 and rule.score != "random"
     by_noise = rule.score == "random" or plan.count == "bernoulli" or rule.remask != "none"
+    by_bound = plan.count == "factor" or plan.threshold_slack is not None
     noise = "given" if x.choice_gumbel is not None else "stream"
     return CommitSpec(
         rows=_sequences(batch, length),
@@ -293,17 +290,18 @@ def commit_spec(x: StepInputs, plan: ResolvedStep, dtype: str) -> CommitSpec:
         source=rule.score if rule.score in ("random", "given") else "drawn",
         noise=noise if adds_noise or by_noise else "none",
         adds_noise=adds_noise,
-        threshold=bound(rule.threshold) if plan.count != "entropy_bound" else rule.threshold,
+        threshold=plan.threshold,
         threshold_strict=rule.threshold_strict,
-        slack=rule.threshold_slack,
-        low_threshold=bound(rule.low_threshold),
+        slack=plan.threshold_slack,
+        low_threshold=plan.low_threshold,
         factor_tail=rule.factor_tail,
         revise=rule.revise != "no",
         touches_known=rule.touches_known,
-        edit_threshold=rule.edit_threshold,
+        edit_threshold=plan.edit_threshold,
         remasks=rule.remask != "none",
         remasks_by_score=rule.remask == "conf",
         skip_mask_token=rule.skip_mask_token,
+        compared_in=plan.compared_in if by_bound else "",
     )
 
 
@@ -353,7 +351,8 @@ def _commit(
     numbers = [_step(plan, *_of_batch(x, drawn, plan)), jnp.float32(scalars)[None]]
     if spec.count == "factor":
         ranks = np.arange(length, dtype=np.float64)
-        numbers.append(jnp.asarray(1 - rule.factor / (ranks + 2), jnp.float32)[None])
+        bounds = round_to(1 - rule.factor / (ranks + 2), spec.compared_in, "float32")
+        numbers.append(jnp.asarray(bounds, jnp.float32)[None])
     out = commit_rows(given, numbers, spec)
     return out[0].astype(kind), out[1].astype(kind), out[2]
 

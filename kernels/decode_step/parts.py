@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
-import numpy as np
-
-from .reference import round_to
+from ..common.rounding import rounded
 from .spec import Score, StepRule
 
 
@@ -39,8 +38,11 @@ def committing(rule: StepRule, dtype: str, *, ranked: bool) -> StepRule:
         if rule.score == "random":
             changes["score"] = "given"
     if rule.score_dtype == "logits":
-        for field in ("threshold", "low_threshold"):
-            changes[field] = float(round_to(np.array(getattr(rule, field)), "logits", dtype))
+        for field in ("threshold", "threshold_slack", "low_threshold", "edit_threshold"):
+            value = getattr(rule, field)
+            bound = None if value is None else rounded(value, dtype)
+            if bound is not None and math.isfinite(bound):  # else it bounds nothing either way
+                changes[field] = bound
     return dataclasses.replace(rule, **changes)
 
 

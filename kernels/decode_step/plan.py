@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..common.rounding import rounded
 from .counts import commit_share, masked_count_table, quota_table, remask_chances
 from .spec import StepRule
 
@@ -25,7 +26,8 @@ class ResolvedStep:
 
     `table` is int32 (size + 1,), indexed by the count base; see `counts.next_masked_counts`.
     `commit_below` bounds the choice Gumbel of a position that a Bernoulli rule commits;
-    `remask_chance` is its chance to mask a known one again.
+    `remask_chance` is its chance to mask a known one again.  The four thresholds are rounded to the
+    dtype `compared_in` that scores are compared in: see `in_score_dtype`, which sets it.
     """
 
     rule: StepRule
@@ -43,6 +45,11 @@ class ResolvedStep:
     count_rows: str
     count_base: str
     clamps: tuple[str, ...]
+    threshold: float
+    threshold_slack: float | None
+    low_threshold: float
+    edit_threshold: float | None
+    compared_in: str = ""
 
 
 def _anneal(kind: str, step: int, num_steps: int) -> float:
@@ -150,4 +157,28 @@ def resolve(rule: StepRule, step: int, num_steps: int, size: int) -> ResolvedSte
         count_rows=rule.count_rows,
         count_base=rule.count_base,
         clamps=rule.clamps,
+        threshold=rule.threshold,
+        threshold_slack=rule.threshold_slack,
+        low_threshold=rule.low_threshold,
+        edit_threshold=rule.edit_threshold,
+    )
+
+
+@lru_cache(maxsize=4096)
+def in_score_dtype(plan: ResolvedStep, logits_dtype: str) -> ResolvedStep:
+    """The plan for logits of a dtype: each threshold as the number that scores are compared with."""
+    if plan.compared_in:
+        return plan
+    name = logits_dtype if plan.rule.score_dtype == "logits" else plan.rule.score_dtype
+
+    def bound(value: float | None) -> float | None:
+        return None if value is None else rounded(value, name)
+
+    return dataclasses.replace(
+        plan,
+        threshold=rounded(plan.threshold, name),
+        threshold_slack=bound(plan.threshold_slack),
+        low_threshold=rounded(plan.low_threshold, name),
+        edit_threshold=bound(plan.edit_threshold),
+        compared_in=name,
     )

@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common import philox
+from ..common.rounding import F64, round_to
 from .counts import count_bases, next_masked_counts
-from .plan import ResolvedStep
+from .plan import ResolvedStep, in_score_dtype
 from .spec import StepInputs
 
-F64 = npt.NDArray[np.float64]
 LEAF, GROUPS, PER_GROUP = 128, 16, 8
 
 
@@ -54,7 +54,8 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     left = np.where(eligible, x.mask_token_id, x.tokens)
     next_tokens = np.where(commit & alive, candidates, left)
     if rule.edit_threshold is not None:
-        edited = x.eligible & known & (drawn >= 0) & (score > rule.edit_threshold)
+        bound = in_score_dtype(plan, dtype).edit_threshold
+        edited = x.eligible & known & (drawn >= 0) & (score > kind(bound))
         next_tokens = np.where(edited, drawn, next_tokens)
         candidates = np.where(edited, drawn, candidates)
     if rule.remask != "none":
@@ -274,36 +275,31 @@ def select(
 
 def confident(ranked: npt.NDArray[Any], plan: ResolvedStep, dtype: str) -> int:
     """How many of the descending confidences a rule commits that looks at their values; 0 or more."""
-    rule, kind = plan.rule, ranked.dtype.type
+    rule, kind, plan = plan.rule, ranked.dtype.type, in_score_dtype(plan, dtype)
     if plan.count == "threshold":
-        bound = threshold_in(rule.threshold, rule.score_dtype, dtype, kind)
-        if rule.threshold_slack is not None:
-            bound = min(bound, kind(ranked[0] - kind(rule.threshold_slack)))
+        bound = kind(plan.threshold)
+        if plan.threshold_slack is not None:
+            slack = kind(ranked[0] - kind(plan.threshold_slack))
+            bound = min(bound, kind(round_to(slack[None], plan.compared_in, dtype)[0]))
         return int((ranked > bound if rule.threshold_strict else ranked >= bound).sum())
     if plan.count == "entropy_bound":  # confidences are negative entropies
         total = np.add.accumulate(-ranked, dtype=kind)
-        return int(np.cumprod((total + ranked) <= kind(rule.threshold)).sum())
+        return int(np.cumprod((total + ranked) <= kind(plan.threshold)).sum())
     size = ranked.size
-    bounds = np.array([1 - rule.factor / (i + 2) for i in range(size)], kind)
+    bounds = np.array([1 - rule.factor / (i + 2) for i in range(size)])
+    bounds = round_to(bounds, plan.compared_in, dtype).astype(kind)
     failing = np.flatnonzero(ranked[1:] < bounds[1:]) + 1  # the first always passes
     first = int(failing[0]) if failing.size else size
     ends = rule.factor_tail and (size <= 2 or first == size - 1)  # Fast-dLLM's off-by-one
     return size if ends else first
 
 
-def threshold_in(value: float, score_dtype: str, logits_dtype: str, kind: Any) -> Any:
-    """A threshold as the number that scores of the rule's dtype are compared with."""
-    return kind(round_to(np.array([value]), score_dtype, logits_dtype)[0])
-
-
 def best_of_runs(
     confidence: npt.NDArray[Any], where: npt.NDArray[Any], plan: ResolvedStep, dtype: str
 ) -> npt.NDArray[np.bool_]:
     """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
-    rule, kind = plan.rule, confidence.dtype.type
-    low, high = (
-        threshold_in(t, rule.score_dtype, dtype, kind) for t in (rule.low_threshold, rule.threshold)
-    )
+    kind, plan = confidence.dtype.type, in_score_dtype(plan, dtype)
+    low, high = kind(plan.low_threshold), kind(plan.threshold)
     commit = confidence > high
     runs = np.cumsum(np.diff(where, prepend=where[0] - 1) != 1)
     for run in np.unique(runs):
@@ -336,13 +332,3 @@ def softmax(x: F64) -> F64:
     """Probabilities of a row with at least one finite entry."""
     e = np.exp(x - x.max())
     return np.asarray(e / e.sum())
-
-
-def round_to(x: npt.NDArray[Any], score_dtype: str, logits_dtype: str) -> F64:
-    """`x` rounded to the score dtype, "logits" being that of the logits, back in float64."""
-    name = logits_dtype if score_dtype == "logits" else score_dtype
-    if name != "bfloat16":
-        return np.asarray(x).astype(name).astype(np.float64)
-    bits = np.asarray(x, dtype=np.float32).view(np.uint32).astype(np.uint64)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # to nearest even
-    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)

@@ -26,6 +26,7 @@ from ..common.selection import (
 )
 from ..common.sharding import active
 from .checks import (
+    LOGIT_DTYPES,
     check_candidates,
     check_commit_arrays,
     check_commit_noise,
@@ -42,7 +43,7 @@ from .checks import (
     columns,
     raise_on_dead_rows,
 )
-from .plan import ResolvedStep, constant_plan, resolve, table_size
+from .plan import ResolvedStep, constant_plan, in_score_dtype, resolve, table_size
 from .spec import StepInputs, StepRule
 
 _MODULES = {
@@ -242,7 +243,9 @@ def _plan(
     numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
     for name, number in numbers.items():
         check_integer(name, number)
-    return resolve(rule, step, num_steps, table_size(rule, *model.shape[:2]))
+    plan = resolve(rule, step, num_steps, table_size(rule, *model.shape[:2]))
+    dtype = dtype_name(model)
+    return in_score_dtype(plan, dtype if dtype in LOGIT_DTYPES else "float32")
 
 
 def taking_part(rule: StepRule, tokens: Any, mask_token_id: int, eligible: Any) -> Any:

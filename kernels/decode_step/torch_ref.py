@@ -46,7 +46,7 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     left = torch.where(eligible, x.mask_token_id, x.tokens)
     next_tokens = torch.where(commit & alive, candidates, left)
     if rule.edit_threshold is not None:
-        edited = x.eligible & known & (drawn >= 0) & (score > rule.edit_threshold)
+        edited = x.eligible & known & (drawn >= 0) & (score > plan.edit_threshold)
         next_tokens = torch.where(edited, drawn, next_tokens)
         candidates = torch.where(edited, drawn, candidates)
     if rule.remask != "none":
@@ -276,7 +276,7 @@ def select(
         return found.amax(-1, keepdim=True) if found.shape[-1] else found.sum(-1, keepdim=True)
 
     if plan.count == "runs":
-        return _best_of_runs(confidence, eligible, plan, dtype) | (eligible & (rank == 0))
+        return _best_of_runs(confidence, eligible, plan) | (eligible & (rank == 0))
     if plan.count in ("threshold", "factor", "entropy_bound"):
         take = _confident(confidence, eligible, rank, now, plan, dtype)
         least = torch.ones_like(now)
@@ -329,12 +329,6 @@ def _stay_masked(plan: ResolvedStep, x: StepInputs, now: torch.Tensor) -> torch.
     return target.clamp(min=0).minimum(now)
 
 
-def _threshold(value: float, like: torch.Tensor, plan: ResolvedStep, dtype: str) -> torch.Tensor:
-    """A threshold as the number that scores of the rule's dtype are compared with."""
-    bound = torch.full((), value, dtype=like.dtype, device=like.device)
-    return round_to(bound, plan.rule.score_dtype, dtype)
-
-
 def _confident(
     confidence: torch.Tensor,
     eligible: torch.Tensor,
@@ -344,20 +338,23 @@ def _confident(
     dtype: str,
 ) -> torch.Tensor:
     """How many of the surest a rule commits that looks at their values, (B, 1)."""
-    rule = plan.rule
+    rule, compared_in = plan.rule, plan.compared_in or plan.rule.score_dtype
     if plan.count == "threshold":
-        bound = _threshold(rule.threshold, confidence, plan, dtype)
-        if rule.threshold_slack is not None and confidence.shape[-1]:
+        bound = torch.full((), plan.threshold, dtype=confidence.dtype, device=confidence.device)
+        if plan.threshold_slack is not None and confidence.shape[-1]:
             top = torch.where(eligible, confidence, -math.inf).amax(-1, keepdim=True)
-            bound = bound.minimum(top - rule.threshold_slack)
+            bound = bound.minimum(
+                round_to(top - plan.threshold_slack, plan.compared_in or rule.score_dtype, dtype)
+            )
         above = confidence > bound if rule.threshold_strict else confidence >= bound
         return (eligible & above).sum(-1, keepdim=True)
     if plan.count == "entropy_bound":
         order = torch.where(eligible, rank, rank.shape[-1]).argsort(dim=-1, stable=True)
         falling = torch.where(eligible, confidence, 0.0).gather(-1, order)
-        within = (-falling).cumsum(-1) + falling <= rule.threshold
+        within = (-falling).cumsum(-1) + falling <= plan.threshold
         return within.cumprod(-1).sum(-1, keepdim=True)
-    bounds = (1 - rule.factor / (rank.double() + 2)).to(confidence.dtype)
+    bounds = 1 - rule.factor / (rank.double() + 2)
+    bounds = round_to(bounds, compared_in, dtype).to(confidence.dtype)
     failing = eligible & (rank >= 1) & (confidence < bounds)  # the first always passes
     first = torch.where(failing, rank, now)
     first = first.amin(-1, keepdim=True) if first.shape[-1] else now
@@ -367,20 +364,16 @@ def _confident(
 
 
 def _best_of_runs(
-    confidence: torch.Tensor, eligible: torch.Tensor, plan: ResolvedStep, dtype: str
+    confidence: torch.Tensor, eligible: torch.Tensor, plan: ResolvedStep
 ) -> torch.Tensor:
     """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
-    low, high = (
-        _threshold(value, confidence, plan, dtype)
-        for value in (plan.rule.low_threshold, plan.rule.threshold)
-    )
     starts = eligible & ~F.pad(eligible, (1, 0))[..., :-1]
     run = torch.where(eligible, starts.cumsum(-1), 0)
     best = torch.full(
         (run.shape[0], run.shape[1] + 1), -math.inf, dtype=confidence.dtype, device=run.device
     ).scatter_reduce(-1, run, torch.where(eligible, confidence, -math.inf), "amax")
-    is_best = (confidence == best.gather(-1, run)) & (confidence > low)
-    return eligible & (is_best | (confidence > high))
+    is_best = (confidence == best.gather(-1, run)) & (confidence > plan.low_threshold)
+    return eligible & (is_best | (confidence > plan.threshold))
 
 
 def _choice_noise(x: StepInputs, plan: ResolvedStep) -> torch.Tensor | None:

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from ..common.philox_triton import STREAM_CHOICE, exponential
 from .triton_rows import UNSPECIALIZED, finish, merged, offsets, stream_of, taking_part
-from .triton_tiles import scalar
+from .triton_tiles import rounded_to, scalar
 
 MOST_POSITIONS = 1 << 15
 RANKED = tl.constexpr(1024)  # longest sequence whose cut is found by rank
@@ -61,6 +61,7 @@ class CommitSpec:
     remasks_by_score: bool = False
     skip_mask_token: bool = False
     wide: bool = False
+    compared_in: str = ""  # the dtype of a bound that the kernel computes
 
     @property
     def ranks(self) -> bool:
@@ -229,13 +230,24 @@ def _constant(value: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def _as_score(bound, S: tl.constexpr):
+    """A computed bound rounded to the dtype in which it is compared with scores."""
+    if S.compared_in == "bfloat16":
+        return rounded_to(bound, tl.bfloat16)
+    elif S.compared_in == "float16":
+        return rounded_to(bound, tl.float16)
+    else:
+        return bound
+
+
+@triton.jit
 def _take(mine, competes, rank, before, now, least, S: tl.constexpr):
     """How many of the surest are committed by rules that look at their values."""
     if S.count == "threshold":
         bound = _constant(S.threshold, S)
         if S.slack is not None:
             top = tl.max(tl.where(competes, mine, -float("inf")), 0)
-            bound = tl.minimum(bound, top - _constant(S.slack, S))
+            bound = tl.minimum(bound, _as_score(top - _constant(S.slack, S), S))
         if S.threshold_strict:
             passing = mine > bound
         else:
@@ -245,6 +257,7 @@ def _take(mine, competes, rank, before, now, least, S: tl.constexpr):
         take = tl.min(tl.where(competes & ~(before <= S.threshold), rank, now), 0)
     else:
         bound = (1.0 - S.factor / (rank.to(tl.float64) + 2.0)).to(mine.dtype)
+        bound = _as_score(bound, S)
         take = tl.min(tl.where(competes & (rank >= 1) & (mine < bound), rank, now), 0)
         if S.factor_tail:  # Fast-dLLM's off-by-one
             take = tl.where((now <= 2) | (take == now - 1), now, take)

@@ -25,7 +25,7 @@ import torch
 
 from ..common.tuning import tuned
 from . import reference
-from .plan import ResolvedStep, gumbel_below
+from .plan import ResolvedStep, gumbel_below, in_score_dtype
 from .spec import StepInputs, StepRule
 from .triton_commit import MOST_POSITIONS, CommitSpec, commit_kernel, merge_kernel
 from .triton_rows import NUM_PARTS, sample_kernel
@@ -268,15 +268,11 @@ def _row_spec(
 @lru_cache(maxsize=4096)
 def _commit_spec(plan: ResolvedStep, block: int, dtype: str) -> CommitSpec:
     """What the commit kernel is compiled for at this step."""
-    rule = plan.rule
+    rule, plan = plan.rule, in_score_dtype(plan, dtype)
     wide = rule.score_dtype == "float64"
-    kind: Any = np.float64 if wide else np.float32
-
-    def bound(value: float) -> float:
-        return float(reference.threshold_in(value, rule.score_dtype, dtype, kind))
-
     adds_noise = plan.choice_temperature > 0 and rule.score != "random"
     by_noise = rule.score == "random" or plan.count == "bernoulli" or rule.remask != "none"
+    by_bound = plan.count == "factor" or plan.threshold_slack is not None
     return CommitSpec(
         block=block,
         others=max(1, min(32, (1 << _OTHERS.get(plan.count, 14)) // block)),
@@ -288,21 +284,22 @@ def _commit_spec(plan: ResolvedStep, block: int, dtype: str) -> CommitSpec:
         source=rule.score if rule.score in ("random", "given") else "drawn",
         uses_noise=adds_noise or by_noise,
         adds_noise=adds_noise,
-        threshold=bound(rule.threshold) if plan.count != "entropy_bound" else rule.threshold,
+        threshold=plan.threshold,
         threshold_strict=rule.threshold_strict,
-        slack=rule.threshold_slack,
+        slack=plan.threshold_slack,
         least_is_quota=rule.min_commit == "quota",
-        low_threshold=bound(rule.low_threshold),
+        low_threshold=plan.low_threshold,
         factor=rule.factor,
         factor_tail=rule.factor_tail,
         revise=rule.revise != "no",
         touches_known=rule.touches_known,
-        edits=rule.edit_threshold is not None,
-        edit_threshold=rule.edit_threshold or 0.0,
+        edits=plan.edit_threshold is not None,
+        edit_threshold=plan.edit_threshold or 0.0,
         remasks=rule.remask != "none",
         remasks_by_score=rule.remask == "conf",
         skip_mask_token=rule.skip_mask_token,
         wide=wide,
+        compared_in=plan.compared_in if by_bound else "",
     )
 
 

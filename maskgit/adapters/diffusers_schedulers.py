@@ -27,6 +27,8 @@ What differs:
     * In half precision aMUSEd's own step draws from probabilities rounded to that precision; this
       one draws from the logits.  The score is rounded in both.  Block refinement divides by the
       temperature in that precision; here that is float32 too.
+    * In half precision `EntropyBoundScheduler` accepts by entropies and sums that are rounded as diffusers'
+      own are, which reads the logits again; the draw is the fused one.
     * A row of logits without a finite number commits nothing (without a mask token, it is replaced, or
       stays).
     * `DiscreteDDIMScheduler.step_correct` is diffusers' own.

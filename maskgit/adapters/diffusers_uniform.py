@@ -52,17 +52,29 @@ def entropy_bound_step(
     drawn, score, log_z = sample_tokens(
         logits, rule=rule, seeds=seeds, step=number, noise=noise, backend=name
     )
-    open_ = sample.new_full(sample.shape, _UNDECIDED)
-    kept = commit_tokens(
-        drawn, score, open_, rule=rule, mask_token_id=_UNDECIDED, step=0, num_steps=1, backend=name
-    ).next_tokens
+    if logits.dtype.itemsize < 4:
+        accepted = _accepted_in_half(logits, float(bound)) & (drawn >= 0)
+    else:
+        open_ = sample.new_full(sample.shape, _UNDECIDED)
+        numbers = {"mask_token_id": _UNDECIDED, "step": 0, "num_steps": 1}
+        kept = commit_tokens(drawn, score, open_, rule=rule, backend=name, **numbers)
+        accepted = kept.next_tokens != _UNDECIDED
     if random_tokens is None:
         random_tokens = random_ids(seeds, sample, number, logits.shape[-1], generator)
     chosen = logits.gather(-1, drawn.clamp(min=0)[..., None])[..., 0].float()
     prob = (chosen - log_z).exp().where(drawn >= 0, 0.0)
-    accepted = kept != _UNDECIDED
-    values = (kept.where(accepted, random_tokens), accepted, drawn, prob, logits)
+    values = (drawn.where(accepted, random_tokens), accepted, drawn, prob, logits)
     return output_class(type(self))(*values) if return_dict else values
+
+
+def _accepted_in_half(logits: Any, bound: float) -> Any:
+    """(B, N) bool, entropies and their sums rounded at every operation, as in diffusers' own."""
+    import torch
+
+    entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+    entropy, order = entropy.nan_to_num(nan=torch.inf).sort(dim=-1)
+    within = entropy.cumsum(-1) - entropy <= bound
+    return torch.zeros_like(within).scatter(-1, order, within)
 
 
 def discrete_ddim_step(
