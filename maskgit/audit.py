@@ -20,7 +20,7 @@ from .kernels.decode_step import StepNoise, StepRule, reference
 from .kernels.decode_step.api import rule_and_noise
 from .kernels.decode_step.checks import LOGIT_DTYPES, check_guidance, check_logits, columns
 from .kernels.decode_step.plan import ResolvedStep, in_score_dtype
-from .kernels.decode_step.run import complete, inputs
+from .kernels.decode_step.run import complete, inputs, narrowed
 from .kernels.decode_step.spec import StepInputs
 
 F64 = npt.NDArray[np.float64]
@@ -179,12 +179,13 @@ def audit_ties(
 def _inputs(
     logits: Any, tokens: Any, rule: StepRule, mask_token_id: int | None, step: int, num_steps: int,
     num_masked_at_start: Any, seeds: Any, token_gumbel: Any, choice_gumbel: Any,
-    uncond_logits: Any, guidance_scale: float | None, eligible: Any, scores: Any, num_commit: Any,
+    uncond_logits: Any, guidance_scale: Any, eligible: Any, scores: Any, num_commit: Any,
     positions: Any, dtype: str | None,
 ) -> tuple[StepInputs, ResolvedStep, str]:  # fmt: skip
     """The checked inputs of the step in NumPy, the rule at it, and the dtype of the logits."""
     batch, length, vocab = check_logits(logits, 3)
-    check_guidance(logits, uncond_logits, guidance_scale)
+    scale = check_guidance(logits, uncond_logits, guidance_scale)
+    logits, uncond_logits = narrowed(logits), narrowed(uncond_logits)
     kind = dtype_name(logits) if dtype is None else dtype
     if kind not in LOGIT_DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(LOGIT_DTYPES)}, got {dtype!r}")
@@ -205,7 +206,7 @@ def _inputs(
     x = complete(x, rule)._replace(
         logits=columns(model, rule),
         uncond_logits=columns(_host(uncond_logits), rule),
-        guidance_scale=float(guidance_scale or 0.0),
+        guidance_scale=scale,
     )
     return x, plan, kind
 

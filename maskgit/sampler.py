@@ -139,6 +139,8 @@ def generate(
                 own = block.window(tokens, prefix=False)
                 reach = block.window(tokens, prefix=step_rule.block_scope == "prefix")
             at_start = _both(tokens == mask_token_id, _both(eligible, own)).sum(1)
+            if step_rule.count_base == "block":  # what stands in the block already counts too
+                at_start = at_start * 0 + (tokens.shape[1] if block is None else block_length)
             takes_part = _both(allowed, reach)
             for step in range(steps):
                 number = index * steps + step

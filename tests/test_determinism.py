@@ -22,7 +22,9 @@ def inputs(batch=7, length=33, vocab=517, seed=0):
 
 
 def step(logits, tokens, seeds, rule="maskgit", **changes):
+    start = logits.shape[1]
     options = {"mask_token_id": logits.shape[2], "step": 2, "num_steps": 8, **changes}
+    options.setdefault("num_masked_at_start", start)
     return maskgit.decode_step(logits, tokens, rule=rule, seeds=seeds, **options)
 
 
@@ -91,6 +93,7 @@ def test_every_instruction_set_agrees_with_the_reference(isa, vocab, dtype):
     tokens = torch.full((2, 9), vocab)
     seeds = torch.tensor([3, 4])
     options = {"mask_token_id": vocab, "step": 1, "num_steps": 4, "seeds": seeds}
+    options["num_masked_at_start"] = 9
     try:
         cpp.set_implementation(isa)
         got = maskgit.decode_step(logits, tokens, rule="maskgit", backend="cpp", **options)
@@ -166,20 +169,30 @@ def test_nothing_is_read_past_the_logits():
     assert done.stdout == "ok\n", (done.returncode, done.stderr)
 
 
-def test_a_child_forked_after_torch_used_its_threads():
+@pytest.mark.parametrize(
+    ("what", "where"),
+    [
+        ("maskgit", "the child"),
+        ("maskgit", "the parent"),
+        ("maskgit.kernels.decode_step.cpu", "the parent"),
+    ],
+)
+def test_a_child_forked_after_torch_used_its_threads(what, where):
     """The child's first call must not wait for OpenMP threads that only the parent has."""
     import subprocess
     import sys
 
-    code = """
+    imported = {"the parent": f"import {what}", "the child": ""}[where]
+    code = f"""
 import os, torch, numpy as np
 torch.set_num_threads(2)
 torch.randn(1000, 1000).sum()
-from maskgit.kernels.decode_step import cpu
-import maskgit
+{imported}
 logits = np.zeros((1, 64, 5000), np.float32)
 child = os.fork()
 if not child:
+    import {what}
+    import maskgit
     maskgit.sample_tokens(logits, rule="llada", backend="cpp")
     os._exit(0)
 raise SystemExit(os.waitpid(child, 0)[1])

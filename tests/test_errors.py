@@ -23,8 +23,8 @@ CASES = [
     ({"logits": np.zeros((3, 5), np.float32)}, r"logits: expected shape \(B, N, V\)"),
     ({"logits": np.zeros((2, 3, 0), np.float32)}, r"logits: expected shape .* got \(2, 3, 0\)"),
     (
-        {"logits": np.zeros((2, 3, 5))},
-        "logits: expected dtype float16, bfloat16, float32, got float64",
+        {"logits": np.zeros((2, 3, 5), np.complex64)},
+        "logits: expected dtype float16, bfloat16, float32, float64, got complex64",
     ),
     ({"logits": np.zeros((2, 3, 5), np.int64)}, "logits: expected dtype .* got int64"),
     ({"tokens": np.full((2, 4), 5)}, r"tokens: expected shape \(2, 3\), got \(2, 4\)"),

@@ -33,7 +33,7 @@ def test_opcheck(rule, backend):
             19,
             1,
             4,
-            None,
+            torch.full((len(tokens),), 6),
             seeds,
             *[None] * 8,
             backend,
@@ -48,8 +48,9 @@ def test_compiles_without_a_graph_break():
 
     def one_step(logits, tokens, seeds):
         return maskgit.decode_step(
-            logits * 2, tokens, rule=rule, mask_token_id=19, step=1, num_steps=4, seeds=seeds
-        )
+            logits * 2, tokens, rule=rule, mask_token_id=19, step=1, num_steps=4, seeds=seeds,
+            num_masked_at_start=6,
+        )  # fmt: skip
 
     def stats(logits, seeds):
         return maskgit.sample_tokens(logits, rule=rule, seeds=seeds)
@@ -116,8 +117,9 @@ def test_jit_in_jax_gives_the_same():
 
     def one_step(logits, tokens, seeds):
         return maskgit.decode_step(
-            logits, tokens, rule="maskgit", mask_token_id=19, step=1, num_steps=4, seeds=seeds
-        )
+            logits, tokens, rule="maskgit", mask_token_id=19, step=1, num_steps=4, seeds=seeds,
+            num_masked_at_start=6,
+        )  # fmt: skip
 
     eager, jitted = one_step(logits, tokens, seeds), jax.jit(one_step)(logits, tokens, seeds)
     assert np.array_equal(eager.next_tokens, jitted.next_tokens)
@@ -125,7 +127,14 @@ def test_jit_in_jax_gives_the_same():
     np.testing.assert_allclose(eager.confidence, jitted.confidence, rtol=1e-6)
     keys = jax.random.split(jax.random.key(0), 2)
     assert maskgit.decode_step(
-        logits, tokens, rule="maskgit", mask_token_id=19, step=1, num_steps=4, seeds=keys
+        logits,
+        tokens,
+        rule="maskgit",
+        mask_token_id=19,
+        step=1,
+        num_steps=4,
+        seeds=keys,
+        num_masked_at_start=6,
     ).next_tokens.shape == (2, 6)
 
 

@@ -42,6 +42,7 @@ def problems(draw):
         "rule": rule,
         "step": draw(st.integers(0, steps - 1)),
         "num_steps": steps,
+        "num_masked_at_start": np.minimum((~known).sum(1) + 1, length),
         "seeds": rng.integers(0, 2**63, batch),
         "mask_token_id": vocab,
     }

@@ -71,11 +71,16 @@ def is_on_host(x: Any) -> bool:
     if kind == "torch":
         return bool(x.device.type == "cpu")
     if kind == "jax":
-        jax = sys.modules["jax"]
-        if isinstance(x, jax.core.Tracer):
+        if is_traced(x):
             return False
         return all(d.platform == "cpu" for d in x.devices())
     return True
+
+
+def is_traced(x: Any) -> bool:
+    """Whether `x` is a jax array inside a traced program, without values."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
 
 
 def to_numpy(x: Any) -> Any:

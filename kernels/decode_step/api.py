@@ -13,7 +13,7 @@ import numpy as np
 from ..common.arrays import kind_of, to_kind
 from ..common.selection import check_name
 from . import run
-from .checks import check_integer, check_same_kind
+from .checks import as_scalar, check_integer, check_same_kind
 from .spec import StepNoise, StepResult, StepRule, TokenStats, as_rule
 
 
@@ -29,7 +29,7 @@ def decode_step(
     seeds: Any = None,
     noise: StepNoise | None = None,
     uncond_logits: Any = None,
-    guidance_scale: float | None = None,
+    guidance_scale: Any = None,
     eligible: Any = None,
     scores: Any = None,
     num_commit: Any = None,
@@ -50,7 +50,8 @@ def decode_step(
         seeds: (B,) 64-bit integers, one per sequence (or (B, 2) uint32 words; in jax also keys).
             Needed where the rule draws at this step and `noise` does not replace it.
         noise: the caller's own Gumbel noise.
-        uncond_logits, guidance_scale: given together: logits become u + scale * (c - u).
+        uncond_logits, guidance_scale: given together: logits become u + scale * (c - u).  The scale is a
+            number or an array () of one, in jax also a traced one; one on a GPU is waited for.
         eligible: (B, N) bool, which masked positions take part (a block, real tokens of a padded
             batch); all by default.  With a rule that revises, which positions take part at all.
         scores: (B, N), exactly with rules whose score is "given": a critic's, or a fixed order.
@@ -90,11 +91,11 @@ def decode_step(
         num_commit = counts_tensor(num_commit, logits)
         arrays |= {"scores": scores, "num_commit": num_commit, "positions": positions}
         numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
-        check_op_arguments(logits, arrays, numbers, guidance_scale)
+        check_op_arguments(logits, arrays, numbers)
         out = decode_step_op(
             logits, tokens, step_rule.encoded, mask_token_id, step, num_steps,
             num_masked_at_start, seeds, token_gumbel, choice_gumbel, uncond_logits,
-            guidance_scale, eligible, scores, num_commit, positions, backend, check,
+            scale_tensor(guidance_scale), eligible, scores, num_commit, positions, backend, check,
         )  # fmt: skip
         return StepResult(*out)
     out = run.decode_step(
@@ -155,7 +156,7 @@ def commit_tokens(
     arrays |= {"num_masked_at_start": num_masked_at_start, "num_commit": num_commit}
     arrays |= {"positions": positions}
     numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
-    check_op_arguments(scores, arrays, numbers, None)
+    check_op_arguments(scores, arrays, numbers)
     out = commit_tokens_op(
         candidate_tokens, scores, tokens, step_rule.encoded, mask_token_id, step, num_steps,
         num_masked_at_start, seeds, choice_gumbel, eligible, num_commit, positions, backend,
@@ -210,7 +211,7 @@ def sample_tokens(
         from .ops import sample_tokens_op
 
         arrays = {"seeds": seeds, "positions": positions, "noise.token_gumbel": token_gumbel}
-        check_op_arguments(logits, arrays, {"step": step}, None)
+        check_op_arguments(logits, arrays, {"step": step})
         out = sample_tokens_op(
             logits, step_rule.encoded, seeds, positions, step, token_gumbel, backend, check
         )
@@ -242,7 +243,13 @@ def seeds_like(seeds: Any, logits: Any) -> Any:
     if seeds is None or kind is None or kind_of(seeds) == kind:
         return seeds
     if kind_of(seeds) is None:
-        seeds = _seeds_array(seeds)
+        values = _seed_values(seeds)
+        if kind == "torch":
+            import torch
+
+            words = [value - 2**64 if value >= 2**63 else value for value in values]
+            return torch.tensor(words, dtype=torch.int64, device=logits.device)
+        seeds = np.array(values, np.uint64)
     if kind_of(seeds) != "numpy":
         return seeds  # another framework's array: run.py names it in its error
     if kind == "jax" and seeds.ndim == 1:  # 64-bit seeds as words, since jax may have no int64
@@ -255,12 +262,12 @@ def seeds_like(seeds: Any, logits: Any) -> Any:
     return to_kind(seeds, kind)
 
 
-def _seeds_array(seeds: Any) -> Any:
-    """A sequence of 64-bit integers, signed or not, as an array."""
+def _seed_values(seeds: Any) -> list[int]:
+    """A sequence of 64-bit integers, signed or not, as numbers without a sign."""
     try:
         values = [int(seed) for seed in seeds if not isinstance(seed, (float, str, bool))]
         if len(values) == len(seeds):
-            return np.array([value % 2**64 for value in values], np.uint64).reshape(len(values))
+            return [value % 2**64 for value in values]
     except (TypeError, ValueError):
         pass
     raise TypeError(f"seeds: expected (B,) integers, got {seeds!r}")
@@ -276,14 +283,21 @@ def counts_tensor(counts: Any, logits: Any) -> Any:
     return values.expand(logits.shape[0]) if values.ndim == 0 else values
 
 
-def check_op_arguments(
-    logits: Any, arrays: dict[str, Any], numbers: dict[str, Any], guidance_scale: Any
-) -> None:
+def check_op_arguments(logits: Any, arrays: dict[str, Any], numbers: dict[str, Any]) -> None:
     """What the op's schema would refuse with a message about schemas."""
     for name, array in arrays.items():
         if array is not None:
             check_same_kind(name, array, logits)
     for name, number in numbers.items():
         check_integer(name, number)
-    if guidance_scale is not None and not isinstance(guidance_scale, (int, float, np.floating)):
-        raise TypeError(f"guidance_scale: expected a number, got {type(guidance_scale).__name__}")
+
+
+def scale_tensor(guidance_scale: Any) -> Any:
+    """A number as the tensor () that the op takes: one that changes does not compile it anew."""
+    import torch
+
+    if guidance_scale is None or isinstance(guidance_scale, torch.Tensor):
+        return guidance_scale
+    if isinstance(guidance_scale, (float, int)) and not isinstance(guidance_scale, bool):
+        return torch.full((), guidance_scale, dtype=torch.float64)
+    return torch.full((), as_scalar("guidance_scale", guidance_scale), dtype=torch.float64)

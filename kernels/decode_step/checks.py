@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from typing import Any
 
 import numpy as np
 
-from ..common.arrays import dtype_name, is_on_host, kind_of, to_numpy
+from ..common.arrays import dtype_name, is_on_host, is_traced, kind_of, to_numpy
 from .plan import ResolvedStep
-from .spec import StepRule
+from .spec import StepInputs, StepRule
 
-LOGIT_DTYPES = ("float16", "bfloat16", "float32")
+LOGIT_DTYPES = ("float16", "bfloat16", "float32", "float64")  # the last is rounded to float32
 
 
 def columns(logits: Any, rule: StepRule) -> Any:
@@ -78,6 +80,24 @@ def as_index(name: str, value: Any, least: int | None = None) -> int:
     if least is not None and number < least:
         raise ValueError(f"{name}: expected {wanted}, got {number}")
     return number
+
+
+def as_scalar(name: str, value: Any) -> Any:
+    """A finite number of any library, or an array () of one, as Python's float; traced ones as they are.
+
+    Raises:
+        TypeError: not a number.  ValueError: not finite.
+    """
+    given = value
+    if kind_of(value) is not None and tuple(value.shape) == ():
+        if is_traced(value):
+            return value
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {given!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {given!r}")
+    return float(value)
 
 
 def check_integer(name: str, value: Any) -> None:
@@ -186,12 +206,13 @@ def check_seeds(seeds: Any, model: Any) -> None:
         return
     batch = model.shape[0]
     check_same_kind("seeds", seeds, model)
-    if "key" not in dtype_name(seeds):
+    is_keys = dtype_name(seeds).startswith("key")
+    if not is_keys:
         check_integers("seeds", seeds)
-    if tuple(seeds.shape) not in ((batch,), (batch, 2)):
-        raise ValueError(
-            f"seeds: expected shape ({batch},) or ({batch}, 2), got {tuple(seeds.shape)}"
-        )
+    legal = ((batch,),) if is_keys else ((batch,), (batch, 2))
+    if tuple(seeds.shape) not in legal:
+        wanted = " or ".join(str(shape) for shape in legal)
+        raise ValueError(f"seeds: expected shape {wanted}, got {tuple(seeds.shape)}")
 
 
 def check_commit_noise(
@@ -279,16 +300,16 @@ def check_eligible(eligible: Any, model: Any) -> None:
 
 
 def check_guidance(
-    logits: Any, uncond_logits: Any, guidance_scale: float | None,
+    logits: Any, uncond_logits: Any, guidance_scale: Any,
     name: str = "uncond_logits", like: str = "logits",
-) -> None:  # fmt: skip
-    """Unconditional logits (or hidden states) and their scale: both or neither, and alike."""
+) -> Any:  # fmt: skip
+    """The scale as `as_scalar` gives it, 0 without; unconditional logits (or hidden states) must fit."""
     if (uncond_logits is None) != (guidance_scale is None):
         names = (name, "guidance_scale")
         given, missing = names if guidance_scale is None else names[::-1]
         raise ValueError(f"{missing}: expected together with {given}, got None")
     if uncond_logits is None:
-        return
+        return 0.0
     check_same_kind(name, uncond_logits, logits)
     check_no_grad(name, uncond_logits)
     check_shape(name, uncond_logits, tuple(logits.shape))
@@ -297,9 +318,35 @@ def check_guidance(
             f"{name}: expected dtype {dtype_name(logits)} like {like}, "
             f"got {dtype_name(uncond_logits)}"
         )
-    number = guidance_scale if isinstance(guidance_scale, (int, float, np.floating)) else np.nan
-    if isinstance(guidance_scale, bool) or not np.isfinite(number):
-        raise ValueError(f"guidance_scale: expected a finite number, got {guidance_scale!r}")
+    return as_scalar("guidance_scale", guidance_scale)
+
+
+def check_start(rule: StepRule, plan: ResolvedStep, x: StepInputs, step: int) -> None:
+    """ValueError where a count from the start of the loop is missing, or cannot be right.
+
+    With a block's eligible positions the masks that earlier blocks left are there too, uncounted.
+    """
+    if not plan.table.size or plan.count_base != "masked_at_start" or plan.commit_all:
+        return
+    start = x.num_masked_at_start
+    if start is None and step > 0:
+        raise ValueError(
+            "num_masked_at_start: expected the (B,) numbers of positions masked before step 0, from "
+            f"which rule {rule.name!r} counts at step {step}, got None"
+        )
+    if start is None or (x.eligible is not None and rule.block_scope == "prefix"):
+        return
+    if not (is_on_host(x.tokens) and is_on_host(start)):
+        return
+    masked = to_numpy(x.tokens) == x.mask_token_id
+    now = (masked if x.eligible is None else masked & to_numpy(x.eligible)).sum(1)
+    short = np.flatnonzero(to_numpy(start) < now)
+    if short.size:
+        b = int(short[0])
+        raise ValueError(
+            f"num_masked_at_start: expected at least the {now[b]} positions that are masked now in "
+            f"sequence {b}, got {int(to_numpy(start)[b])}"
+        )
 
 
 def raise_on_dead_rows(dead: Any, name: str = "logits") -> None:

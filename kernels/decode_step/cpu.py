@@ -90,7 +90,7 @@ def _share_threads_with_torch() -> None:
     """Let the core run on the threads of the OpenMP runtime that torch brought, where it is found."""
     from maskgit import _C
 
-    if _is_forked:
+    if is_forked():
         return
     try:
         maps = Path("/proc/self/maps").read_text().splitlines()
@@ -106,15 +106,17 @@ def _share_threads_with_torch() -> None:
         _C.use_openmp(ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
-def _forget_threads_of_the_parent() -> None:
-    """In a forked child the OpenMP threads are gone, and a call would wait for them for ever."""
-    global _is_forked
-    _is_forked = True
+def is_forked() -> bool:
+    """Whether this process was forked and has not called exec since, whatever was imported when.
 
-
-_is_forked = False  # since this module was imported
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads_of_the_parent)
+    OpenMP's threads stay with the parent, and a call in the child would wait for them for ever.  Linux
+    keeps it among the flags of a process (PF_FORKNOEXEC); elsewhere the threads are not shared.
+    """
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return bool(int(fields[6]) & 0x40)
 
 
 def _uses_choice_noise(plan: ResolvedStep) -> bool:

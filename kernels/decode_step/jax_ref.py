@@ -190,19 +190,28 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, columns: Columns) -> tu
     compute = jnp.float64 if wide else jnp.float32
     row = jnp.asarray(x.logits).astype(compute)
     if x.uncond_logits is not None:
-        uncond = jnp.asarray(x.uncond_logits).astype(compute)
+        uncond, scale = (
+            jnp.asarray(a).astype(compute) for a in (x.uncond_logits, x.guidance_scale)
+        )
         if plan.rule.guidance_dtype == "logits":
             step = round_to(row - uncond, "logits", dtype)
-            step = round_to(x.guidance_scale * step, "logits", dtype)
+            step = round_to(scale * step, "logits", dtype)
             row = round_to(uncond + step, "logits", dtype)
         else:
-            row = uncond + x.guidance_scale * (row - uncond)
+            row = _in_float32(uncond + scale * _in_float32(row - uncond))
     start = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
     ids = plan.rule.banned_ids + ((x.mask_token_id,) if plan.rule.ban_mask_token else ())
     odd = jnp.isnan(row)
     if ids:
         odd = odd | _is_one_of(ids, start, row.shape[-1], columns)
     return jnp.where(odd, -jnp.inf, row), start
+
+
+def _in_float32(x: jax.Array) -> jax.Array:
+    """`x`, infinite where it overflows float32."""
+    if x.dtype == jnp.float32:
+        return x
+    return jnp.where(jnp.isinf(x.astype(jnp.float32)), x * jnp.inf, x)
 
 
 def _scaled(

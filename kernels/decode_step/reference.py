@@ -124,15 +124,22 @@ def guided(x: StepInputs, b: int, n: int, plan: ResolvedStep, dtype: str) -> F64
         row = x.logits[b, n].astype(np.float64)
         if x.uncond_logits is not None:
             uncond = x.uncond_logits[b, n].astype(np.float64)
+            difference = _in_float32(row - uncond)
             if plan.rule.guidance_dtype == "logits":
                 step = round_to(
-                    x.guidance_scale * round_to(row - uncond, "logits", dtype), "logits", dtype
+                    x.guidance_scale * round_to(difference, "logits", dtype), "logits", dtype
                 )
                 row = round_to(uncond + step, "logits", dtype)
             else:
-                row = uncond + x.guidance_scale * (row - uncond)
+                row = _in_float32(uncond + x.guidance_scale * difference)
     row[np.isnan(row)] = -np.inf
     return np.asarray(row, dtype=np.float64)
+
+
+def _in_float32(x: F64) -> F64:
+    """`x`, infinite where it overflows float32: guided logits are such numbers."""
+    with np.errstate(over="ignore"):
+        return np.where(np.isinf(x.astype(np.float32)), np.sign(x) * np.inf, x)
 
 
 def draw(

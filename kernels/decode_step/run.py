@@ -6,15 +6,29 @@ their public signatures, ops.py their torch.library form.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from ..common.arrays import dtype_name, is_on_host, kind_of, like, to_kind, to_numpy, widen
+from ..common.arrays import (
+    dtype_name,
+    is_on_host,
+    is_traced,
+    kind_of,
+    library_of,
+    like,
+    place_of,
+    signed,
+    to_kind,
+    to_numpy,
+    widen,
+)
 from ..common.philox import seed_words
 from ..common.selection import (
     BACKENDS,
@@ -26,7 +40,6 @@ from ..common.selection import (
 )
 from ..common.sharding import active
 from .checks import (
-    LOGIT_DTYPES,
     check_candidates,
     check_commit_arrays,
     check_commit_noise,
@@ -39,6 +52,7 @@ from .checks import (
     check_same_kind,
     check_scores,
     check_shape,
+    check_start,
     check_step_arrays,
     columns,
     raise_on_dead_rows,
@@ -56,6 +70,7 @@ _MODULES = {
     "jax": ".jax_ref",
     "reference": ".reference",
 }
+_UNSIGNED = ("uint16", "uint32", "uint64")
 _SCALARS = ("guidance_scale", "mask_token_id")
 
 
@@ -77,7 +92,7 @@ def decode_step(
     token_gumbel: Any = None,
     choice_gumbel: Any = None,
     uncond_logits: Any = None,
-    guidance_scale: float | None = None,
+    guidance_scale: Any = None,
     eligible: Any = None,
     scores: Any = None,
     num_commit: Any = None,
@@ -87,15 +102,16 @@ def decode_step(
 ) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence) of one step; see `maskgit.decode_step`."""
     _, _, vocab = check_logits(logits, 3)
+    scale = check_guidance(logits, uncond_logits, guidance_scale)
+    logits, uncond_logits = narrowed(logits), narrowed(uncond_logits)
     x, plan = inputs(
         logits, vocab, tokens, rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
         token_gumbel, choice_gumbel, eligible, scores, num_commit, positions,
     )  # fmt: skip
-    check_guidance(logits, uncond_logits, guidance_scale)
     x = x._replace(
         logits=_own_columns(logits, rule),
         uncond_logits=_own_columns(uncond_logits, rule),
-        guidance_scale=float(guidance_scale or 0.0),
+        guidance_scale=scale,
     )
     out = call("decode_step", x, plan, logits, backend)
     if is_checked(check):
@@ -103,6 +119,15 @@ def decode_step(
         suspects = eligible & (like(out[2], logits) == -np.inf)
         _raise_on_dead_rows(suspects, x, plan, logits, backend)
     return results(out, logits, tokens)
+
+
+def narrowed(logits: Any) -> Any:
+    """The logits, float64 ones rounded to float32."""
+    is_double = logits is not None and dtype_name(logits) == "float64"
+    if not is_double:
+        return logits
+    with np.errstate(over="ignore"):
+        return _cast(logits, "float32")
 
 
 def _own_columns(logits: Any, rule: StepRule) -> Any:
@@ -124,10 +149,20 @@ def _raise_on_dead_rows(
     suspects: Any, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
 ) -> None:
     """ValueError if one of the suspects, (B, N) with confidence -inf, has that for want of a logit."""
-    if not to_numpy(suspects).any():
+    if not is_traced(suspects) and not to_numpy(suspects).any():
         return
     _, _, log_z = call("sample_tokens", x._replace(eligible=suspects), plan, logits, backend)
-    raise_on_dead_rows(to_numpy(suspects & (like(log_z, logits) == -np.inf)))
+    raise_on_dead(suspects & (like(log_z, logits) == -np.inf))
+
+
+def raise_on_dead(dead: Any, name: str = "logits") -> None:
+    """ValueError naming the first of the dead rows; in a traced program when that runs."""
+    if not is_traced(dead):
+        return raise_on_dead_rows(to_numpy(dead), name)
+    import jax
+
+    jax.debug.callback(lambda rows: raise_on_dead_rows(np.asarray(rows), name), dead)
+    return None
 
 
 def inputs(
@@ -160,13 +195,11 @@ def inputs(
     check_noise(model, vocab, rule, plan, seeds, token_gumbel, choice_gumbel, both=True)
     x = StepInputs(
         logits=None,
-        tokens=tokens,
+        tokens=_signed_in_torch(tokens),
         eligible=eligible,
-        num_masked_at_start=_counts(
-            "num_masked_at_start", num_masked_at_start, tokens, batch, length
-        ),
+        num_masked_at_start=_starts(rule, num_masked_at_start, tokens, batch, length),
         seeds=seeds,
-        positions=positions,
+        positions=_signed_in_torch(positions),
         token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
         choice_gumbel=choice_gumbel,
         uncond_logits=None,
@@ -175,6 +208,7 @@ def inputs(
         scores=scores,
         num_commit=_commits(rule, num_commit, tokens, batch, length),
     )
+    check_start(rule, plan, x, step)
     return x, plan
 
 
@@ -217,22 +251,21 @@ def commit_tokens(
     check_commit_noise(scores, rule, plan, seeds, choice_gumbel)
     x = StepInputs(
         logits=None,
-        tokens=tokens,
+        tokens=_signed_in_torch(tokens),
         eligible=eligible,
-        num_masked_at_start=_counts(
-            "num_masked_at_start", num_masked_at_start, tokens, batch, length
-        ),
+        num_masked_at_start=_starts(rule, num_masked_at_start, tokens, batch, length),
         seeds=seeds,
-        positions=positions,
+        positions=_signed_in_torch(positions),
         token_gumbel=None,
         choice_gumbel=choice_gumbel,
         uncond_logits=None,
         guidance_scale=0.0,
         mask_token_id=mask_token_id,
         scores=scores,
-        drawn=candidate_tokens,
+        drawn=_signed_in_torch(candidate_tokens),
         num_commit=_commits(rule, num_commit, tokens, batch, length),
     )
+    check_start(rule, plan, x, step)
     return results(call("decode_step", x, plan, scores, backend), scores, tokens)
 
 
@@ -245,7 +278,7 @@ def _plan(
         check_integer(name, number)
     plan = resolve(rule, step, num_steps, table_size(rule, *model.shape[:2]))
     dtype = dtype_name(model)
-    return in_score_dtype(plan, dtype if dtype in LOGIT_DTYPES else "float32")
+    return in_score_dtype(plan, dtype if dtype in ("bfloat16", "float16") else "float32")
 
 
 def taking_part(rule: StepRule, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
@@ -274,6 +307,7 @@ def sample_tokens(
 ) -> tuple[Any, Any, Any]:
     """(candidate_tokens, confidence, log_z) of (B, N, V) logits; see `maskgit.sample_tokens`."""
     _, _, vocab = check_logits(logits, 3)
+    logits = narrowed(logits)
     plan = constant_plan(rule, step)
     if rule.score in ("random", "given"):
         raise ValueError(
@@ -296,13 +330,39 @@ def sample_tokens(
     )
     drawn, score, log_z = (like(a, logits) for a in call("sample_tokens", x, plan, logits, backend))
     if is_checked(check):
-        raise_on_dead_rows(to_numpy(drawn) < 0)
+        raise_on_dead(drawn < 0)
     kind = "float64" if rule.score_dtype == "float64" else "float32"
     return drawn, _cast(score, kind), _cast(log_z, kind)
 
 
 def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str) -> Any:
     """Run the chosen backend on arrays of its own kind; `logits` says which kind and dtype."""
+    with usual_jax() if kind_of(logits) == "jax" else contextlib.nullcontext():
+        return _call(name, x, plan, logits, backend)
+
+
+@contextlib.contextmanager
+def usual_jax() -> Iterator[None]:
+    """jax as the kernels are written for, whatever the caller has switched on for their own code.
+
+    Infinities are part of the contract, and NaN may stand in what a `where` then leaves out.
+    """
+    import jax
+
+    wanted = {
+        "jax_numpy_rank_promotion": ("allow", jax.numpy_rank_promotion),
+        "jax_numpy_dtype_promotion": ("standard", jax.numpy_dtype_promotion),
+        "jax_debug_nans": (False, jax.debug_nans),
+        "jax_debug_infs": (False, jax.debug_infs),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, (value, switch) in wanted.items():
+            if getattr(jax.config, name) != value:
+                stack.enter_context(switch(value))
+        yield
+
+
+def _call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str) -> Any:
     chosen = backend_for(logits, backend)
     dtype = "float32" if x.logits is None else dtype_name(logits)
     if chosen == "pallas" and backend == "auto" and _exceeds_tpu(x, dtype):
@@ -410,10 +470,8 @@ def _to_host(x: StepInputs, chosen: str, dtype: str) -> StepInputs:
 def _to_framework(x: StepInputs, native: str, logits: Any) -> StepInputs:
     """The inputs as torch or jax arrays, in torch on the device of the logits."""
     fields = {k: v for k, v in x._asdict().items() if k not in _SCALARS}
-    if native == "torch":  # which computes with key words and positions as int64
-        for name in ("seeds", "positions"):
-            if isinstance(fields[name], np.ndarray):
-                fields[name] = fields[name].astype(np.int64)
+    if native == "torch":
+        fields = {k: _signed_for_torch(v) for k, v in fields.items()}
     target = logits.device if kind_of(logits) == "torch" else None
     return x._replace(**{k: to_kind(v, native, target) for k, v in fields.items()})
 
@@ -426,7 +484,8 @@ def to_gpu(x: StepInputs, logits: Any) -> StepInputs:
     if device.type == "cpu" and not is_interpreting():
         device = torch.device("cuda")
     fields = {k: v for k, v in x._asdict().items() if v is not None and k not in _SCALARS}
-    return x._replace(**{k: to_kind(v, "torch").to(device) for k, v in fields.items()})
+    plain = {k: v if k == "seeds" else _signed_for_torch(v) for k, v in fields.items()}
+    return x._replace(**{k: to_kind(v, "torch").to(device) for k, v in plain.items()})
 
 
 def key_words(seeds: Any, batch: int) -> Any:
@@ -446,7 +505,10 @@ def key_words(seeds: Any, batch: int) -> Any:
         import jax.numpy as jnp
 
         if jnp.issubdtype(seeds.dtype, jax.dtypes.prng_key):
-            seeds = jax.random.key_data(seeds)
+            words = jax.random.key_data(seeds).astype(
+                jnp.uint32
+            )  # of rbg keys the second half repeats
+            return jnp.pad(words, ((0, 0), (0, max(0, 2 - words.shape[1]))))[:, :2]
         if seeds.ndim == 2:
             return seeds.astype(jnp.uint32)
         if seeds.dtype.itemsize == 8:
@@ -457,6 +519,22 @@ def key_words(seeds: Any, batch: int) -> Any:
     if seeds.ndim == 2:
         return seeds.astype(np.uint32)
     return np.stack(seed_words(seeds), axis=1).astype(np.uint32)
+
+
+def _signed_for_torch(x: Any) -> Any:
+    """Integers that torch can compute with: it has few operations on the wider unsigned ones."""
+    return signed(x) if x is not None and dtype_name(x) in _UNSIGNED else x
+
+
+def _signed_in_torch(x: Any) -> Any:
+    return _signed_for_torch(x) if kind_of(x) == "torch" else x
+
+
+def _starts(rule: StepRule, given: Any, tokens: Any, batch: int, length: int) -> Any:
+    """num_masked_at_start as (B,) integers where it is given; without, a block is the whole of N."""
+    if given is None and rule.count_base == "block":
+        return library_of(tokens).full((batch,), length, **place_of(tokens))
+    return _counts("num_masked_at_start", given, tokens, batch, length)
 
 
 def _commits(rule: StepRule, given: Any, tokens: Any, batch: int, length: int) -> Any:
@@ -489,7 +567,7 @@ def _counts(name: str, given: Any, tokens: Any, batch: int, length: int) -> Any:
             raise ValueError(
                 f"{name}: expected counts between 0 and the {length} positions, got {bad}"
             )
-    return given
+    return _signed_in_torch(given)
 
 
 def _cast(x: Any, dtype: str) -> Any:

@@ -7,11 +7,15 @@ A rule is a set of named choices.  It holds no code, so that a new codebase is a
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
+import numbers
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from .counts import check_schedule
 
@@ -45,7 +49,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
         "runs",
         "given",
     ),
-    "count_base": ("masked_at_start", "positions"),
+    "count_base": ("masked_at_start", "positions", "block"),
     "count_rows": ("each", "first", "mean", "sum"),
     "count_rounding": ("floor", "round", "ceil"),
     "count_dtype": ("float32", "float64"),
@@ -153,7 +157,7 @@ class StepRule:
     source: str = ""
     count: Count = "masked"
     schedule: str = "cosine"
-    count_base: Literal["masked_at_start", "positions"] = "masked_at_start"
+    count_base: Literal["masked_at_start", "positions", "block"] = "masked_at_start"
     count_rounding: Literal["floor", "round", "ceil"] = "floor"
     count_dtype: Literal["float32", "float64"] = "float32"
     count_ratio: Literal["step", "linspace", "linspace_ends"] = "step"
@@ -206,6 +210,9 @@ class StepRule:
     choice_anneal: Anneal = "linear"
 
     def __post_init__(self) -> None:
+        for field_ in dataclasses.fields(self):
+            is_float = str(field_.type).startswith("float")
+            object.__setattr__(self, field_.name, _plain(getattr(self, field_.name), is_float))
         for field in ("filters", "clamps", "banned_ids", "score_banned_ids", "vocab_slice"):
             value = getattr(self, field)
             if isinstance(value, list):  # from JSON
@@ -226,11 +233,16 @@ class StepRule:
         check_schedule(self.schedule)
         _check_numbers(self)
         _check_filters(self)
+        _check_name(self)
         object.__setattr__(self, "_encoded", json.dumps(dataclasses.asdict(self)))
         object.__setattr__(self, "_hash", hash(self._encoded))  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined,no-any-return]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its JSON: hashes of strings differ between processes, and a copy is the cached rule."""
+        return StepRule.decode, (self.encoded,)
 
     @property
     def encoded(self) -> str:
@@ -282,6 +294,17 @@ class StepRule:
         return self.revise != "no" or self.edit_threshold is not None or self.remask != "none"
 
 
+def _check_name(rule: StepRule) -> None:
+    """A preset's name belongs to it, and to what `dataclasses.replace` makes of it."""
+    presets = importlib.import_module(".presets", __package__)
+    named = getattr(presets, "PRESETS", {}).get(rule.name)  # none while the presets are being made
+    if named is not None and rule.source != named.source:
+        raise ValueError(
+            f"StepRule.name: expected a name of its own, got {rule.name!r}, which is a preset: "
+            f"StepRule.preset({rule.name!r}), or dataclasses.replace of it"
+        )
+
+
 def as_rule(rule: StepRule | str) -> StepRule:
     """`rule` itself, or the preset of that name; TypeError for anything else."""
     if isinstance(rule, StepRule):
@@ -292,7 +315,20 @@ def as_rule(rule: StepRule | str) -> StepRule:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+    return is_real and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _plain(value: Any, is_float: bool) -> Any:
+    """A number of any library as Python's, so that equal rules have one hash; else the value itself."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(v, is_float) for v in value)
+    value = value.item() if isinstance(value, np.generic) else value
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        return float(value) + 0.0 if is_float and is_real else value  # no negative zero
+    except OverflowError:
+        return math.inf
 
 
 def _check_numbers(rule: StepRule) -> None:

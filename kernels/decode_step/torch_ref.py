@@ -119,8 +119,14 @@ def _guided(x: StepInputs, plan: ResolvedStep) -> torch.Tensor:
             step = (x.guidance_scale * (row - uncond).to(kind).to(compute)).to(kind).to(compute)
             row = (uncond + step).to(kind).to(compute)
         else:
-            row = uncond + x.guidance_scale * (row - uncond)
+            row = uncond + x.guidance_scale * _in_float32(row - uncond)
+            row = _in_float32(row)
     return row.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def _in_float32(x: torch.Tensor) -> torch.Tensor:
+    """`x`, infinite where it overflows float32."""
+    return x if x.dtype == torch.float32 else torch.where(x.float().isinf(), x * math.inf, x)
 
 
 def _ban(row: torch.Tensor, x: StepInputs, plan: ResolvedStep) -> int:

@@ -390,7 +390,7 @@ def seed_words(seeds: torch.Tensor | None) -> torch.Tensor | None:
     if seeds.ndim == 2:
         words = seeds.to(torch.int64)
         return (words[:, 0] & 0xFFFFFFFF) | (words[:, 1] << 32)
-    return (seeds.view(torch.int64) if seeds.dtype == torch.uint64 else seeds).contiguous()
+    return (seeds.view(torch.int64) if seeds.dtype == torch.uint64 else seeds.long()).contiguous()
 
 
 @lru_cache(maxsize=4096)

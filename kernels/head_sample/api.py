@@ -9,7 +9,13 @@ from ..common.arrays import dtype_name, kind_of, to_numpy
 from ..common.selection import check_name
 from ..common.sharding import active
 from ..decode_step import run
-from ..decode_step.api import check_op_arguments, counts_tensor, rule_and_noise, seeds_like
+from ..decode_step.api import (
+    check_op_arguments,
+    counts_tensor,
+    rule_and_noise,
+    scale_tensor,
+    seeds_like,
+)
 from ..decode_step.checks import (
     LOGIT_DTYPES,
     check_guidance,
@@ -88,18 +94,18 @@ def decode_step_from_hidden(
     arrays |= {"num_masked_at_start": num_masked_at_start, "num_commit": num_commit}
     arrays |= {"positions": positions}
     numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
-    check_op_arguments(hidden, arrays, numbers, guidance_scale)
+    check_op_arguments(hidden, arrays, numbers)
     out = decode_step_from_hidden_op(
         hidden, head_weight, tokens, step_rule.encoded, mask_token_id, step, num_steps, head_bias,
-        uncond_hidden, guidance_scale, num_masked_at_start, seeds, token_gumbel, choice_gumbel,
-        eligible, scores, num_commit, positions, backend, check,
+        uncond_hidden, scale_tensor(guidance_scale), num_masked_at_start, seeds, token_gumbel,
+        choice_gumbel, eligible, scores, num_commit, positions, backend, check,
     )  # fmt: skip
     return StepResult(*out)
 
 
 def decode(
     hidden: Any, head_weight: Any, tokens: Any, rule: StepRule, mask_token_id: int, step: int,
-    num_steps: int, head_bias: Any, uncond_hidden: Any, guidance_scale: float | None,
+    num_steps: int, head_bias: Any, uncond_hidden: Any, guidance_scale: Any,
     num_masked_at_start: Any, seeds: Any, token_gumbel: Any, choice_gumbel: Any, eligible: Any,
     scores: Any, num_commit: Any, positions: Any, backend: str, check: bool,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
@@ -108,13 +114,13 @@ def decode(
 
     check_name(backend)
     check_head(hidden, head_weight, head_bias)
-    check_guidance(hidden, uncond_hidden, guidance_scale, "uncond_hidden", "hidden")
+    scale = check_guidance(hidden, uncond_hidden, guidance_scale, "uncond_hidden", "hidden")
     x, plan = run.inputs(
         hidden, head_weight.shape[0], tokens, rule, mask_token_id, step, num_steps,
         num_masked_at_start, seeds, token_gumbel, choice_gumbel, eligible, scores, num_commit,
         positions,
     )  # fmt: skip
-    mixed = mix(hidden, uncond_hidden, guidance_scale)
+    mixed = mix(hidden, uncond_hidden, scale)
     way: Any = plain
     chosen = run.backend_for(hidden, backend)
     if chosen in ("triton", "pallas") and active() is None:
@@ -124,7 +130,7 @@ def decode(
         way = fused if fused.fuses(x, plan, mixed, head_weight) else plain
     out, dead = way.decode_step(x, plan, mixed, head_weight, head_bias, backend)
     if run.is_checked(check):
-        raise_on_dead_rows(to_numpy(dead), "hidden")
+        run.raise_on_dead(dead, "hidden")
     return run.results(out, hidden, tokens)
 
 
@@ -133,15 +139,15 @@ def _detached(parameter: Any) -> Any:
     return parameter.detach() if kind_of(parameter) == "torch" else parameter
 
 
-def mix(hidden: Any, uncond: Any, scale: float | None) -> Any:
+def mix(hidden: Any, uncond: Any, scale: Any) -> Any:
     """u + scale * (c - u) in float32, back in the dtype of `hidden`."""
     if uncond is None:
         return hidden
     if kind_of(hidden) == "torch":
         c, u = hidden.float(), uncond.float()
-        return (u + float(scale or 0.0) * (c - u)).to(hidden.dtype)
+        return (u + scale * (c - u)).to(hidden.dtype)
     c, u = hidden.astype("float32"), uncond.astype("float32")
-    return (u + float(scale or 0.0) * (c - u)).astype(hidden.dtype)
+    return (u + scale * (c - u)).astype(hidden.dtype)
 
 
 def check_head(hidden: Any, weight: Any, bias: Any) -> None:

@@ -13,7 +13,7 @@ _LIB = torch.library.Library("maskgit", "FRAGMENT")
 _LIB.define(
     "decode_step_from_hidden(Tensor hidden, Tensor head_weight, Tensor tokens, str rule, "
     "SymInt mask_token_id, SymInt step, SymInt num_steps, Tensor? head_bias, "
-    "Tensor? uncond_hidden, float? guidance_scale, Tensor? num_masked_at_start, Tensor? seeds, "
+    "Tensor? uncond_hidden, Tensor? guidance_scale, Tensor? num_masked_at_start, Tensor? seeds, "
     "Tensor? token_gumbel, Tensor? choice_gumbel, Tensor? eligible, Tensor? scores, "
     "Tensor? num_commit, Tensor? positions, str backend, bool check) -> (Tensor, Tensor, Tensor)"
 )

@@ -145,7 +145,7 @@ def _sample_chunk(
             return None
         return array.reshape(-1, *array.shape[2:])[index][:, None]
 
-    logits = _product(flat[rows], weight, bias)[:, None]
+    logits = run.narrowed(_product(flat[rows], weight, bias))[:, None]
     chunk = StepInputs(
         logits=logits,
         tokens=pick(x.tokens),

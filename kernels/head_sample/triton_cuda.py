@@ -44,7 +44,8 @@ def decode_step(
 
 def fuses(x: StepInputs, plan: ResolvedStep, hidden: Any, weight: Any) -> bool:
     """Whether the fused head can do what the rule asks for."""
-    if hidden.dtype == torch.bfloat16 and is_interpreting():  # which has no such products
+    no_product = is_interpreting() and hidden.dtype == torch.bfloat16
+    if no_product or hidden.dtype == torch.float64:
         return False
     spec = step_kernels.row_spec(x, plan, dtype="float32", guided=False, wants_z=False)
     plain = not (spec.filters or spec.score_banned or spec.wide or spec.held)

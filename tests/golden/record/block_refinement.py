@@ -11,16 +11,17 @@ as the mask id V here; what the model saw in their place only shows in the logit
 """
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from common import Recorder, Stub, TorchNoise, source_argument
-from text import add, extract
+from common import Recorder, Stub, TorchNoise, source_argument, write_loop
+from text import Model, add, extract
 
 V, MASK, N, B, T = 24, 24, 16, 2, 5
 SCHEDULERS = "src/diffusers/schedulers"
-RULE = {"count": "quota", "count_base": "positions", "score": "prob", "sample_temperature": 0.0}
+RULE = {"count": "quota", "count_base": "block", "score": "prob", "sample_temperature": 0.0}
 
 
 def scheduler(source, file, name, *methods, **config):
@@ -55,12 +56,13 @@ def record(source, name, seed, rule, *, uniform=False, prompt=0, bound=None, ste
         options |= {"mask_token_id": MASK, "prompt_mask": torch.arange(N) < prompt}
     shown = torch.full((B, N), MASK) if free else sample
     known = shown != MASK
+    edits = "editing_threshold" in options  # all but the prompt
+    eligible = np.tile(np.arange(N) >= prompt, (B, 1)) if edits else None
     recorder = Recorder(name, source=source, codebase="huggingface/diffusers", prompt=prompt,
                         function="EntropyBoundScheduler.step" if bound is not None
                         else "BlockRefinementScheduler.step", rule=RULE | rule,
                         mask_token_id=MASK, options={k: v for k, v in options.items() if k != "prompt_mask"},
                         bound=bound)  # fmt: skip
-    first = (shown == MASK).sum(1)
     with TorchNoise(seed) as noise:
         for s in range(steps):
             logits = stub(sample)
@@ -76,9 +78,54 @@ def record(source, name, seed, rule, *, uniform=False, prompt=0, bound=None, ste
                 after = torch.where(known, sample, MASK) if uniform else sample
             token = noise.kept.pop()[1].reshape(B, N, V) if noise.kept else None
             add(recorder, shown.numpy(), after.numpy(), logits=logits, step=min(s, T - 1), num_steps=T,
-                num_masked_at_start=first, token_gumbel=token)  # fmt: skip
+                token_gumbel=token, eligible=eligible)  # fmt: skip
             shown = torch.where(known, after, MASK)
     recorder.write()
+
+
+class Module(torch.nn.Module):
+    """The stub as pipelines want it."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, model):
+        super().__init__()
+        self.run = model
+
+    def forward(self, ids, **_):
+        return self.run(ids)
+
+
+def record_loop(source, name, seed, rule, *, prompt, size=8, steps=4, **options):
+    """Run the whole LLaDA2Pipeline on prompts that end inside a block and write one file."""
+    sys.path.insert(0, str(source / "src"))
+    from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+
+    length = 3 * size
+    calls_of = Model(Stub(V, length, V + 1, seed))
+    model = Module(calls_of)
+    ids = torch.from_numpy(np.random.default_rng(seed).integers(0, V, (B, prompt)))
+    pipe = LLaDA2Pipeline(model, BlockRefinementScheduler(editing_threshold=None))
+    pipe.set_progress_bar_config(disable=True)
+    with TorchNoise(seed) as noise:
+        out = pipe(input_ids=ids, gen_length=length - prompt, block_length=size,
+                   eos_early_stop=False, editing_threshold=None, num_inference_steps=steps, mask_token_id=MASK,
+                   output_type="seq", **options)  # fmt: skip
+    before = np.full((B, length), MASK)
+    before[:, :prompt] = ids
+    calls = []
+    for i, (tokens, logits) in enumerate(calls_of.calls):
+        start = tokens.shape[1] - size
+        if not (tokens[:, start:] == MASK).any():
+            continue  # upstream looks once more at a block that is done
+        call = {"tokens": tokens[:, start:], "logits": logits[:, start:], "start": start}
+        if noise.kept:
+            call["token_gumbel"] = noise.kept[i][1].reshape(B, size, V).astype(np.float32)
+        calls.append(call)
+    recorder = Recorder(name, source=source, codebase="huggingface/diffusers", mask_token_id=MASK,
+                        function="LLaDA2Pipeline.__call__", rule=rule | {"layout": "loop"})  # fmt: skip
+    write_loop(recorder, calls, prompt=before, final=np.concatenate([ids, out.sequences], 1),
+               block_length=size, num_steps=steps, first=prompt // size * size)  # fmt: skip
 
 
 def main():
@@ -93,6 +140,13 @@ def main():
            steps=7)  # fmt: skip
     record(source, "block-refinement-uniform", 5, {"threshold": 0.6, "sample_temperature": 0.7,
            "score_temperature": None}, uniform=True, threshold=0.6, temperature=0.7)  # fmt: skip
+    loop = {"preset": "llada2", "threshold": 0.9}
+    record_loop(source, "loop-llada2", 7, loop, prompt=5, threshold=0.9)
+    record_loop(source, "loop-llada2-long", 8, loop | {"threshold": 1.0}, prompt=11, steps=2,
+                threshold=1.0)  # fmt: skip
+    record_loop(source, "loop-llada2-drawn", 9, loop | {"sample_temperature": 0.7,
+                "score_temperature": None, "score_filtered": True}, prompt=6, threshold=0.9,
+                temperature=0.7)  # fmt: skip
     record(source, "entropy-bound", 6, {"sample_temperature": 0.8, "score": "neg_entropy",
            "score_temperature": None}, bound=0.5)  # fmt: skip
 

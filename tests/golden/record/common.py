@@ -186,3 +186,16 @@ class TorchNoise:
 def gumbel_of(u: np.ndarray) -> np.ndarray:
     """-log(-log u) in float64."""
     return -np.log(-np.log(u))
+
+
+def write_loop(recorder: Recorder, calls: list[dict[str, Any]], **about: Any) -> None:
+    """A whole loop of blocks: one entry of `calls` for each call of the model, in order.
+
+    tokens (B, L) of the block before the call, logits (B, L, V) of it, start: the block's first position,
+    token_gumbel (B, L, V) optional.  `about`: prompt and final, the whole sequence before and after,
+    block_length, first (where the first block begins), num_steps (of a block).
+    """
+    recorder.meta |= {"loop": {k: np.asarray(v).tolist() for k, v in about.items()}}
+    for call in calls:
+        recorder.step(**call)
+    recorder.write()

@@ -1,0 +1,282 @@
+"""What a check lets in every backend takes: dtypes of integers, numbers of any library, float64, counts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fractions
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import BACKENDS, kind_for, native
+
+import maskgit
+from maskgit import StepRule
+
+torch = pytest.importorskip("torch")
+
+MASK, VOCAB = 40, 40
+HERE = [name for name in (*BACKENDS, "reference") if name not in ("triton", "pallas")]
+INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+
+
+def problem(kind: str, rule: Any = "maskgit", **changes: Any) -> dict[str, Any]:
+    """The arguments of a step, as arrays of a library; `changes` are dtypes of some of them."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(2, 6, VOCAB)).astype(np.float32) * 3
+    tokens = np.where(rng.random((2, 6)) < 0.7, MASK, rng.integers(0, VOCAB, (2, 6)))
+    arrays: dict[str, Any] = {
+        "logits": logits,
+        "tokens": tokens,
+        "num_masked_at_start": np.array([6, 6]),
+        "positions": np.tile(np.arange(6), (2, 1)),
+        "seeds": np.array([3, 4]),
+    }
+    out = {}
+    for name, x in arrays.items():
+        dtype = changes.get(name, str(x.dtype))
+        if kind == "torch":
+            out[name] = torch.from_numpy(x.astype(dtype))
+        else:
+            out[name] = native(x.astype(dtype), kind)
+    return out | {"rule": rule, "mask_token_id": MASK, "step": 1, "num_steps": 4}
+
+
+def same(a: Any, b: Any) -> None:
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(np.asarray(x).astype(float), np.asarray(y).astype(float))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("backend", HERE)
+def test_every_dtype_of_integers(backend: str, kind: str) -> None:
+    if (backend == "jax") != (kind == "jax"):
+        pytest.skip("jax's backend has its own arrays; others are cheap to cross")
+    names = ("tokens", "num_masked_at_start", "positions", "seeds")
+    wanted = maskgit.decode_step(**problem(kind), backend=backend)
+    dtypes = [d for d in INTEGERS if kind != "jax" or not d.endswith("64")]
+    for dtype in dtypes if kind != "jax" else dtypes[-2:]:
+        given = problem(kind, **dict.fromkeys(names, dtype))
+        got = maskgit.decode_step(**given, backend=backend)
+        assert got.next_tokens.dtype == given["tokens"].dtype
+        same(wanted, got)
+
+
+def test_counts_and_candidates_of_every_dtype_in_torch() -> None:
+    rule = StepRule(count="given", score="given")
+    for dtype in INTEGERS:
+        kind = getattr(torch, dtype)
+        out = maskgit.commit_tokens(
+            torch.arange(6).view(1, 6).to(kind), torch.rand(1, 6), torch.full((1, 6), 9).to(kind),
+            rule=rule, mask_token_id=9, step=0, num_steps=2,
+            num_commit=torch.tensor([4]).to(kind), backend="torch",
+        )  # fmt: skip
+        assert int((out.next_tokens.long() != 9).sum()) == 4
+        assert out.next_tokens.dtype == kind
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_float64_logits_are_rounded_to_float32(backend: str) -> None:
+    kind = kind_for(backend, "float32")
+    if kind == "jax":
+        import jax
+
+        with jax.enable_x64(True):
+            _float64(backend, kind)
+    else:
+        _float64(backend, kind)
+
+
+def _float64(backend: str, kind: str) -> None:
+    wide = problem(kind, logits="float64")
+    uncond = wide["logits"] * 0.5
+    for more in ({}, {"uncond_logits": uncond, "guidance_scale": 2.0}):
+        got = maskgit.decode_step(**wide, **more, backend=backend)
+        narrow = {
+            k: v.astype("float32") if kind != "torch" else v.float()
+            for k, v in {"logits": wide["logits"], **more}.items()
+            if k != "guidance_scale"
+        }
+        same(maskgit.decode_step(**{**wide, **more, **narrow}, backend=backend), got)
+    rows = maskgit.sample_tokens(
+        wide["logits"], rule="maskgit", seeds=wide["seeds"], backend=backend
+    )
+    assert np.isfinite(np.asarray(rows.confidence)).all()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_float64_hidden_states(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    given = problem(kind)
+    logits = given.pop("logits")
+    hidden, weight = rng.normal(size=(2, 6, 8)), rng.normal(size=(VOCAB, 8))
+    del logits
+    if kind == "torch":
+        hidden, weight = torch.from_numpy(hidden), torch.from_numpy(weight)
+    out = maskgit.decode_step_from_hidden(hidden, weight, **given)
+    whole = maskgit.decode_step(hidden @ weight.T, **given)
+    same(whole[:2], out[:2])
+
+
+SCALES = (
+    2, 2.0, np.int64(2), np.int8(2), np.float32(2), np.float64(2), np.array(2.0), np.array(2),
+    fractions.Fraction(2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_a_number_is_a_number(backend: str) -> None:
+    kind = kind_for(backend, "float32")
+    given = problem(kind)
+    uncond = given["logits"] * 0.5
+    scales = list(SCALES)
+    if kind == "torch":
+        scales += [torch.tensor(2.0), torch.tensor(2), torch.tensor(2.0, dtype=torch.float64)]
+    if kind == "jax":
+        import jax.numpy as jnp
+
+        scales += [jnp.float32(2), jnp.asarray(2)]
+    wanted = maskgit.decode_step(**given, uncond_logits=uncond, guidance_scale=2.0, backend=backend)
+    for scale in scales:
+        got = maskgit.decode_step(
+            **given, uncond_logits=uncond, guidance_scale=scale, backend=backend
+        )
+        same(wanted, got)
+    for bad in ("2", None, True, np.bool_(True), float("nan"), float("inf"), np.ones(2), 1j):
+        with pytest.raises((TypeError, ValueError), match="guidance_scale: expected"):
+            maskgit.decode_step(**given, uncond_logits=uncond, guidance_scale=bad, backend=backend)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_guided_logits_that_overflow_are_infinite(backend: str) -> None:
+    kind = kind_for(backend, "float32")
+    given = problem(kind)
+    shape = (2, 6, VOCAB)
+    logits, uncond = np.full(shape, 3e38, np.float32), np.full(shape, 1e38, np.float32)
+    logits[0, :, 3] = 2e38
+    given["logits"], uncond = native(logits, kind), native(uncond, kind)
+    for dtype in ("float32", "float64"):
+        given["rule"] = StepRule(score_dtype=dtype)
+        out = maskgit.decode_step(
+            **given, uncond_logits=uncond, guidance_scale=2.0, backend=backend
+        )
+        masked = np.asarray(given["tokens"]) == MASK
+        confidence = np.asarray(out.confidence)
+        assert np.isneginf(confidence[1][masked[1]]).all(), "a row of infinities is dead"
+        assert np.isfinite(confidence[0][masked[0]]).all()
+
+
+def test_one_program_for_every_guidance_scale() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    given = problem("torch")
+    tensors = {k: given.pop(k) for k in ("logits", "tokens", "seeds", "num_masked_at_start")}
+    given.pop("positions")
+
+    def call(scale: Any, logits: Any, **more: Any) -> Any:
+        return maskgit.decode_step(
+            logits, **more, **given, uncond_logits=logits * 0.5, guidance_scale=scale
+        )
+
+    for of in (float, torch.tensor):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(call, fullgraph=True, backend=counter)
+        for i in range(12):
+            same(call(1 + i / 3, **tensors), compiled(of(1 + i / 3), **tensors))
+        assert counter.frame_count <= 2
+
+
+def test_lists_under_torch_compile() -> None:
+    given = problem("torch")
+    for name in ("seeds", "num_masked_at_start", "positions"):
+        given.pop(name)
+    logits, tokens = given.pop("logits"), given.pop("tokens")
+
+    def call(logits: Any, tokens: Any) -> Any:
+        return maskgit.decode_step(
+            logits, tokens, **given, seeds=[3, 2**63 + 1], num_masked_at_start=[6, 6]
+        )
+
+    same(call(logits, tokens), torch.compile(call, fullgraph=True, backend="eager")(logits, tokens))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "jax"])
+def test_counts_from_the_start_of_the_loop(kind: str) -> None:
+    given = problem(kind)
+    given.pop("num_masked_at_start")
+    for rule in ("maskgit", "llada", "random", "magvit", "vampnet"):
+        given["rule"] = rule
+        with pytest.raises(ValueError, match="num_masked_at_start: expected the .* at step 1, got"):
+            maskgit.decode_step(**given)
+        maskgit.decode_step(**given | {"step": 0})
+        masked = int((np.asarray(given["tokens"]) == MASK).sum(1).max())
+        with pytest.raises(ValueError, match=r"num_masked_at_start: expected at least the \d"):
+            maskgit.decode_step(**given, num_masked_at_start=masked - 1)
+    for rule in ("titok", "factor", "threshold", "mdlm", "dream-entropy", "sdar", "llada2"):
+        maskgit.decode_step(**given | {"rule": rule})  # which need none
+
+
+def test_a_base_of_the_block_is_the_block() -> None:
+    """Without a block it is N, whatever is masked in it; with one its length."""
+    rule = dataclasses.replace(StepRule.preset("sdar"), sample_temperature=0.0)
+    logits = np.random.default_rng(0).normal(size=(1, 8, 9)).astype(np.float32)
+    tokens = np.array([[1, 1, 1, 1, 9, 9, 9, 9]])
+    options = {"rule": rule, "mask_token_id": 9, "num_steps": 4}
+    for step in (0, 1):
+        out = maskgit.decode_step(logits, tokens, step=step, **options)
+        assert (out.next_tokens == 9).sum() == 2
+    steps = []
+    maskgit.generate(
+        lambda t: steps.append((t == 9).sum()) or logits, tokens, block_length=4, prompt_length=0,
+        rule=rule, mask_token_id=9, num_steps=8,
+    )  # fmt: skip
+    assert steps == [4, 3, 2, 1]
+    assert maskgit.plan_masked_counts(4, 4, rule, num_positions=8)[:, 0].tolist() == [2, 0, 0, 0]
+
+
+def test_a_preset_keeps_its_name() -> None:
+    for wrong in (lambda: StepRule("llada"), lambda: StepRule(name="maskgit", cut="exact")):
+        with pytest.raises(ValueError, match="StepRule.name: expected a name of its own, got"):
+            wrong()
+    changed = dataclasses.replace(StepRule.preset("llada"), sample_temperature=0.5)
+    assert changed.name == "llada"
+    code = "from maskgit import StepRule\ntry:\n StepRule('llada')\nexcept ValueError: print('ok')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "ok\n"  # in a process where nothing has asked for a preset
+
+
+def test_rules_of_equal_numbers_are_equal() -> None:
+    rules = [
+        StepRule(sample_temperature=t, top_k=k, filters=["top_k"], banned_ids=(i,))
+        for t, k, i in [(2, 3, 4), (2.0, np.int64(3), np.int32(4)), (np.float32(2), 3, 4)]
+    ]
+    assert len({*rules}) == 1
+    assert len({rule.encoded for rule in rules}) == 1
+    assert StepRule(threshold=-0.0) == StepRule(threshold=0.0)
+    assert hash(StepRule(threshold=-0.0)) == hash(StepRule(threshold=0.0))
+
+
+def test_a_rule_survives_another_process() -> None:
+    rule = dataclasses.replace(StepRule.preset("dream-entropy"), name="mine", threshold=0.125)
+    for copied in (copy.copy(rule), copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        assert copied == rule
+        assert hash(copied) == hash(rule)
+    code = """
+import dataclasses, pickle, sys
+from maskgit import StepRule
+rule = dataclasses.replace(StepRule.preset("dream-entropy"), name="mine", threshold=0.125)
+given = pickle.loads(bytes.fromhex(sys.argv[1]))
+assert given == rule and hash(given) == hash(rule) and {rule: 1}[given] == 1
+sys.stdout.write(pickle.dumps(given).hex())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, pickle.dumps(rule).hex()], env={"PYTHONHASHSEED": "7"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    back = pickle.loads(bytes.fromhex(done.stdout))
+    assert {rule: 1}[back] == 1

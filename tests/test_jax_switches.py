@@ -1,0 +1,145 @@
+"""jax's own switches and PRNG implementations: each step is what it is without them."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import BACKENDS
+
+import maskgit
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+
+HERE = [name for name in ("cpp", "jax") if name in BACKENDS]
+RULES = ["maskgit", "titok", "llada", "dream-entropy", "dream-margin", "mdlm", "factor", "sdar"]
+SWITCHES = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "x64": lambda: jax.enable_x64(True),
+    "rbg": lambda: jax.default_prng_impl("rbg"),
+    "no jit": lambda: jax.disable_jit(),
+}
+
+
+def arguments() -> dict[str, Any]:
+    rng = np.random.default_rng(2)
+    logits = rng.normal(size=(3, 8, 50)).astype(np.float32) * 3
+    logits[0, 0], logits[1, 1, 3], logits[2, 2, 4] = -np.inf, np.nan, np.inf
+    tokens = np.where(rng.random((3, 8)) < 0.8, 50, 1).astype(np.int32)
+    return {
+        "logits": jnp.asarray(logits),
+        "tokens": jnp.asarray(tokens),
+        "seeds": jnp.asarray(np.arange(6, dtype=np.uint32).reshape(3, 2)),
+        "num_masked_at_start": jnp.full((3,), 8),
+    }
+
+
+def call(rule: str, backend: str, given: dict[str, Any], **more: Any) -> Any:
+    return maskgit.decode_step(
+        **given, rule=rule, mask_token_id=50, step=1, num_steps=4, backend=backend, **more
+    )
+
+
+def same(a: Any, b: Any) -> None:
+    for x, y in zip(a[:2], b[:2], strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    np.testing.assert_allclose(np.asarray(a[2]), np.asarray(b[2]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("backend", HERE)
+def test_every_switch(backend: str, switch: str) -> None:
+    rules = RULES if backend == "cpp" else RULES[:1] + RULES[3:5]
+    given = arguments()
+    for rule in rules:
+        wanted = call(rule, backend, given)
+        with SWITCHES[switch]():
+            same(wanted, call(rule, backend, given))
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_switches_inside_the_callers_program(backend: str) -> None:
+    given = arguments()
+    given["logits"] = jnp.nan_to_num(given["logits"], neginf=-30.0, posinf=30.0)
+    wanted = call("maskgit", backend, given)
+    with contextlib.ExitStack() as stack:
+        for name in ("debug_nans", "rank_promotion", "dtype_promotion", "rbg"):
+            stack.enter_context(SWITCHES[name]())
+        same(wanted, jax.jit(lambda given: call("maskgit", backend, given))(given))
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_checking_in_a_program(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = arguments()
+    whole = given | {"logits": jnp.nan_to_num(given["logits"], neginf=-30.0, posinf=30.0)}
+    wanted = call("maskgit", backend, whole)
+
+    def run(given: Any) -> Any:
+        return jax.block_until_ready(jax.jit(lambda x: call("maskgit", backend, x))(given))
+
+    monkeypatch.setenv("MASKGIT_CHECK", "1")
+    same(wanted, run(whole))
+    with pytest.raises(ValueError, match="logits: expected a finite logit in every row"):
+        call("maskgit", backend, given)
+    with pytest.raises(Exception, match="logits: expected a finite logit in every row"):
+        run(given)
+        jax.effects_barrier()
+    stats = jax.jit(lambda x, s: maskgit.sample_tokens(x, rule="maskgit", seeds=s, backend=backend))
+    assert (stats(whole["logits"], given["seeds"]).candidate_tokens >= 0).all()
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_a_traced_guidance_scale(backend: str) -> None:
+    given = arguments()
+    uncond = given["logits"] * 0.5
+
+    @jax.jit
+    def guided(scale: Any) -> Any:
+        return call("maskgit", backend, given, uncond_logits=uncond, guidance_scale=scale)
+
+    for scale in (0.0, 1.5, 3.0):
+        wanted = call("maskgit", backend, given, uncond_logits=uncond, guidance_scale=scale)
+        same(wanted, guided(scale))
+    assert guided._cache_size() == 1
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("backend", HERE)
+def test_every_kind_of_key(backend: str, kind: str) -> None:
+    """A row's tokens hang on its own key: in any batch, in any order, in a program or not."""
+    given = arguments()
+    keys = jax.random.split(jax.random.key(7, impl=kind), 3)
+    given["seeds"] = keys
+    whole = call("maskgit", backend, given).candidate_tokens
+    words = jax.random.key_data(keys)[:, :2]
+    np.testing.assert_array_equal(
+        whole, call("maskgit", backend, given | {"seeds": words}).candidate_tokens
+    )
+    back = {name: x[::-1] for name, x in given.items()}
+    jitted = jax.jit(lambda x: call("maskgit", backend, x).candidate_tokens)(back)
+    np.testing.assert_array_equal(jitted[::-1], whole)
+    for b in range(3):
+        one = {name: x[b : b + 1] for name, x in given.items()}
+        np.testing.assert_array_equal(
+            call("maskgit", backend, one).candidate_tokens, whole[b : b + 1]
+        )
+    assert len({tuple(row) for row in np.asarray(jax.random.key_data(keys)).tolist()}) == 3
+    with pytest.raises(ValueError, match="seeds: expected shape"):
+        call("maskgit", backend, given | {"seeds": keys[:, None]})
+
+
+def test_a_traced_step_is_refused_in_words() -> None:
+    given = arguments()
+    with pytest.raises(TypeError, match="step: expected an integer"):
+        jax.jit(
+            lambda step: maskgit.decode_step(
+                **given, rule="maskgit", mask_token_id=50, step=step, num_steps=4
+            )
+        )(1)
