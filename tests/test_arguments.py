@@ -211,7 +211,9 @@ def test_counts_from_the_start_of_the_loop(kind: str) -> None:
     given.pop("num_masked_at_start")
     for rule in ("maskgit", "llada", "random", "magvit", "vampnet"):
         given["rule"] = rule
-        with pytest.raises(ValueError, match="num_masked_at_start: expected the .* at step 1, got"):
+        with pytest.raises(
+            ValueError, match=r"num_masked_at_start: expected the .* at step 1, got"
+        ):
             maskgit.decode_step(**given)
         maskgit.decode_step(**given | {"step": 0})
         masked = int((np.asarray(given["tokens"]) == MASK).sum(1).max())
@@ -241,7 +243,7 @@ def test_a_base_of_the_block_is_the_block() -> None:
 
 def test_a_preset_keeps_its_name() -> None:
     for wrong in (lambda: StepRule("llada"), lambda: StepRule(name="maskgit", cut="exact")):
-        with pytest.raises(ValueError, match="StepRule.name: expected a name of its own, got"):
+        with pytest.raises(ValueError, match=r"StepRule\.name: expected a name of its own, got"):
             wrong()
     changed = dataclasses.replace(StepRule.preset("llada"), sample_temperature=0.5)
     assert changed.name == "llada"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from ..common.arrays import dtype_name, kind_of, to_numpy
+from ..common.arrays import dtype_name, kind_of
 from ..common.selection import check_name
 from ..common.sharding import active
 from ..decode_step import run
@@ -22,7 +22,6 @@ from ..decode_step.checks import (
     check_no_grad,
     check_same_kind,
     check_shape,
-    raise_on_dead_rows,
 )
 from ..decode_step.spec import StepNoise, StepResult, StepRule
 

@@ -109,7 +109,8 @@ def record_loop(source, name, seed, rule, *, prompt, size=8, steps=4, **options)
     pipe.set_progress_bar_config(disable=True)
     with TorchNoise(seed) as noise:
         out = pipe(input_ids=ids, gen_length=length - prompt, block_length=size,
-                   eos_early_stop=False, editing_threshold=None, num_inference_steps=steps, mask_token_id=MASK,
+                   eos_early_stop=False, editing_threshold=None, num_inference_steps=steps,
+                   mask_token_id=MASK,
                    output_type="seq", **options)  # fmt: skip
     before = np.full((B, length), MASK)
     before[:, :prompt] = ids
