@@ -26,6 +26,7 @@ def _llada(name: str, source: str, **changes: object) -> StepRule:
         "count": "quota",
         "block_scope": "prefix",
         "sample_temperature": 0.0,
+        "guidance_dtype": "logits",
         "score": "prob",
         "score_dtype": "logits",
     }
@@ -57,6 +58,7 @@ def _open_muse(name: str, source: str, **changes: object) -> StepRule:
     fields: dict[str, object] = {
         "count_base": "positions",
         "cut": "strict",
+        "guidance_dtype": "logits",
         "choice_temperature": 1.0,
         "choice_anneal": "compound",
     }
@@ -88,6 +90,7 @@ def _muse(name: str, **changes: object) -> StepRule:
         "clamps": ("keep_one",),
         "last_step": "all",
         "sample_anneal": "linear",
+        "guidance_dtype": "logits",
         "score": "prob",
     }
     return StepRule(name=name, **(fields | changes))  # type: ignore[arg-type]
@@ -132,8 +135,13 @@ _RULES = (
         choice_temperature=2.0,
         choice_anneal="linspace",
     ),
-    _open_muse("show-o", "showlab/Show-o@45a5a2de Showo.t2i_generate"),
-    _open_muse("mmada-image", "Gen-Verse/MMaDA@3cdb8709 MMadaModelLM.t2i_generate"),
+    # which mix as (1 + s) c - s u
+    _open_muse("show-o", "showlab/Show-o@45a5a2de Showo.t2i_generate", guidance_dtype="float32"),
+    _open_muse(
+        "mmada-image",
+        "Gen-Verse/MMaDA@3cdb8709 MMadaModelLM.t2i_generate",
+        guidance_dtype="float32",
+    ),
     StepRule(
         name="titok",
         source=f"{_TITOK} modeling/maskgit.py",
@@ -256,7 +264,7 @@ _RULES = (
         sample_temperature_floor=1e-2,
         score_temperature=None,
     ),
-    _llada("llada", f"{_LLADA} generate.py", guidance_dtype="logits"),
+    _llada("llada", f"{_LLADA} generate.py"),
     _llada("llada-fp64", f"{_LLADA_FP64} generate.py", score_dtype="float64"),
     _llada("random", f"{_LLADA} generate.py remasking=random", score="random"),
     _llada("mmada-text", "Gen-Verse/MMaDA@3cdb8709 mmu_generate", score_dtype="float64"),

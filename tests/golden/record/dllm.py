@@ -74,6 +74,7 @@ def main():
     record(source, "dllm", "llada", seed=1, dtype="bfloat16")
     record(source, "dllm-drawn", {"preset": "llada", "sample_temperature": 0.6}, seed=2,
            temperature=0.6, cfg_scale=0.5)  # fmt: skip
+    record(source, "dllm-cfg-bf16", "dllm", seed=3, dtype="bfloat16", cfg_scale=2.5)
     record(source, "dllm-random", {"preset": "random", "banned_ids": [3, 5]}, seed=3,
            remasking="random", suppress_tokens=[3, 5])  # fmt: skip
     record(source, "dllm-uneven", "llada", seed=4, steps=10, block_size=12)

@@ -8,7 +8,8 @@ the V columns: a position that draws it stays masked and may be left over at the
 stray mask ids, which take part from the first block on.
 
 Where two confidences tie at a cut, torch.topk's order is not defined and a replay may differ: on
-other seeds, in bfloat16, some do.
+other seeds, in bfloat16, some do.  Seeds of guided runs in half precision are such that guidance in float32
+would give other tokens.
 
 The ids of the end tokens are numbers in upstream's code, so the runs with the options for them are as
 wide as LLaDA's vocabulary: all columns but the stub's are -30 there and have no noise, for small files.
@@ -50,7 +51,7 @@ class WideNoise(TorchNoise):
 
 def record(generate, source, name, rule, *, seed, rows=2, dtype="float32", bits=8, blocks=2,
            steps=6, temperature=0.0, cfg=0.0, note="", codebase="ML-GSAI/LLaDA",
-           function="generate", wide=False, sharp=1, **options):  # fmt: skip
+           function="generate", wide=False, sharp=1, masks=True, **options):  # fmt: skip
     """Run `generate`, LLaDA's own or another one of its kind, and write one file."""
     prompt_length, length, mask = 5, 12, WIDE_MASK if wide else MASK
     stub = (WideStub if wide else Stub)(V, prompt_length + length, V, seed, bits)
@@ -59,8 +60,10 @@ def record(generate, source, name, rule, *, seed, rows=2, dtype="float32", bits=
     prompt = prompts(V, mask, rows, prompt_length, seed)
     named = {k: v for k, v in options.items() if k.endswith("_inf")}
     options |= {"steps": steps, "gen_length": length, "block_length": length // blocks}
-    if cfg:  # without an attention mask upstream's guided branch uses an unassigned name
-        options |= {"cfg_scale": cfg, "attention_mask": prompt * 0 + 1}
+    if cfg:
+        options["cfg_scale"] = cfg
+    if cfg and masks:  # without an attention mask upstream's guided branch uses an unassigned name
+        options["attention_mask"] = prompt * 0 + 1
     recorder = Recorder(name, source=source, codebase=codebase, function=function,
                         rule=rule, mask_token_id=mask, dtype=dtype, note=note,
                         guidance_scale=cfg + 1 if cfg else None, **named)  # fmt: skip
@@ -100,6 +103,8 @@ def main():
         rule = {"preset": "llada-fp64", "sample_temperature": 0.8}
         record(generate, source, "llada-fp64-drawn", rule, seed=2, rows=1, dtype="bfloat16",
                temperature=0.8, blocks=3)  # fmt: skip
+        record(generate, source, "llada-fp64-cfg-bf16", "llada-fp64", seed=56, rows=1, cfg=2.5,
+               dtype="bfloat16", masks=False)  # fmt: skip
         return
     drawn = {"preset": "llada", "sample_temperature": 0.8}
     record(generate, source, "llada", "llada", seed=3, rows=3)
@@ -120,6 +125,8 @@ def main():
            seed=13, confidence_eos_eot_inf=True, temperature=0.8, **wide)  # fmt: skip
     record(generate, source, "llada-random", {"preset": "random", "sample_temperature": 0.5},
            seed=10, temperature=0.5, remasking="random", blocks=4, steps=8)  # fmt: skip
+    record(generate, source, "llada-random-cfg-bf16", "random", seed=18, cfg=2.5, dtype="bfloat16",
+           remasking="random", rows=3, blocks=4, steps=8)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def main():
     text("mmada-text", "llada-fp64", seed=3, dtype="bfloat16", rows=3)
     text("mmada-text-drawn", {"preset": "llada-fp64", "sample_temperature": 0.8}, seed=4,
          temperature=0.8, cfg=0.5, blocks=3)  # fmt: skip
+    text("mmada-text-cfg-bf16", "mmada-text", seed=12, dtype="bfloat16", rows=3, cfg=2.5)
 
 
 if __name__ == "__main__":
