@@ -165,6 +165,7 @@ def patched(model, length=17, rows=2, **options):
     "given",
     [{}, {"temperature": 0.8}, {"temperature": 0.6, "top_p": 0.9, "top_k": 9}, {"alg_temp": 0.3},
      {"top_p": 0.8, "temperature": 0.0}, {"top_p": 1.0, "top_k": 3, "steps": 1},
+     {"top_p": 0, "temperature": 0.9},
      {"eps": 0.4, "temperature": 0.8}],
     ids=str,
 )  # fmt: skip

@@ -1,14 +1,19 @@
 """The decode step in plain torch, all rows at once: the unfused baseline, and the fallback.
 
-It reads and writes arrays of the size of the logits a dozen times and works wherever torch does.
-The meaning is that of reference.py; the arithmetic is float32, for rules that score in float64
-float64.  Nothing here waits for the device or depends on a tensor's values in its control flow,
+It works wherever torch does.  The meaning is that of reference.py; the arithmetic is float32, for rules
+that score in float64 float64.
+
+Passes over the logits of a plain rule: their maximum; for greedy tokens its place; the exponentials
+exp((l - max) / T), one array of the logits' size; their sums, by leaf of 128 where a token is drawn.  NaN
+and infinities are cleared away in further passes, which the CPU makes only where the maximum shows that
+there are any; elsewhere nothing waits for the device or depends on a tensor's values in its control flow,
 so that it may be compiled and captured in a graph.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +26,7 @@ from .spec import StepInputs
 
 LEAF, GROUPS, PER_GROUP = 128, 16, 8
 _FLOAT_MAX = float(np.finfo(np.float32).max)
+PIECE = 2**18  # logits whose softmax stays in a CPU's cache
 
 
 def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
@@ -79,12 +85,16 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
 
     score and log_z are float32, float64 for rules that score in float64.
     """
-    row = _guided(x, plan)
-    start = _ban(row, x, plan)
-    alive = x.eligible & row.nan_to_num(posinf=-math.inf, neginf=-math.inf).amax(-1).isfinite()
-    row = row.clamp(max=_FLOAT_MAX)  # +inf wins like the largest float
-    filtered = torch.where(keep_mask(row, plan), row, -math.inf) if plan.rule.filters else row
-    token = _draw(filtered, x, plan, dtype)
+    row, start = _banned(_guided(x, plan), x, plan)
+    row, finite, best = _cleared(row, plan)
+    alive, compute = x.eligible & finite, compute_dtype(plan)
+    filtered = row
+    if plan.rule.filters:
+        row = row.to(compute)
+        filtered = torch.where(keep_mask(row, plan), row, -math.inf)
+    own_best = best if filtered is row else None
+    drawn_from = Exponentials(filtered, plan.sample_temperature, compute, own_best)
+    token = _draw(drawn_from, x, plan, dtype)
     known = x.eligible & (x.tokens != x.mask_token_id)
     if plan.rule.revise == "held":  # scores the token that stands there
         own = x.tokens - start
@@ -97,7 +107,11 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     if ids:
         base = base.clone()
         base[..., ids] = -math.inf
-    score, log_z = _score(base, token, plan, dtype)
+    scored_by = drawn_from
+    if base is not filtered or plan.score_temperature != plan.sample_temperature:
+        own_best = drawn_from.best if base is filtered else best if base is row else None
+        scored_by = Exponentials(base, plan.score_temperature, compute, own_best)
+    score, log_z = _score(scored_by, token, plan, dtype)
     if ids:  # where nothing is left in the score's softmax
         score = torch.where(score.isnan(), 0.0 if plan.rule.score == "prob" else -math.inf, score)
     drawn = torch.where(alive, token + start, -1)
@@ -108,20 +122,27 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     )
 
 
+def _is_on_host(logits: torch.Tensor) -> bool:
+    """Whether the values of a tensor may be looked at in passing."""
+    return logits.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def compute_dtype(plan: ResolvedStep) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    return torch.float64 if plan.rule.score_dtype == "float64" else torch.float32
+
+
 def _guided(x: StepInputs, plan: ResolvedStep) -> torch.Tensor:
-    """A fresh copy of the rows in the compute dtype, guidance mixed in, NaN as -inf."""
-    compute = torch.float64 if plan.rule.score_dtype == "float64" else torch.float32
-    row = x.logits.to(compute)
-    if x.uncond_logits is not None:
-        uncond = x.uncond_logits.to(compute)
-        if plan.rule.guidance_dtype == "logits":
-            kind = x.logits.dtype
-            step = (x.guidance_scale * (row - uncond).to(kind).to(compute)).to(kind).to(compute)
-            row = (uncond + step).to(kind).to(compute)
-        else:
-            row = uncond + x.guidance_scale * _in_float32(row - uncond)
-            row = _in_float32(row)
-    return row.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    """The logits as they are, or with guidance mixed in, in the compute dtype."""
+    if x.uncond_logits is None:
+        return x.logits
+    compute = compute_dtype(plan)
+    row, uncond = x.logits.to(compute), x.uncond_logits.to(compute)
+    if plan.rule.guidance_dtype == "logits":
+        kind = x.logits.dtype
+        step = (x.guidance_scale * (row - uncond).to(kind).to(compute)).to(kind).to(compute)
+        return (uncond + step).to(kind).to(compute)
+    return _in_float32(uncond + x.guidance_scale * _in_float32(row - uncond))
 
 
 def _in_float32(x: torch.Tensor) -> torch.Tensor:
@@ -129,46 +150,112 @@ def _in_float32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float32 else torch.where(x.float().isinf(), x * math.inf, x)
 
 
-def _ban(row: torch.Tensor, x: StepInputs, plan: ResolvedStep) -> int:
-    """Write -inf over the banned columns of `row`; returns the id of its first column."""
+def _banned(row: torch.Tensor, x: StepInputs, plan: ResolvedStep) -> tuple[torch.Tensor, int]:
+    """(the rows with -inf in the banned columns, the id of the first column)."""
     rule = plan.rule
     start = rule.vocab_slice[0] if rule.vocab_slice else 0
-    for i in rule.banned_ids + ((x.mask_token_id,) if rule.ban_mask_token else ()):
-        if 0 <= i - start < row.shape[-1]:
-            row[..., i - start] = -math.inf
-    return start
+    ids = rule.banned_ids + ((x.mask_token_id,) if rule.ban_mask_token else ())
+    here = [i - start for i in ids if 0 <= i - start < row.shape[-1]]
+    if here:
+        row = row.clone()
+        for i in here:
+            row[..., i] = -math.inf
+    return row, start
 
 
-def _scaled(row: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row - its maximum) / temperature, and that maximum; finite entries never overflow to NaN."""
-    top = row.amax(-1, keepdim=True)
-    top = torch.where(top.isfinite(), top, 0.0)
-    shifted = row - top
-    return (shifted if temperature == 1 else shifted / temperature), top
+def _cleared(row: torch.Tensor, plan: ResolvedStep) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """(rows with NaN as -inf and +inf as the largest float32, which have a finite logit, their maxima)."""
+    best = row.max(-1) if _is_on_host(row) else None  # NaN where there is one
+    if best is not None and bool((finite := best.values.isfinite()).all()):
+        return row, finite, best
+    finite = row.isfinite().any(-1)
+    row = row.to(compute_dtype(plan)).nan_to_num(-math.inf, _FLOAT_MAX, -math.inf)
+    return row, finite, None
 
 
-def _draw(row: torch.Tensor, x: StepInputs, plan: ResolvedStep, dtype: str) -> torch.Tensor:
+class Exponentials:
+    """exp((row - its maximum) / temperature) and what is read off them, each formed when asked for."""
+
+    def __init__(self, row: torch.Tensor, temperature: float, dtype: torch.dtype, best: Any = None):
+        self.row, self.temperature, self.dtype = row, temperature, dtype
+        if best is not None:
+            self.best = best
+
+    @cached_property
+    def best(self) -> Any:
+        """The largest logits (B, N) and where they are, the lowest of equals."""
+        return self.row.max(-1)
+
+    @cached_property
+    def top(self) -> torch.Tensor:
+        """(B, N, 1), 0 where nothing is finite."""
+        top = self.best.values[..., None].to(self.dtype)
+        return torch.where(top.isfinite(), top, 0.0)
+
+    def scaled(self, row: torch.Tensor) -> torch.Tensor:
+        """Some of the row's logits as exponents; finite entries never overflow to NaN."""
+        shifted = row - self.top
+        return shifted if self.temperature == 1 else shifted.div_(self.temperature)
+
+    @cached_property
+    def exps(self) -> torch.Tensor:
+        """(B, N, V), padded with 0 to whole leaves."""
+        after = -self.row.shape[-1] % LEAF
+        exps = self.scaled(self.row).exp_()
+        return F.pad(exps, (0, after)) if after else exps
+
+    @cached_property
+    def leaf_sums(self) -> torch.Tensor:
+        """(B, N, leaves)."""
+        return self.exps.unflatten(-1, (-1, LEAF)).sum(-1)
+
+    @cached_property
+    def total(self) -> torch.Tensor:
+        """(B, N); where nothing else is asked for from one softmax, in which the maximum has 1 / total."""
+        if "exps" in vars(self):
+            return self.leaf_sums.sum(-1)
+        row = self.row if self.temperature == 1 else self.scaled(self.row)
+        row, at = row.flatten(0, -2), self.best.indices.flatten()[:, None]
+        size = max(1, PIECE // row.shape[-1]) if _is_on_host(row) else max(1, len(row))
+        pieces = zip(row.split(size), at.split(size), strict=True)
+        probs = [piece.softmax(-1, dtype=self.dtype).gather(-1, i) for piece, i in pieces]
+        return torch.cat(probs).reciprocal().view(self.best.indices.shape)
+
+    def of(self, token: torch.Tensor) -> torch.Tensor:
+        """The exponents (B, N) of tokens (B, N)."""
+        return self.scaled(self.row.gather(-1, token[..., None])).squeeze(-1)
+
+
+def _scaled(row: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(row - its maximum) / temperature in float32 at least."""
+    dtype = row.dtype if row.dtype == torch.float64 else torch.float32
+    return Exponentials(row, temperature, dtype).scaled(row)
+
+
+def _draw(from_: Exponentials, x: StepInputs, plan: ResolvedStep, dtype: str) -> torch.Tensor:
     """Candidates (B, N): argmax, Gumbel-max on injected noise, or the hierarchical draw."""
-    temperature = plan.sample_temperature
+    temperature, row = plan.sample_temperature, from_.row
     if temperature == 0:
         if plan.rule.greedy_on == "probs":
-            row = round_to(_scaled(row, 1.0)[0].softmax(-1), plan.rule.score_dtype, dtype)
-        return row.argmax(-1)
+            probs = _scaled(row.to(from_.dtype), 1.0).softmax(-1)
+            return round_to(probs, plan.rule.score_dtype, dtype).argmax(-1)
+        return from_.best.indices
     if x.token_gumbel is not None:
+        row = row.to(from_.dtype)
         noisy = row + temperature * x.token_gumbel.to(row.dtype)
         keys = torch.where(row.isfinite() & ~noisy.isnan(), noisy, -math.inf)
         none = keys.isneginf().all(-1, keepdim=True)
         return torch.where(none, row, keys).argmax(-1)
-    scaled = _scaled(row, temperature)[0]
-    leaves = -(-row.shape[-1] // LEAF)
-    scaled = F.pad(scaled, (0, leaves * LEAF - row.shape[-1]), value=-math.inf)
-    tree = scaled.unflatten(-1, (leaves, PER_GROUP, GROUPS))
 
     def variates(stream: int, size: int) -> torch.Tensor:
         return philox_torch.gumbel(x.seeds, x.positions, plan.step, stream, size)
 
-    leaf = (tree.logsumexp((-2, -1)) + variates(philox.STREAM_LEAF, leaves)).argmax(-1)
-    inside = tree.take_along_dim(leaf[..., None, None, None], dim=-3).squeeze(-3)
+    sums = from_.leaf_sums
+    leaf = (sums.log() + variates(philox.STREAM_LEAF, sums.shape[-1])).argmax(-1)
+    columns = leaf[..., None] * LEAF + torch.arange(LEAF, device=row.device)
+    own = row.gather(-1, columns.clamp(max=row.shape[-1] - 1))
+    inside = from_.scaled(torch.where(columns < row.shape[-1], own, -math.inf))
+    inside = inside.unflatten(-1, (PER_GROUP, GROUPS))
     inner = variates(philox.STREAM_INNER, GROUPS + PER_GROUP)
     group = (inside.logsumexp(-2) + inner[..., :GROUPS]).argmax(-1)
     inside = inside.take_along_dim(group[..., None, None], dim=-1).squeeze(-1)
@@ -177,33 +264,33 @@ def _draw(row: torch.Tensor, x: StepInputs, plan: ResolvedStep, dtype: str) -> t
 
 
 def _score(
-    row: torch.Tensor, token: torch.Tensor, plan: ResolvedStep, dtype: str
+    by: Exponentials, token: torch.Tensor, plan: ResolvedStep, dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rule's score of the candidates and log Z, in the compute dtype."""
     kind = plan.rule.score
-    z, top = _scaled(row, plan.score_temperature)
-    exps = z.exp()
-    total = exps.sum(-1)
+    if kind in ("margin", "neg_entropy"):
+        _ = by.exps  # of which the total is then formed
+    total = by.total
     log_total = total.log()
-    log_z = top.squeeze(-1) / plan.score_temperature + log_total
-
-    def of_token(values: torch.Tensor) -> torch.Tensor:
-        return values.gather(-1, token[..., None]).squeeze(-1)
-
+    log_z = by.top.squeeze(-1) / plan.score_temperature + log_total
     if kind == "logit":
-        value = of_token(row)
+        value = by.row.gather(-1, token[..., None]).squeeze(-1).to(by.dtype)
     elif kind in ("random", "given"):
         value = torch.zeros_like(total)
-    elif kind == "margin":
-        pair = exps.topk(min(2, row.shape[-1]), dim=-1).values / total[..., None]
-        pair = round_to(pair, plan.rule.score_dtype, dtype)
-        value = pair[..., 0] - pair[..., 1] if pair.shape[-1] > 1 else pair[..., 0]
+    elif kind == "margin":  # the padding gives the second where there is but one column
+        pair = round_to(
+            by.exps.topk(2, dim=-1).values / total[..., None], plan.rule.score_dtype, dtype
+        )
+        value = pair[..., 0] - pair[..., 1]
     elif kind == "neg_entropy":
+        exps, z = by.exps[..., : by.row.shape[-1]], by.scaled(by.row)
         value = torch.where(exps > 0, exps * z, 0.0).sum(-1) / total - log_total
     elif kind == "log_prob":
-        value = of_token(z) - log_total
+        value = by.of(token) - log_total
+    elif kind == "prob":
+        value = by.of(token).exp() / total
     else:
-        value = (of_token(exps) if kind == "prob" else exps.amax(-1)) / total
+        value = total.reciprocal()
     return round_to(value, plan.rule.score_dtype, dtype), log_z
 
 
@@ -212,11 +299,11 @@ def keep_mask(row: torch.Tensor, plan: ResolvedStep) -> torch.Tensor:
     order, rule = plan.rule.filters, plan.rule
     temperature = plan.filter_temperature
     keep = row.isfinite()
-    scaled = _scaled(row, 1.0 if "temperature" in order else temperature)[0]
+    scaled = _scaled(row, 1.0 if "temperature" in order else temperature)
     for name in order:
         kept = torch.where(keep, scaled, -math.inf)
         if name == "temperature":
-            scaled = _scaled(row, temperature)[0]
+            scaled = _scaled(row, temperature)
         elif name == "top_k":  # on the logits: two of them may not become equal by a division
             kept = torch.where(keep, row, -math.inf)
             size = min(int(rule.top_k or 1), row.shape[-1])

@@ -293,6 +293,13 @@ def as_number(name: str, value: Any) -> float:
     return float(value)
 
 
+def nucleus(top_p: Any) -> float | None:
+    """A `top_p` of the codebases as the rules': none from 1 on; at 0 and below the surest token is left."""
+    if top_p is None or top_p >= 1:
+        return None
+    return max(as_number("top_p", top_p), 1e-30)
+
+
 def draw_seeds(batch: int, generator: Any, device: Any) -> Any:
     """(B,) 64-bit integers on the device, from a torch generator or torch's own."""
     import torch

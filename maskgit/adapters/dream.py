@@ -43,6 +43,7 @@ from .common import (
     Report,
     check_attributes,
     draw_seeds,
+    nucleus,
 )
 from .head import Head, output_layer
 
@@ -239,7 +240,7 @@ def _rule_of(config: Any, fixed: bool) -> StepRule:
     """The rule that a generation configuration asks for."""
     if config.alg not in _SCORES:
         raise ValueError(f"alg: expected one of {', '.join(_SCORES)}, got {config.alg!r}")
-    top_p = None if config.top_p is None or config.top_p >= 1 else float(config.top_p)
+    top_p = nucleus(config.top_p)
     top_k = None if config.top_k is None else int(config.top_k)
     return _rule(
         config.alg,
