@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels.common.arrays import kind_of
-from ..kernels.common.selection import available_backends
+from ..kernels.common.selection import available_backends, check_name, why_missing
 from ..kernels.decode_step.api import seeds_like
 from ..kernels.decode_step.checks import as_index, check_integers
 
@@ -172,8 +172,9 @@ def patch(target: Any, adapter: str | None = None, **options: Any) -> Handle:
         A `Handle` with `report` and `undo()`.
 
     Raises:
-        AdapterError: no adapter knows the target, its version is unknown, or it is patched already;
-            the message says what was expected and the target is as it was.
+        AdapterError: no adapter knows the target, its version is unknown, it is patched already, or an
+            option is wrong; the message says what was expected and the target is as it was.
+        ValueError: `backend` is not a backend's name.
     """
     if is_patched(target):
         raise AdapterError(f"target: {_name(target)} is patched already; undo that first")
@@ -206,13 +207,14 @@ def _install(module: ModuleType, target: Any, options: dict[str, Any]) -> Handle
 
 def _check_options(options: dict[str, Any]) -> None:
     """What would otherwise fail only when something is sampled."""
-    noise, backend = options.get("noise"), options.get("backend", "auto")
+    noise, backend = options.get("noise"), check_name(options.get("backend", "auto"))
     if noise is not None and not callable(noise):
         raise AdapterError(f"noise: expected a callable or None, got {noise!r}")
-    backends = available_backends()
-    if isinstance(backend, str) and backends.get(backend) is not None:  # unknown names: check_name
-        able = ", ".join(["auto", *(name for name, why in backends.items() if why is None)])
-        raise AdapterError(f"backend: expected one that can run here ({able}), got {backend!r}")
+    if backend != "auto" and why_missing(backend) is not None:
+        able = [name for name, why in available_backends().items() if why is None]
+        raise AdapterError(
+            f"backend: expected one that can run here ({', '.join(['auto', *able])}), got {backend!r}"
+        )
     generator = options.get("generator")
     if generator is not None and type(generator).__name__ != "Generator":
         raise AdapterError(f"generator: expected a torch.Generator or None, got {generator!r}")

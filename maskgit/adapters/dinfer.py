@@ -24,7 +24,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, decode_step, sample_tokens
 from .common import AdapterError, Handle, Report, check_attributes, check_signature, draw_seeds
 
@@ -73,7 +72,6 @@ def install(
         noise: called with the number of the call (0, 1, ...), returns the noise to use instead.
         backend: as in `maskgit.decode_step`.
     """
-    check_name(backend)
     kind = _kind(target)
     if kind is None:
         raise AdapterError(

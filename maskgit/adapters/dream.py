@@ -35,7 +35,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, commit_tokens
 from .common import (
     AdapterError,
@@ -97,7 +96,6 @@ def install(
         fixed: whether each row has its own count, not the batch's mean (`dream-*-fixed`).
         backend: as in `maskgit.decode_step`.
     """
-    check_name(backend)
     check_attributes(target, ("diffusion_generate", "_sample", "config"), "Dream")
     original = inspect.unwrap(getattr(target._sample, "__func__", target._sample))
     report = Report("dream", _CODEBASE, _version(original))

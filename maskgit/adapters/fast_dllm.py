@@ -26,7 +26,6 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, commit_tokens, decode_step
 from .common import Handle, Report, check_signature, draw_seeds
 
@@ -57,7 +56,6 @@ def install(
         noise: called with the number of the call (0, 1, ...), returns the noise to use instead.
         backend: as in `maskgit.decode_step`.
     """
-    check_name(backend)
     check_signature(getattr(target, _FIXED, None), f"{_ARGUMENTS}, threshold", _FIXED)
     has_dynamic = hasattr(target, _DYNAMIC)
     if has_dynamic:

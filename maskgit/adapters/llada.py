@@ -38,7 +38,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..kernels.common.arrays import kind_of
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule
 from ..kernels.decode_step.checks import as_index
 from ..sampler import generate as run_steps
@@ -125,7 +124,6 @@ def install(
             "target: expected the module of LLaDA's generate.py, with generate, add_gumbel_noise "
             "and get_num_transfer_tokens"
         )
-    check_name(backend)
     version = version_of(target)
     report = Report("llada", _CODEBASE, version.label)
     handle = Handle(target, report)

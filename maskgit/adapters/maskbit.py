@@ -30,7 +30,6 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, decode_step
 from .common import Handle, Report, check_signature, draw_seeds
 
@@ -76,7 +75,6 @@ def install(
         noise: called with the number of the step, returns the noise to use instead.
         backend: as in `maskgit.decode_step`.
     """
-    check_name(backend)
     check_signature(getattr(target, "sample", None), _ARGUMENTS, "sample")
     report = Report("maskbit", _CODEBASE, "sample with factor tokens")
     report.note("works on logits: the network's last layer is its own")

@@ -28,7 +28,6 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepRule, decode_step
 from ..kernels.decode_step.checks import as_index
 from ..kernels.decode_step.counts import check_schedule
@@ -59,7 +58,6 @@ def install(target: Any, *, fast: bool = False, backend: str = "auto") -> Handle
         fast: whether steps and noise are this library's.
         backend: of fast steps, as in `maskgit.decode_step`.
     """
-    check_name(backend)
     check_signature(getattr(target, "decode", None), _ARGUMENTS, "decode")
     report = Report("maskgit_jax", _CODEBASE, "parallel_decode")
     if fast:

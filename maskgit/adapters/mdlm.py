@@ -26,7 +26,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, sample_tokens
 from ..kernels.decode_step.api import seeds_like
 from .common import AdapterError, Handle, Report, check_attributes, check_signature, draw_seeds
@@ -61,7 +60,6 @@ def install(target: Any, *, generator: Any = None, backend: str = "auto") -> Han
     Raises:
         AdapterError: an unknown version, or another parameterization than SUBS.
     """
-    check_name(backend)
     check_diffusion(target, "x, t, dt, p_x0")
     report = Report("mdlm", _CODEBASE, f"{type(target).__name__} with {parameters_of(target)}")
     head = head_of(target, report.note)

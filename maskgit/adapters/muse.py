@@ -31,7 +31,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepResult, StepRule, commit_tokens
 from .common import (
     AdapterError,
@@ -84,7 +83,6 @@ def install(
         hidden_states: whether `to_logits` may be left out of the forward pass.
         backend: as in `maskgit.decode_step`.
     """
-    check_name(backend)
     check_attributes(target, _ATTRIBUTES, "MaskGit")
     check_signature(_original(target.generate), _ARGUMENTS, "generate")
     check_attributes(target.transformer, ("forward", "encode_text", "to_logits"), "Transformer")

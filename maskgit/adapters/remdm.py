@@ -24,7 +24,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule
 from . import mdlm
 from .common import Handle, Report, check_signature
@@ -59,7 +58,6 @@ def install(target: Any, *, generator: Any = None, backend: str = "auto") -> Han
     Raises:
         AdapterError: an unknown version, or another parameterization than SUBS.
     """
-    check_name(backend)
     mdlm.check_diffusion(target, _UPDATE)
     check_signature(
         getattr(target, "_dfm_caching_update", None), "x, t, p_x0", "_dfm_caching_update"

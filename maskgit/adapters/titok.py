@@ -25,7 +25,6 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule
 from .common import Handle, Report, check_attributes, check_signature, draw_seeds
 from .head import Head
@@ -62,7 +61,6 @@ def install(
         hidden_states: whether the last layer may be left out of the forward pass.
         backend: as in `maskgit.decode_step`.
     """
-    check_name(backend)
     check_attributes(target, _ATTRIBUTES, "ImageBert")
     check_signature(target.generate, _ARGUMENTS, "generate")
     report = Report("titok", _CODEBASE, type(target).__name__)
