@@ -1,4 +1,6 @@
 import copy
+import functools
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -18,6 +20,7 @@ from maskgit.adapters import diffusers_schedulers as ours  # noqa: E402
 
 MASK, CODES, SIDE = 39, 32, 8
 GOLDEN = Path(__file__).parent / "golden"
+MINE = ours.AmusedScheduler  # while diffusers is as it was, which its noise is not in some tests
 
 
 class SameNoise:
@@ -178,7 +181,7 @@ def test_stock_amused_pipeline_gives_the_same_tokens(same_noise, schedule, guida
     parts = amused_parts()
     options = {"num_inference_steps": 7, "guidance_scale": guidance, "temperature": (2, 0)}
     expected = run_amused(amused_pipeline(stock, **parts), **options)
-    pipe = amused_pipeline(ours.AmusedScheduler.from_config(stock.config), **parts)
+    pipe = amused_pipeline(MINE.from_config(stock.config), **parts)
     same_noise.inject(pipe.scheduler)
     assert torch.equal(run_amused(pipe, **options), expected)
     assert (expected != MASK).all()
@@ -190,7 +193,7 @@ def test_stock_amused_pipeline_gives_the_same_tokens(same_noise, schedule, guida
 def test_counts_are_the_stock_ones_whatever_the_start(same_noise, steps, start):
     rng = torch.Generator().manual_seed(steps)
     stock = diffusers.AmusedScheduler(mask_token_id=MASK)
-    mine = ours.AmusedScheduler.from_config(stock.config)
+    mine = MINE.from_config(stock.config)
     for scheduler in (stock, mine):
         scheduler.set_timesteps(steps, 3)
     a = torch.full((2, 9, 10), MASK)
@@ -217,9 +220,7 @@ def test_inpainting_pipeline_gives_the_same_tokens(same_noise):
     options = {"image": image, "mask_image": mask, "num_inference_steps": 5, "strength": 1.0,
                "generator": torch.Generator().manual_seed(1)}  # fmt: skip
     expected = run_amused(amused_pipeline(stock, "AmusedInpaintPipeline", **parts), **options)
-    pipe = amused_pipeline(
-        ours.AmusedScheduler.from_config(stock.config), "AmusedInpaintPipeline", **parts
-    )
+    pipe = amused_pipeline(MINE.from_config(stock.config), "AmusedInpaintPipeline", **parts)
     assert pipe.scheduler.config.masking_schedule == "linear"
     same_noise.inject(pipe.scheduler)
     options["generator"].manual_seed(1)
@@ -518,13 +519,11 @@ def test_an_unknown_version_is_left_as_it_is(monkeypatch):
     def step(self, model_output, timestep, sample, another):
         pass
 
-    ours.scheduler_class.cache_clear()
     monkeypatch.setattr(diffusers.AmusedScheduler, "step", step)
     with pytest.raises(AdapterError, match=r"unknown version of AmusedScheduler\.step"):
         adapters.patch(pipe)
     assert vars(pipe) == before
     monkeypatch.undo()
-    ours.scheduler_class.cache_clear()
     adapters.patch(pipe).undo()
 
 
@@ -537,3 +536,84 @@ def test_seeds_make_the_batch_not_matter():
     alone = mine.step(logits[2:], 4, sample[2:], seeds=seeds[2:]).prev_sample
     assert torch.equal(together[2:], alone)
     assert maskgit.adapters.supported()["diffusers_schedulers"]
+
+
+def other_code(function):
+    """The same parameters, another body."""
+
+    @functools.wraps(function)
+    def other(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    del other.__wrapped__
+    other.__signature__ = inspect.signature(function)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("AmusedScheduler", name) for name in ("step", "set_timesteps")),
+        *(("BlockRefinementScheduler", name) for name in ("step", "_top_k_filtering")),
+        ("BlockRefinementScheduler", "_sample_from_logits"),
+        ("EntropyBoundScheduler", "_sample_from_logits"),
+        ("DiscreteDDIMScheduler", "step"),
+    ],
+)
+def test_other_code_is_refused_unless_trusted(kind, name, monkeypatch):
+    stock = getattr(diffusers, kind)
+    ours.scheduler_class(kind)
+    monkeypatch.setattr(stock, name, other_code(getattr(stock, name)))
+    with pytest.raises(AdapterError, match=f"unknown version of diffusers' {kind}; .*{name}"):
+        getattr(ours, kind)
+    assert issubclass(ours.scheduler_class(kind, trusted=True), stock)
+
+
+def test_a_helper_with_other_code_is_refused(monkeypatch):
+    pipe = amused_pipeline(diffusers.AmusedScheduler(mask_token_id=MASK))
+    monkeypatch.setattr(scheduling_amused, "mask_by_random_topk", lambda *_: None)
+    with pytest.raises(AdapterError, match="mask_by_random_topk"):
+        adapters.patch(pipe)
+    with adapters.fast_sampler(pipe, trust_version=True) as handle:
+        assert handle.report.version.endswith("not known, trusted")
+    with pytest.raises(ValueError, match="backend: expected auto, "):
+        adapters.patch(pipe, backend="cuda9")
+
+
+def test_a_pipeline_with_other_code_is_refused_a_trimmed_head(monkeypatch):
+    pipe = llada2(diffusers.BlockRefinementScheduler(block_length=8), Words())
+    monkeypatch.setattr(type(pipe), "__call__", other_code(type(pipe).__call__))
+    with pytest.raises(AdapterError, match="unknown version of LLaDA2Pipeline"):
+        adapters.patch(pipe, trim_head=True)
+    adapters.patch(pipe, trim_head=True, trust_version=True).undo()
+    adapters.patch(pipe).undo()
+
+
+@pytest.mark.parametrize("kind", ours._STEP)
+def test_what_a_caller_leaves_out_has_the_default_of_diffusers(kind, monkeypatch):
+    """Another diffusers, whose defaults are all others: they are what our step gets."""
+    stock, seen, kinds = getattr(diffusers, kind), [], inspect.Parameter
+    signature = inspect.signature(stock.step)
+    given = {
+        name: f"their {name}"
+        for name, parameter in signature.parameters.items()
+        if parameter.default is not kinds.empty
+    }
+    assert len(given) >= 2
+    parameters = [
+        p.replace(default=given.get(n, p.default)) for n, p in signature.parameters.items()
+    ]
+    step = other_code(stock.step)
+    step.__signature__ = signature.replace(parameters=parameters)
+    monkeypatch.setattr(stock, "step", step)
+    monkeypatch.setitem(ours._STEPS, kind, lambda **arguments: seen.append(arguments))
+    ours._derived.cache_clear()
+    mine = ours.scheduler_class(kind, trusted=True)(
+        **({"mask_token_id": 3} if "Am" in kind else {})
+    )
+    ours._derived.cache_clear()
+    mine.step(1, 2, 3, seeds=4)
+    mine.step(1, 2, 3, seeds=4, **given)
+    assert seen[0] == seen[1]
+    assert {n: v for n, v in seen[0].items() if n in given} == given
+    assert [seen[0][n] for n in ("model_output", "timestep", "sample", "seeds")] == [1, 2, 3, 4]

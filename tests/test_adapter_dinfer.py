@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import on_toy, patch_toy
 
 import maskgit
 from maskgit import StepNoise, adapters
 
 torch = pytest.importorskip("torch")
 from maskgit.adapters import dinfer  # noqa: E402
+from maskgit.adapters.fingerprint import TRUSTED  # noqa: E402
 
 BACKENDS = [n for n in ("cpp", "torch", "reference") if maskgit.available_backends()[n] is None]
 V = MASK = 20
@@ -147,7 +149,7 @@ def loop(decoder, x, *more):
 
 def patched(decoder, rows=2, **options):
     block = torch.zeros(rows, 6, V)
-    return adapters.fast_sampler(decoder, noise=lambda call: noise_of(call, block), **options)
+    return on_toy(decoder, noise=lambda call: noise_of(call, block), **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -238,10 +240,13 @@ def test_credits_are_those_of_the_dense_matrix_and_are_dropped_at_the_end():
 def test_patch_and_undo_leave_the_decoder_as_it_was(kind):
     decoder = kind()
     before = dict(vars(decoder))
-    handle = adapters.patch(decoder)
-    assert (handle.report.adapter, handle.report.version) == ("dinfer", kind.__name__)
+    handle = patch_toy(decoder)
+    assert (handle.report.adapter, handle.report.version) == (
+        "dinfer",
+        f"{kind.__name__} of {TRUSTED}",
+    )
     with pytest.raises(adapters.AdapterError, match="patched already"):
-        adapters.patch(decoder)
+        patch_toy(decoder)
     handle.undo()
     assert vars(decoder) == before
     assert decoder.decode.__func__ is kind.decode
@@ -252,7 +257,7 @@ def test_a_subclass_that_decodes_as_its_parent_is_known():
         def block_init(self, block_x, block_id):
             pass
 
-    assert adapters.patch(Mine()).report.version == "ThresholdParallelDecoder"
+    assert patch_toy(Mine()).report.version == f"ThresholdParallelDecoder of {TRUSTED}"
 
 
 def test_unknown_versions_are_refused_and_left_alone():
@@ -268,12 +273,12 @@ def test_unknown_versions_are_refused_and_left_alone():
     for decoder, message in cases:
         before = dict(vars(decoder))
         with pytest.raises(adapters.AdapterError, match=message):
-            adapters.patch(decoder)
+            patch_toy(decoder)
         assert vars(decoder) == before
     others = (ParallelDecoder(), ThresholdParallelDecoder, torch, None, SimpleNamespace())
     assert not any(dinfer.matches(other) for other in others)
     with pytest.raises(adapters.AdapterError, match="expected an instance"):
-        adapters.patch(ParallelDecoder(), "dinfer")
+        patch_toy(ParallelDecoder(), "dinfer")
 
 
 def test_manual_seed_repeats_a_run():
@@ -285,11 +290,11 @@ def test_manual_seed_repeats_a_run():
         loop(decoder, x)
         return x
 
-    with adapters.fast_sampler(decoder):
+    with on_toy(decoder):
         assert torch.equal(run(1), run(1))
         assert not torch.equal(run(1), run(2))
     generator = torch.Generator().manual_seed(7)
-    with adapters.fast_sampler(decoder, generator=generator):
+    with on_toy(decoder, generator=generator):
         first = run(1)
         assert torch.equal(first, (generator.manual_seed(7), run(2))[1])
 
@@ -297,8 +302,8 @@ def test_manual_seed_repeats_a_run():
 def test_wrong_arguments_are_named():
     decoder = ThresholdParallelDecoder()
     with pytest.raises(ValueError, match="backend"):
-        adapters.patch(decoder, backend="none such")
-    with adapters.fast_sampler(decoder):
+        patch_toy(decoder, backend="none such")
+    with on_toy(decoder):
         with pytest.raises(ValueError, match="tokens: expected shape"):
             decoder.decode(torch.zeros(2, 5, V), 4, 10, start())
         decoder.temperature = -1.0

@@ -4,6 +4,7 @@ import copy
 import types
 
 import pytest
+from helpers import on_toy
 
 from maskgit import adapters
 
@@ -228,7 +229,7 @@ def test_mdlm_sees_it():
     seeds = torch.arange(3)
     expected = mdlm.ddpm_update(plain, x, t, 0.3, seeds=seeds)
     assert torch.equal(mdlm.ddpm_update(model, x, t, 0.3, seeds=seeds), expected)
-    with adapters.fast_sampler(model) as handle:
+    with on_toy(model) as handle:
         model._ddpm_update(x, t, 0.3)
     assert CHANGED in handle.report.notes
 
@@ -239,10 +240,10 @@ def test_titok_sees_it():
             return torch.tanh(super().forward(*args, **kwargs) / 2) * 2
 
     model = Capped()
-    with adapters.fast_sampler(model, hidden_states=False):
+    with on_toy(model, hidden_states=False):
         torch.manual_seed(1)
         expected = model.generate(titok_test.LABELS)
-    with adapters.fast_sampler(model) as handle:
+    with on_toy(model) as handle:
         torch.manual_seed(1)
         assert torch.equal(model.generate(titok_test.LABELS), expected)
     assert CHANGED in handle.report.notes
@@ -251,13 +252,13 @@ def test_titok_sees_it():
 def test_a_copy_of_a_patched_model_is_not_patched_and_runs_its_own_weights():
     model, given = dream_test.Stub(), dream_test.config()
     stock = model.diffusion_generate(dream_test.prompt(), given)
-    with adapters.fast_sampler(model) as handle:
+    with on_toy(model) as handle:
         other = copy.deepcopy(model)
         assert not is_patched(other)
         other.lm_head.weight.data = other.lm_head.weight.flip(0)
         assert not torch.equal(other.diffusion_generate(dream_test.prompt(), given), stock)
         assert handle.report.calls == 0
-        with adapters.fast_sampler(other) as second:
+        with on_toy(other) as second:
             other.diffusion_generate(dream_test.prompt(), given)
         assert (handle.report.calls, second.report.calls) == (0, 1)
         kept = model._sample

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import golden_rule
+from helpers import golden_rule, on_toy, patch_toy
 
 import maskgit
 from maskgit import StepNoise, adapters
@@ -117,11 +117,10 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_hidden_states_give_the_same_tokens(options, monkeypatch):
-    monkeypatch.setattr(llada, "_EOS", 7)
-    monkeypatch.setattr(llada, "_EOT", 9)
+def test_hidden_states_give_the_same_tokens(options):
     model, prompt = Tiny(), torch.arange(10).reshape(2, 5)
     options = {"steps": 8, "gen_length": 16, "block_length": 8, "mask_id": 59} | options
+    options["end_tokens"] = (7, 7, 9)
     seeds = torch.tensor([3, 4])
     report = adapters.Report("llada", "", "")
     a = llada.generate(model, prompt, seeds=seeds, report=report, **options)
@@ -184,42 +183,35 @@ def test_ragged_prompts_draw_what_they_draw_alone(temperature, hidden):
         assert torch.equal(together[row, 9:], alone[0, len(prompt) :]), f"row {row}"
 
 
-def module(parameters, more=(), less=(), helper=""):
-    """A module whose functions have the parameters of LLaDA's, and mention what theirs do."""
-    names = set(llada._GENERATE.split()) | (NEW_NAMES if "attention_mask" in parameters else set())
-    body = "\n        ".join(sorted((names | set(more)) - set(less)))
-    code = f"""
-def add_gumbel_noise(logits, temperature):
-    return ({", ".join(llada._GUMBEL.split())}, {helper})
-def get_num_transfer_tokens(mask_index, steps):
-    return ({", ".join(llada._QUOTAS.split())})
-def generate({parameters}):
-    if model is None:
-        {body}
-    return "theirs"
-"""
-    target = types.ModuleType("generate")
-    exec(code, target.__dict__)
-    return target
-
-
 NEW = (
     "model, prompt, attention_mask=None, steps=128, gen_length=128, block_length=128, "
     "temperature=0., cfg_scale=0., remasking='low_confidence', mask_id=126336, "
     "logits_eos_inf=False, confidence_eos_eot_inf=False"
 )
-NEW_NAMES = {"attention_mask_", "dtype", "ones"}
 OLD = (
     "model, prompt, steps=128, gen_length=128, block_length=128, temperature=0., cfg_scale=0., "
     "remasking='low_confidence', mask_id=126336"
 )
 
 
+def module(parameters, body="return 'theirs'"):
+    """A module whose functions have the parameters of LLaDA's."""
+    code = f"""
+def add_gumbel_noise(logits, temperature): pass
+def get_num_transfer_tokens(mask_index, steps): pass
+def generate({parameters}):
+    {body}
+"""
+    target = types.ModuleType("generate")
+    exec(code, target.__dict__)
+    return target
+
+
 @pytest.mark.parametrize("parameters", [NEW, OLD])
 def test_patch_and_undo(parameters):
     target, model, prompt = module(parameters), Tiny(), torch.arange(5)[None]
     before = dict(vars(target))
-    with adapters.fast_sampler(target) as handle:
+    with on_toy(target) as handle:
         torch.manual_seed(3)
         first = target.generate(
             model, prompt, steps=4, gen_length=8, block_length=8, temperature=1.0, mask_id=59
@@ -232,12 +224,12 @@ def test_patch_and_undo(parameters):
         assert handle.report.calls == 2
         assert handle.report.replaced == ("generate",)
         with pytest.raises(adapters.AdapterError, match="patched already"):
-            adapters.patch(target)
+            patch_toy(target)
     assert vars(target) == before
     with pytest.raises(adapters.AdapterError, match="not patched any more"):
         handle.undo()
     if parameters == OLD:  # the arguments of the old version come in another order
-        with adapters.fast_sampler(target):
+        with on_toy(target):
             out = target.generate(model, prompt, 4, 8, 8, 0.0, 0.0, "low_confidence", 59)
         assert out.shape == (1, 13)
 
@@ -248,57 +240,37 @@ def test_unknown_version_is_refused_and_left_alone():
     with pytest.raises(
         adapters.AdapterError, match="unknown version of LLaDA's generate; expected"
     ):
-        adapters.patch(target)
+        patch_toy(target)
     assert vars(target) == before
     with pytest.raises(adapters.AdapterError, match="no adapter knows the module empty"):
-        adapters.patch(types.ModuleType("empty"))
+        patch_toy(types.ModuleType("empty"))
     with pytest.raises(adapters.AdapterError, match="nothing: expected one of the options"):
-        adapters.patch(module(NEW), nothing=1)
+        patch_toy(module(NEW), nothing=1)
     for adapter in ("nothing", []):
         with pytest.raises(adapters.AdapterError, match="adapter: expected one of"):
-            adapters.patch(target, adapter=adapter)
-    for fork, words in (
-        (
-            module(NEW, more=["eos_bias"]),
-            r"generate; expected one of b7e6c356, .* also \(eos_bias\)",
-        ),
-        (module(NEW, less=["topk"]), r"generate; .* does not use \(topk\)"),
-        (module(OLD, more=["float16"]), r"generate; .* also \(float16\)"),
-        (module(NEW, helper="float32"), r"add_gumbel_noise; .* also \(float32\)"),
-        (module(NEW, more=["float64"]), r"generate; .* also \(float64\)"),
-    ):
-        before = dict(vars(fork))
-        with pytest.raises(adapters.AdapterError, match=f"unknown version of LLaDA's {words}"):
-            adapters.patch(fork)
-        assert vars(fork) == before
+            patch_toy(target, adapter=adapter)
     fresh = module(NEW)
     for option in ({"noise": 5}, {"backend": "pallas"}):
         with pytest.raises(adapters.AdapterError, match=f"{next(iter(option))}: expected"):
-            adapters.patch(fresh, **option)
+            patch_toy(fresh, **option)
     assert not any(name.startswith("_maskgit") for name in vars(fresh))
 
 
-def test_versions_are_told_apart(monkeypatch):
+def test_scores_are_in_the_dtype_of_the_code(monkeypatch):
     seen = []
     monkeypatch.setattr(
         llada, "rule_for", lambda *a: seen.append(a[2]) or llada.StepRule.preset("llada")
     )
     model, prompt = Tiny(), torch.arange(5)[None]
-    for target, label, dtype in (
-        (module(NEW), "b7e6c356", "logits"),
-        (module(OLD), "f51cb17", "logits"),
-        (module(OLD, more=["float64"]), "before f51cb17 (scores in float64)", "float64"),
-    ):
-        with adapters.fast_sampler(target) as handle:
-            assert handle.report.version == label
+    for body, dtype in (("return 'theirs'", "logits"), ("return model.to(x.float64)", "float64")):
+        target = module(OLD, body)
+        with on_toy(target):
             target.generate(model, prompt, steps=1, gen_length=4, block_length=4, mask_id=59)
         assert seen.pop() == dtype
 
 
 def test_fixed_repairs_what_looks_like_a_mistake(monkeypatch):
     """The mask id is never drawn, and both end tokens are kept from being sure at any temperature."""
-    monkeypatch.setattr(llada, "_EOS", 7)
-    monkeypatch.setattr(llada, "_EOT", 9)
 
     def model(tokens, attention_mask=None):
         logits = torch.zeros(*tokens.shape, 12)
@@ -309,6 +281,7 @@ def test_fixed_repairs_what_looks_like_a_mistake(monkeypatch):
 
     prompt, options = torch.zeros(1, 4).long(), {"gen_length": 8, "block_length": 8, "mask_id": 11}
     options |= {"steps": 4, "temperature": 1.0, "confidence_eos_eot_inf": True}
+    options["end_tokens"] = (7, 7, 9)
     theirs = llada.generate(model, prompt, seeds=[1], **options)
     fixed = llada.generate(model, prompt, seeds=[1], fixed=True, **options)
     assert (theirs == 11).any()

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import on_toy, patch_toy
 
 import maskgit
 from maskgit import StepNoise, adapters
@@ -141,7 +142,7 @@ def test_the_tokens_are_those_of_their_loop(annealing, strategy):
     options = given(guidance_annealing=annealing, mask_schedule_strategy=strategy)
     options["use_sampling_annealing"] = annealing == "linear"
     codes, steps = theirs.sample(model, IMAGES, **options)
-    with adapters.fast_sampler(theirs, noise=noise):
+    with on_toy(theirs, noise=noise):
         got_codes, got = theirs.sample(model, IMAGES, **options)
     assert torch.equal(torch.stack(got), torch.stack(steps))
     assert torch.equal(got_codes, codes)
@@ -150,7 +151,7 @@ def test_the_tokens_are_those_of_their_loop(annealing, strategy):
 
 def test_half_a_batch_without_weight_is_not_run():
     theirs, model = module(), Network()
-    with adapters.fast_sampler(theirs):
+    with on_toy(theirs):
         theirs.sample(model, IMAGES, **given(guidance_annealing="linear"))
         assert model.batches == [ROWS] + [2 * ROWS] * 5
         model.batches.clear()
@@ -160,7 +161,7 @@ def test_half_a_batch_without_weight_is_not_run():
 
 def test_manual_seed_repeats_a_run_with_their_labels():
     theirs, model, runs = module(), Network(), []
-    with adapters.fast_sampler(theirs) as handle:
+    with on_toy(theirs) as handle:
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
             runs.append(theirs.sample(model, IMAGES, **given(num_samples=20, labels=None))[0])
@@ -172,7 +173,7 @@ def test_manual_seed_repeats_a_run_with_their_labels():
 
 def test_a_single_token_that_is_left_is_drawn_again():
     theirs, model = module(), Network()
-    with adapters.fast_sampler(theirs):
+    with on_toy(theirs):
         _, steps = theirs.sample(model, IMAGES, **given(num_steps=2 * N))
     changed = [(a != b).flatten(1).sum(1).max() for a, b in itertools.pairwise(steps[N:])]
     assert max(changed) <= 1
@@ -181,15 +182,15 @@ def test_a_single_token_that_is_left_is_drawn_again():
 def test_patching_is_undone_and_done_once():
     theirs = module()
     before = dict(vars(theirs))
-    with adapters.fast_sampler(theirs) as handle:
+    with on_toy(theirs) as handle:
         assert handle.report.adapter == "maskbit"
         with pytest.raises(adapters.AdapterError, match="patched already"):
-            adapters.patch(theirs)
+            patch_toy(theirs)
     assert vars(theirs) == before
     theirs.sample = lambda model, codebook_splits: None
     before = dict(vars(theirs))
     with pytest.raises(adapters.AdapterError, match="unknown version of sample"):
-        adapters.patch(theirs)
+        patch_toy(theirs)
     assert vars(theirs) == before
     assert not any(maskbit.matches(other) for other in (math, torch, None, Network()))
 
@@ -197,10 +198,10 @@ def test_patching_is_undone_and_done_once():
 def test_wrong_arguments_are_named():
     theirs = module()
     with pytest.raises(ValueError, match="backend"):
-        adapters.patch(theirs, backend="none such")
+        patch_toy(theirs, backend="none such")
     wrong = {"mask_schedule_strategy": "pow2", "guidance_annealing": "square"}
     wrong |= {"labels": LABELS[1:], "softmax_temperature": -1.0}
-    with adapters.fast_sampler(theirs):
+    with on_toy(theirs):
         for name, value in wrong.items():
             with pytest.raises(ValueError, match=name.split("_")[-1]):
                 theirs.sample(Network(), IMAGES, **given(**{name: value}))

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from helpers import on_toy, patch_toy
 
 import maskgit
 from maskgit import adapters
@@ -97,7 +98,7 @@ def test_the_tokens_are_those_of_their_loop_patched_and_compiled():
     given = {"num_iter": STEPS, "start_iter": 1, "choice_temperature": 4.5}
     key = jax.random.PRNGKey(11)
     expected = theirs.decode(inputs(), key, logits_of, **given)
-    with adapters.fast_sampler(theirs) as handle:
+    with on_toy(theirs) as handle:
         compiled = jax.jit(lambda x, key: theirs.decode(x, key, logits_of, **given))
         np.testing.assert_array_equal(compiled(inputs(), key), expected)
         with jax.disable_jit():
@@ -110,7 +111,7 @@ def test_the_tokens_are_those_of_their_loop_patched_and_compiled():
 
 def test_the_fast_draw_repeats_and_keeps_what_is_known():
     theirs = module()
-    with adapters.fast_sampler(theirs, fast=True), jax.disable_jit():
+    with on_toy(theirs, fast=True), jax.disable_jit():
         runs = [
             theirs.decode(inputs(), make(seed), logits_of, num_iter=2)
             for make, seed in (
@@ -131,22 +132,22 @@ def test_the_fast_draw_repeats_and_keeps_what_is_known():
 def test_patching_is_undone_and_done_once():
     theirs = module()
     before = dict(vars(theirs))
-    with adapters.fast_sampler(theirs) as handle:
+    with on_toy(theirs) as handle:
         assert handle.report.adapter == "maskgit_jax"
         with pytest.raises(adapters.AdapterError, match="patched already"):
-            adapters.patch(theirs)
+            patch_toy(theirs)
     assert vars(theirs) == before
     theirs.decode = lambda inputs, rng: None
     before = dict(vars(theirs))
     with pytest.raises(adapters.AdapterError, match="unknown version of decode"):
-        adapters.patch(theirs)
+        patch_toy(theirs)
     assert vars(theirs) == before
     assert not any(maskgit_jax.matches(other) for other in (jax, None, object()))
 
 
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="backend"):
-        adapters.patch(module(), backend="none such")
+        patch_toy(module(), backend="none such")
     wrong = {
         "mask_scheduling_method": "square",
         "num_iter": 2.5,

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import golden_rule
+from helpers import golden_rule, on_toy, patch_toy
 
 torch = pytest.importorskip("torch")
 
 import maskgit  # noqa: E402
-from maskgit import StepNoise, StepRule, adapters  # noqa: E402
+from maskgit import StepNoise, StepRule  # noqa: E402
 from maskgit.adapters import AdapterError, mdlm  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -212,7 +212,7 @@ def test_whole_loop_repeats_and_saves_work(caching, rows):
     theirs = sum(rows)
     rows.clear()
     model.backbone.calls = 0
-    with adapters.fast_sampler(model) as handle:
+    with on_toy(model) as handle:
         torch.manual_seed(7)
         a = model._sample(steps, caching=caching)
         assert sum(rows) == 3 * N + 3 * N  # every position once, and the fill at the end
@@ -221,7 +221,7 @@ def test_whole_loop_repeats_and_saves_work(caching, rows):
         b = model._sample(steps, caching=caching)
         c = model._sample(steps, caching=caching)
         with pytest.raises(AdapterError, match="patched already"):
-            adapters.patch(model)
+            patch_toy(model)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     assert (a != MASK).all()
@@ -236,7 +236,7 @@ def test_known_tokens_stay_and_a_generator_is_used():
     model = Diffusion(Other)
     start = torch.full((3, N), MASK)
     start[:, 3:7] = torch.arange(4)
-    with adapters.fast_sampler(model, generator=torch.Generator().manual_seed(1)) as handle:
+    with on_toy(model, generator=torch.Generator().manual_seed(1)) as handle:
         state = torch.get_rng_state()
         out = model._sample(9, start=start)
         assert torch.equal(torch.get_rng_state(), state)
@@ -276,18 +276,18 @@ def test_what_is_refused():
     model.parameterization = "d3pm"
     before = dict(vars(model))
     with pytest.raises(AdapterError, match="subs"):
-        adapters.patch(model)
+        patch_toy(model)
     model.parameterization = "subs"
     model.config.noise.type = "geometric"
     with pytest.raises(ValueError, match="loglinear"):
         mdlm.ddpm_caching_update(model, torch.full((1, N), MASK), torch.ones(1), 0.1)
     with pytest.raises(ValueError, match="backend"):
-        adapters.patch(model, backend="abacus")
+        patch_toy(model, backend="abacus")
     with pytest.raises(AdapterError, match="option"):
-        adapters.patch(model, temperature=1.0)
+        patch_toy(model, temperature=1.0)
     model._ddpm_update = lambda x, t: x
     with pytest.raises(AdapterError, match="unknown version of _ddpm_update"):
-        adapters.patch(model, "mdlm")
+        patch_toy(model, "mdlm")
     del model._ddpm_update
     assert vars(model) == before | {"parameterization": "subs"}
     block = Diffusion()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import on_toy, patch_toy
 
 import maskgit
 from maskgit import StepNoise, adapters
@@ -194,7 +195,7 @@ def test_the_tokens_are_those_of_their_loop(critic, scale, hidden):
     given["can_remask_prev_masked"] = critic == "remask"
     for temperature in (0.0, 1.5):
         expected = model.generate(TEXTS, temperature=temperature, timesteps=7, **given)
-        with adapters.fast_sampler(model, noise=noise, hidden_states=hidden) as handle:
+        with on_toy(model, noise=noise, hidden_states=hidden) as handle:
             got = model.generate(TEXTS, temperature=temperature, timesteps=7, **given)
         assert torch.equal(got, expected)
         assert model.training
@@ -203,7 +204,7 @@ def test_the_tokens_are_those_of_their_loop(critic, scale, hidden):
 
 def test_passes_whose_results_are_dropped_are_not_made():
     model = MaskGit("self")
-    with adapters.fast_sampler(model):
+    with on_toy(model):
         model.generate(TEXTS, fmap_size=SIDE, timesteps=5)
     drops = model.transformer.drops
     assert (drops.count(0.0), drops.count(1.0)) == (5 + 4, 5)
@@ -211,7 +212,7 @@ def test_passes_whose_results_are_dropped_are_not_made():
 
 def test_manual_seed_repeats_a_run():
     model, runs = MaskGit("token"), []
-    with adapters.fast_sampler(model) as handle:
+    with on_toy(model) as handle:
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
             runs.append(model.generate(TEXTS, fmap_size=SIDE))
@@ -219,22 +220,22 @@ def test_manual_seed_repeats_a_run():
     assert not torch.equal(runs[0], runs[2])
     assert all(((run >= 0) & (run < V)).all() for run in runs)
     assert handle.report.calls == 3
-    assert handle.report.version == "MaskGit with a Transformer"
+    assert handle.report.version == "MaskGit with a Transformer, not known, trusted"
 
 
 def test_patching_is_undone_and_done_once():
     model = MaskGit()
     before = dict(vars(model))
-    with adapters.fast_sampler(model) as handle:
+    with on_toy(model) as handle:
         assert handle.report.adapter == "muse"
         with pytest.raises(adapters.AdapterError, match="patched already"):
-            adapters.patch(model)
+            patch_toy(model)
     assert vars(model) == before
     for owner, name in ((model, "generate"), (model.transformer, "forward")):
         object.__setattr__(owner, name, lambda texts, steps: None)
         before = dict(vars(model))
         with pytest.raises(adapters.AdapterError, match=f"unknown version of .*{name}"):
-            adapters.patch(model)
+            patch_toy(model)
         assert vars(model) == before
         object.__delattr__(owner, name)
     assert not any(muse.matches(other) for other in (MaskGit, torch, None, Transformer()))
@@ -243,11 +244,11 @@ def test_patching_is_undone_and_done_once():
 def test_wrong_arguments_are_named():
     model = MaskGit()
     with pytest.raises(ValueError, match="backend"):
-        adapters.patch(model, backend="none such")
+        patch_toy(model, backend="none such")
     model.no_mask_token_prob = 0.0
     wrong = {"negative_texts": TEXTS, "can_remask_prev_masked": True, "fmap_size": None}
     wrong |= {"temperature": -1.0}
-    with adapters.fast_sampler(model):
+    with on_toy(model):
         for name, value in wrong.items():
             with pytest.raises(ValueError, match=name):
                 model.generate(TEXTS, **({"fmap_size": SIDE} | {name: value}))

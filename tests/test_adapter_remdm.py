@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import golden_rule
+from helpers import golden_rule, on_toy, patch_toy
 
 torch = pytest.importorskip("torch")
 
 from test_adapter_mdlm import GOLDEN, MASK, Diffusion, N, Other, Recorded, V, choice_of_race  # noqa: E402
 
-from maskgit import StepNoise, adapters  # noqa: E402
+from maskgit import StepNoise  # noqa: E402
 from maskgit.adapters import AdapterError, mdlm, remdm  # noqa: E402
 
 SAMPLING = {"sampler": "remdm-cap", "nucleus_p": 1.0, "eta": 0.3, "steps": 20, "dfm": False,
@@ -134,7 +134,7 @@ def test_flow_matching_gives_the_tokens_of_the_race():
 def test_whole_loop_of_every_sampler(sampler):
     model = Remasking(sampler=sampler, nucleus_p=0.9)
     before = dict(vars(model))
-    with adapters.fast_sampler(model) as handle:
+    with on_toy(model) as handle:
         assert handle.report.adapter == "remdm"
         torch.manual_seed(1)
         a = model._sample(20)
@@ -142,7 +142,7 @@ def test_whole_loop_of_every_sampler(sampler):
         b = model._sample(20)
         assert (model.before_fill[-1] == MASK).float().mean() < 0.2
         with pytest.raises(AdapterError, match="patched already"):
-            adapters.patch(model)
+            patch_toy(model)
     assert torch.equal(a, b)
     assert handle.report.calls == 40
     assert vars(model) == before
@@ -150,7 +150,7 @@ def test_whole_loop_of_every_sampler(sampler):
 
 def test_whole_loop_of_flow_matching_on_another_backbone():
     model = Remasking(Other, dfm=True)
-    with adapters.fast_sampler(model, generator=torch.Generator().manual_seed(0)) as handle:
+    with on_toy(model, generator=torch.Generator().manual_seed(0)) as handle:
         out = model._sample(20)
     assert (out != MASK).all()
     assert handle.report.calls >= 20
@@ -185,6 +185,6 @@ def test_what_is_refused():
     before = dict(vars(model))
     model._dfm_caching_update = lambda x, t: x
     with pytest.raises(AdapterError, match="unknown version of _dfm_caching_update"):
-        adapters.patch(model)
+        patch_toy(model)
     del model._dfm_caching_update
     assert vars(model) == before

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import on_toy, patch_toy
 
 import maskgit
 from maskgit import StepNoise, adapters
@@ -120,14 +121,14 @@ def test_the_tokens_are_those_of_their_loop(decay, annealing, hidden):
     for temperature in (0.0, 2.0):
         given["randomize_temperature"] = temperature
         expected = model.generate(LABELS, **given)
-        with adapters.fast_sampler(model, noise=noise, hidden_states=hidden) as handle:
+        with on_toy(model, noise=noise, hidden_states=hidden) as handle:
             assert torch.equal(model.generate(LABELS, **given), expected)
         assert any("hidden" in sentence for sentence in handle.report.notes) == hidden
 
 
 def test_a_pass_without_weight_is_not_made():
     model = Stub()
-    with adapters.fast_sampler(model):
+    with on_toy(model):
         for given, passes in (({"guidance_scale": 0}, 0), ({"guidance_decay": "linear"}, 7)):
             model.drops.clear()
             model.generate(LABELS, **given)
@@ -136,7 +137,7 @@ def test_a_pass_without_weight_is_not_made():
 
 def test_manual_seed_repeats_a_run_and_a_watched_head_stays():
     model, seen = Stub(), []
-    with adapters.fast_sampler(model) as handle:
+    with on_toy(model) as handle:
         runs = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
@@ -154,15 +155,15 @@ def test_manual_seed_repeats_a_run_and_a_watched_head_stays():
 def test_patching_is_undone_and_done_once():
     model = Stub()
     before = dict(vars(model))
-    with adapters.fast_sampler(model) as handle:
+    with on_toy(model) as handle:
         assert handle.report.adapter == "titok"
         with pytest.raises(adapters.AdapterError, match="patched already"):
-            adapters.patch(model)
+            patch_toy(model)
     assert vars(model) == before
     model.generate = lambda condition, steps: None
     before = dict(vars(model))
     with pytest.raises(adapters.AdapterError, match="unknown version of generate"):
-        adapters.patch(model)
+        patch_toy(model)
     assert vars(model) == before
     assert not any(titok.matches(other) for other in (Stub, torch, None, torch.nn.Linear(2, 2)))
 
@@ -170,8 +171,8 @@ def test_patching_is_undone_and_done_once():
 def test_wrong_arguments_are_named():
     model = Stub()
     with pytest.raises(ValueError, match="backend"):
-        adapters.patch(model, backend="none such")
-    with adapters.fast_sampler(model):
+        patch_toy(model, backend="none such")
+    with on_toy(model):
         for name, value in (("guidance_decay", "square"), ("randomize_temperature", -1.0)):
             with pytest.raises(ValueError, match=name.split("_")[-1]):
                 model.generate(LABELS, **{name: value})

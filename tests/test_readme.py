@@ -81,11 +81,15 @@ def test_snippets_run():
     assert (names["step"].next_tokens != 126336).sum() == 2
 
 
-def test_the_adapter_snippet_runs(monkeypatch, capsys):
+def test_the_adapter_snippet_runs(monkeypatch, capsys, tmp_path):
     torch = pytest.importorskip("torch")
-    from test_adapter_llada import NEW, module
+    from test_adapters import LLADA, module
 
-    theirs = module(NEW)  # whose own loop returns "theirs"
+    from maskgit.adapters import fingerprint, llada
+
+    theirs = module(LLADA, tmp_path)
+    known = fingerprint.digests(theirs, ("generate",), ids_in="generate")
+    monkeypatch.setattr(llada, "VERSIONS", {"toy": known})
     generate = theirs.generate
     monkeypatch.setitem(sys.modules, "generate", theirs)
     logits = torch.randn(64)

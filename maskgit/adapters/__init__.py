@@ -8,6 +8,7 @@ holds its function.  Only that object changes; nothing happens on import; an unk
 refused, never half patched.
 """
 
-from .common import AdapterError, Handle, Report, fast_sampler, patch, supported
+from .common import Handle, Report, fast_sampler, patch, supported
+from .fingerprint import AdapterError
 
 __all__ = ["AdapterError", "Handle", "Report", "fast_sampler", "patch", "supported"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import math
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from ..kernels.common.arrays import kind_of
-from ..kernels.common.selection import available_backends
+from ..kernels.common.selection import available_backends, check_name, why_missing
 from ..kernels.decode_step.api import seeds_like
 from ..kernels.decode_step.checks import as_index, check_integers
+from .fingerprint import AdapterError, signature_of, with_their_defaults
 
 # One line per adapter: the module, and what `target` is.
 ADAPTERS = {
@@ -35,11 +37,7 @@ ADAPTERS = {
     "muse": "a MaskGit of lucidrains/muse-maskgit-pytorch",
 }
 _MARK = "_maskgit_handle"
-_SWITCHES = ("hidden_states", "trim_head", "fast", "fixed")
-
-
-class AdapterError(RuntimeError):
-    """The target cannot be patched, or not now; it is as it was."""
+_SWITCHES = ("hidden_states", "trim_head", "fast", "fixed", "trust_version")
 
 
 @dataclass
@@ -87,6 +85,9 @@ class Handle:
     ) -> None:
         """The same for a method: `function` gets the object as its first argument, calls are counted.
 
+        What a caller leaves out has the default that the method has, not that of `function`, and
+        `function` gets all by name; keywords that the method does not have are its own.  Without
+        `count` it gets what it is called with, and calls are not counted.
         Copies of the object are not patched: they have the method that it had before.
         """
         owner = self.target if owner is None else owner
@@ -128,15 +129,18 @@ class _Method:
     def __init__(
         self, handle: Handle, owner: Any, name: str, function: Callable[..., Any], count: bool
     ):
-        self._handle, self._owner, self._function, self._count = handle, owner, function, count
+        self._handle, self._owner, self._count = handle, owner, count
         self._original, self._is_own = getattr(owner, name), name in vars(owner)
+        ours = functools.partial(function, owner)
+        self._ours = with_their_defaults(self._original, ours) if count else ours
         self.__name__, self.__doc__ = name, function.__doc__
+        self.__signature__ = signature_of(self._original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._handle.is_active:
             return self._original(*args, **kwargs)
         self._handle.report.calls += self._count
-        return self._function(self._owner, *args, **kwargs)
+        return self._ours(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What a copy of the owner holds: its class's method, bound to itself, or its own function."""
@@ -166,14 +170,17 @@ def patch(target: Any, adapter: str | None = None, **options: Any) -> Handle:
     Args:
         target: what `supported()` says for the adapter.
         adapter: its name; by default the one that recognises the target.
-        options: the adapter's own, such as backend=, seeds=.
+        options: the adapter's own, such as backend=, seeds=; every adapter has trust_version=, with
+            which a target whose code is not known is taken for one that decodes as the known ones do
+            (its parameters are checked all the same).
 
     Returns:
         A `Handle` with `report` and `undo()`.
 
     Raises:
-        AdapterError: no adapter knows the target, its version is unknown, or it is patched already;
-            the message says what was expected and the target is as it was.
+        AdapterError: no adapter knows the target, its version is unknown, it is patched already, or an
+            option is wrong; the message says what was expected and the target is as it was.
+        ValueError: `backend` is not a backend's name.
     """
     if is_patched(target):
         raise AdapterError(f"target: {_name(target)} is patched already; undo that first")
@@ -206,13 +213,14 @@ def _install(module: ModuleType, target: Any, options: dict[str, Any]) -> Handle
 
 def _check_options(options: dict[str, Any]) -> None:
     """What would otherwise fail only when something is sampled."""
-    noise, backend = options.get("noise"), options.get("backend", "auto")
+    noise, backend = options.get("noise"), check_name(options.get("backend", "auto"))
     if noise is not None and not callable(noise):
         raise AdapterError(f"noise: expected a callable or None, got {noise!r}")
-    backends = available_backends()
-    if isinstance(backend, str) and backends.get(backend) is not None:  # unknown names: check_name
-        able = ", ".join(["auto", *(name for name, why in backends.items() if why is None)])
-        raise AdapterError(f"backend: expected one that can run here ({able}), got {backend!r}")
+    if backend != "auto" and why_missing(backend) is not None:
+        able = [name for name, why in available_backends().items() if why is None]
+        raise AdapterError(
+            f"backend: expected one that can run here ({', '.join(['auto', *able])}), got {backend!r}"
+        )
     generator = options.get("generator")
     if generator is not None and type(generator).__name__ != "Generator":
         raise AdapterError(f"generator: expected a torch.Generator or None, got {generator!r}")
@@ -245,37 +253,6 @@ def fast_sampler(target: Any, adapter: str | None = None, **options: Any) -> Ite
     finally:
         if handle.is_active:  # not undone in the block
             handle.undo()
-
-
-def check_signature(function: Any, expected: str, what: str) -> None:
-    """AdapterError unless the parameters of `function` are `expected`, names joined by ", "."""
-    try:
-        got = ", ".join(inspect.signature(function).parameters)
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"target: {what} has no readable signature") from error
-    if got != expected:
-        raise AdapterError(
-            f"target: an unknown version of {what}; expected parameters ({expected}), got ({got})"
-        )
-
-
-def check_attributes(target: Any, names: tuple[str, ...], what: str) -> None:
-    """AdapterError unless the target has these attributes."""
-    missing = [name for name in names if not hasattr(target, name)]
-    if missing:
-        raise AdapterError(
-            f"target: an unknown version of {what}; expected attributes {', '.join(names)}, "
-            f"without {', '.join(missing)}"
-        )
-
-
-def names_in(function: Any) -> frozenset[str]:
-    """What the code of a Python function refers to and calls its variables, its parameters apart."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None:
-        return frozenset()
-    parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return frozenset((*code.co_names, *code.co_varnames, *code.co_cellvars)) - set(parameters)
 
 
 def as_count(name: str, value: Any) -> int:

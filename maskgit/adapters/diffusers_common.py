@@ -7,10 +7,43 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .common import AdapterError, draw_seeds
+from .common import draw_seeds
+from .fingerprint import AdapterError, check_version
 
 # `calls` counts the steps since `set_timesteps`, which number the random numbers of a run.
 DEFAULTS: dict[str, Any] = {"seeds": None, "backend": "auto", "report": None, "calls": 0}
+
+_UNIFORM = {"set_timesteps": "7bf4c29b34094d57", "_sample_from_logits": "f8fc9ea58841aa4c"}
+_DIGESTS = {  # of the releases 0.39 to 0.42.1
+    "AmusedScheduler": {
+        "step": "a811b32592aad093",
+        "set_timesteps": "1af5bdf0d51e1579",
+        "mask_by_random_topk": "052458788f89aa9c",
+        "gumbel_noise": "c87ac51f1bcd55f3",
+    },
+    "BlockRefinementScheduler": {
+        "step": "6620f7bc2c3c0fb6",
+        "set_timesteps": "8d86a638967d3ac0",
+        "_sample_from_logits": "8ffbc0dfbf1d589f",
+        "check_eos_finished": "db93e11818388236",
+        "get_num_transfer_tokens": "6c228042d33c2c5d",
+        "_top_p_filtering": "7a1edcf394323bd8",
+        "_top_k_filtering": "588887da490c9875",
+    },
+    "EntropyBoundScheduler": {"step": "9db2bce08f34c52d"} | _UNIFORM,
+    "DiscreteDDIMScheduler": {"step": "3cffe22957201b6a"} | _UNIFORM,
+}
+_BLOCK = ("get_num_transfer_tokens", "_top_p_filtering", "_top_k_filtering")
+# What is replaced, and what is relied on.
+_NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "AmusedScheduler": (("step", "set_timesteps"), ()),
+    "BlockRefinementScheduler": (
+        ("step", "set_timesteps", "_sample_from_logits", "check_eos_finished"),
+        _BLOCK,
+    ),
+    "EntropyBoundScheduler": (("step", "set_timesteps"), ("_sample_from_logits",)),
+    "DiscreteDDIMScheduler": (("step", "set_timesteps"), ("_sample_from_logits",)),
+}
 
 
 def stock_class(kind: Any) -> Any:
@@ -59,3 +92,10 @@ def next_call(self: Any) -> int:
     number = int(self.maskgit_options["calls"])
     self.maskgit_options = self.maskgit_options | {"calls": number + 1}
     return number
+
+
+def check_code(base: Any, trusted: bool) -> str:
+    """The first release with the code of a scheduler class; AdapterError if it is not known."""
+    replaced, relied = _NAMES[base.__name__]
+    known, what = {"0.39": _DIGESTS[base.__name__]}, f"diffusers' {base.__name__}"
+    return check_version(base, replaced, known, relied=relied, what=what, trusted=trusted)

@@ -1,9 +1,9 @@
 """huggingface/diffusers: its four schedulers of discrete tokens with a fused step.
 
 Follows huggingface/diffusers@58eb52c0803ea9af3abec60841c2a093bdf1f951: `AmusedScheduler`,
-`BlockRefinementScheduler`, `EntropyBoundScheduler` and `DiscreteDDIMScheduler`.  The releases 0.39 to
-0.42 have the same signatures of the first two (of 0.36 to 0.38, AmusedScheduler alone); the other two
-came with 0.42.
+`BlockRefinementScheduler`, `EntropyBoundScheduler` and `DiscreteDDIMScheduler`.  What is replaced and
+relied on has the same code in the releases 0.39 to 0.42.1 (in 0.36 to 0.38, AmusedScheduler's alone);
+another is refused unless it is trusted.  What a caller leaves out has diffusers' own defaults.
 
     from maskgit.adapters.diffusers_schedulers import AmusedScheduler
     scheduler = AmusedScheduler.from_pretrained("amused/amused-512", subfolder="scheduler")
@@ -37,27 +37,30 @@ What differs:
 
 from __future__ import annotations
 
+import functools
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..kernels.decode_step import StepNoise, StepRule, decode_step, sample_tokens
-from .common import (
-    AdapterError,
-    Handle,
-    Report,
-    as_number,
-    check_attributes,
-    check_signature,
-)
+from .common import Handle, Report, as_number
 from .diffusers_common import (
     DEFAULTS,
     backend_of,
+    check_code,
     output_class,
     seeds_of,
     starting_again,
     stock_class,
 )
 from .diffusers_uniform import discrete_ddim_step, entropy_bound_step
+from .fingerprint import (
+    TRUSTED,
+    AdapterError,
+    check_attributes,
+    check_signature,
+    check_version,
+    with_their_defaults,
+)
 from .head import obstacle, output_layer
 
 if TYPE_CHECKING:
@@ -106,7 +109,12 @@ def matches(target: Any) -> bool:
 
 
 def install(
-    target: Any, *, seeds: Any = None, backend: str = "auto", trim_head: bool = False
+    target: Any,
+    *,
+    seeds: Any = None,
+    backend: str = "auto",
+    trim_head: bool = False,
+    trust_version: bool = False,
 ) -> Handle:
     """Swap the scheduler of a pipeline instance for the class of the same name in this module.
 
@@ -119,6 +127,7 @@ def install(
             block alone, of whose logits the pipeline takes no other; whatever the model does to its
             logits after that layer, it must do to each position's by themselves.  Until `undo`, that
             is so for whoever calls `pipe.model`.
+        trust_version: whether a target whose code is not known is taken for a known one.
 
     Raises:
         AdapterError: another scheduler, or an unknown version of it; with `trim_head` also another
@@ -132,11 +141,14 @@ def install(
         raise AdapterError(
             f"target: expected a pipeline with diffusers' {' or '.join(_STEP)}, got {kind}"
         )
-    kind = scheduler_class(name)
-    head = _trimmable(target) if trim_head else None
+    kind = scheduler_class(name, trust_version)
+    head = _trimmable(target, trust_version) if trim_head else None
     new = kind.from_config(old.config)
     vars(new).update(vars(old))
-    report = Report("diffusers_schedulers", _COMMIT, f"{name} of diffusers {_version()}")
+    version = f"{name} of diffusers {_version()}"
+    if check_code(type(old), trust_version) == TRUSTED:
+        version += f", {TRUSTED}"
+    report = Report("diffusers_schedulers", _COMMIT, version)
     if head is None:
         report.note("the scheduler gets logits, so the model computes its whole head")
     else:
@@ -156,9 +168,11 @@ def install(
     return handle
 
 
-@cache
-def scheduler_class(name: str) -> Any:
-    """The class of that name: diffusers' own with our methods; AdapterError on unknown versions."""
+def scheduler_class(name: str, trusted: bool = False) -> Any:
+    """The class of that name: diffusers' own with our methods.
+
+    AdapterError on unknown versions, unless trusted.
+    """
     try:
         import diffusers
     except ImportError as error:
@@ -169,21 +183,35 @@ def scheduler_class(name: str) -> Any:
     check_signature(base.step, _STEP[name], f"{name}.step")
     check_signature(base.set_timesteps, _SET_TIMESTEPS[name], f"{name}.set_timesteps")
     check_signature(output_class(base), _OUTPUT[name], f"{name}Output")
-    members: dict[str, Any] = {
-        "step": _STEPS[name],
-        "set_timesteps": starting_again(base.set_timesteps),
-    }
     if name == "BlockRefinementScheduler":
         check_signature(
             base._sample_from_logits, _DRAW.removeprefix("self, "), "_sample_from_logits"
         )
         check_signature(base.check_eos_finished, _EOS, "check_eos_finished")
+    check_code(base, trusted)
+    return _derived(base)
+
+
+@cache
+def _derived(base: Any) -> Any:
+    """The class of a stock one with our methods."""
+    name = base.__name__
+    members: dict[str, Any] = {
+        "step": _ours(base.step, _STEPS[name]),
+        "set_timesteps": starting_again(base.set_timesteps),
+    }
+    if name == "BlockRefinementScheduler":
         members["_sample_from_logits"] = _sample_from_logits
-        members["check_eos_finished"] = staticmethod(eos_finished)
+        members["check_eos_finished"] = staticmethod(_ours(base.check_eos_finished, eos_finished))
     members |= {"__module__": __name__, "maskgit_options": DEFAULTS}
     members["__new__"] = _new
     members["__doc__"] = f"diffusers' {name} with a fused step; see {__name__}."
     return type(name, (base,), members)
+
+
+def _ours(theirs: Any, function: Any) -> Any:
+    """Our function in the place of theirs, with their defaults."""
+    return functools.wraps(function)(with_their_defaults(theirs, function))
 
 
 def amused_step(
@@ -331,11 +359,13 @@ def _version() -> str:
     return str(diffusers.__version__)
 
 
-def _trimmable(pipe: Any) -> Any:
+def _trimmable(pipe: Any, trusted: bool) -> Any:
     """The head of an LLaDA2 pipeline's model; AdapterError where it cannot be applied to a block."""
     kind = type(pipe).__name__
     if kind != "LLaDA2Pipeline":
         raise AdapterError(f"trim_head: expected an LLaDA2Pipeline, got {kind}")
+    known = {"0.39": {"__call__": "712692b01f29d239"}}
+    check_version(type(pipe), (), known, relied=("__call__",), what=kind, trusted=trusted)
     head = output_layer(pipe.model)
     why = obstacle(head)
     if why:

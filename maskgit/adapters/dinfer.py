@@ -24,9 +24,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, decode_step, sample_tokens
-from .common import AdapterError, Handle, Report, check_attributes, check_signature, draw_seeds
+from .common import Handle, Report, draw_seeds
+from .fingerprint import AdapterError, check_attributes, check_signature, check_version
 
 _CODEBASE = (
     "inclusionAI/dInfer@fce4e32804103baa5d55230dff0352da0cdd6ceb "
@@ -41,6 +41,23 @@ _KINDS = {
     ),
     "ThresholdParallelDecoder": (("decode",), ("use_float64",)),
     "HierarchyDecoder": (("decode", "get_transfer_index"), ("low_threshold", "iter")),
+}
+_DRAW = {
+    "get_transfer_index_threshold": "a671cbc3dbdc93f5",
+    "add_gumbel_noise": "df02de165628429b",
+}
+_DECODES = {
+    "CreditThresholdParallelDecoder": {
+        "decode": "82e5f96e21155f68",
+        "_apply_credit_fusion": "2720a808db37c9ec",
+    }
+    | _DRAW,
+    "ThresholdParallelDecoder": {"decode": "054c50250a71d31a"} | _DRAW,
+    "HierarchyDecoder": {
+        "decode": "ffa0d9d084367550",
+        "get_transfer_index": "96d1394c0733765d",
+        "add_gumbel_noise": "df02de165628429b",
+    },
 }
 _NEVER = 2.0  # above every probability
 _SLACK = 1e-5
@@ -64,6 +81,7 @@ def install(
     generator: Any = None,
     noise: Callable[[int], StepNoise] | None = None,
     backend: str = "auto",
+    trust_version: bool = False,
 ) -> Handle:
     """Replace `decode` of the decoder `target`.
 
@@ -72,15 +90,15 @@ def install(
         generator: the torch.Generator that seeds are drawn from; by default torch's own.
         noise: called with the number of the call (0, 1, ...), returns the noise to use instead.
         backend: as in `maskgit.decode_step`.
+        trust_version: whether a target whose code is not known is taken for a known one.
     """
-    check_name(backend)
     kind = _kind(target)
     if kind is None:
         raise AdapterError(
             f"target: expected an instance of {', '.join(_KINDS)}, got {type(target).__name__}"
         )
-    _check_version(target, kind)
-    report = Report("dinfer", _CODEBASE, kind.__name__)
+    version = _version_of(target, kind, trust_version)
+    report = Report("dinfer", _CODEBASE, f"{kind.__name__} of {version}")
     credits: dict[tuple[int, int], Any] = {}
 
     def call(decoder: Any, *args: Any, **kwargs: Any) -> None:
@@ -102,8 +120,8 @@ def _kind(target: Any) -> Any:
     return next((c for c in type(target).__mro__ if c.__name__ in _KINDS), None)
 
 
-def _check_version(target: Any, kind: Any) -> None:
-    """AdapterError unless the target decodes as `kind` does, in the version that is known."""
+def _version_of(target: Any, kind: Any, trusted: bool) -> str:
+    """The version in which the target decodes as `kind` does; AdapterError for an unknown one."""
     methods, attributes = _KINDS[kind.__name__]
     known = ("temperature", "mask_id", "threshold", *attributes)
     check_attributes(target, (*known, *methods), kind.__name__)
@@ -113,6 +131,10 @@ def _check_version(target: Any, kind: Any) -> None:
             raise AdapterError(
                 f"target: expected {kind.__name__}'s own {name}, got one that was replaced"
             )
+    versions, what = {"fce4e328": _DECODES[kind.__name__]}, kind.__name__  # since 6a3d3ca
+    return check_version(
+        kind, methods[:1], versions, relied=methods[1:], what=what, trusted=trusted
+    )
 
 
 def decode(

@@ -9,7 +9,7 @@
     print(handle.report)
 
 Replaced: `_sample`, the loop that `diffusion_generate` calls, on this instance (of a class that has
-Dream's own; ZHZisZZ/dllm's copy is recognised, forks with more in the loop are refused).  What stays:
+Dream's own; ZHZisZZ/dllm's copy is known too, forks are told by their code and refused).  What stays:
 `diffusion_generate` with its configuration, the network, the hooks, the outputs.  All four algorithms
 (origin, maskgit_plus, topk_margin, entropy), alg_temp, top_p and top_k.
 
@@ -35,16 +35,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, commit_tokens
-from .common import (
-    AdapterError,
-    Handle,
-    Report,
-    check_attributes,
-    draw_seeds,
-    nucleus,
-)
+from .common import Handle, Report, draw_seeds, nucleus
+from .fingerprint import AdapterError, check_attributes, check_signature, check_version, original_of
 from .head import Head, output_layer
 
 _CODEBASE = (
@@ -54,15 +47,19 @@ _ARGUMENTS = (
     "self, input_ids, attention_mask, generation_config, generation_tokens_hook_func, "
     "generation_logits_hook_func"
 )
-_VERSIONS = {_ARGUMENTS: "Dream", _ARGUMENTS + ", threshold": "Fast-dLLM's Dream"}
-# What their loops call their variables: a fork that does more has others, and is refused.
-_VARIABLES = """
-    output_history return_dict_in_generate max_length mask_token_id steps eps alg alg_temp temperature
-    top_p top_k histories start_time end_time x tok_idx timesteps i mask_index logits mask_logits t s
-    p_transfer x0 transfer_index_t_s x_ confidence full_confidence num_mask_token row_indices
-    number_transfer_tokens transfer_index left_tokens_last_step select_index selected_confidence
-    current_transfer_tokens k _ return_dict
-"""
+_DRAW = {
+    "sample_tokens": "f953b981537899be",
+    "top_p_logits": "8b77c16d28baf670",
+    "top_k_logits": "cb098d7a5ba92e33",
+}
+VERSIONS = {  # Dream's own file as it stands in ZHZisZZ/dllm at 03270de7
+    "Dream": {"_sample": "84f5179475b0822f"} | _DRAW,
+    "Fast-dLLM's Dream": {"_sample": "b155f250deab69e1"} | _DRAW,
+    "dllm's Dream": {"_sample": "0df0824dd060e799"} | _DRAW,
+    "dllm's Dream at 81c80162": {"_sample": "0df0824dd060e799"}
+    | _DRAW
+    | {"sample_tokens": "c4b0866d99d36b5a"},
+}
 _SCORES = {
     "origin": "dream-origin",
     "maskgit_plus": "dream-maskgit-plus",
@@ -87,6 +84,7 @@ def install(
     hidden_states: bool = True,
     fixed: bool = False,
     backend: str = "auto",
+    trust_version: bool = False,
 ) -> Handle:
     """Replace `_sample` of the model `target`.
 
@@ -97,11 +95,11 @@ def install(
         hidden_states: whether the head may be left out of the forward pass.
         fixed: whether each row has its own count, not the batch's mean (`dream-*-fixed`).
         backend: as in `maskgit.decode_step`.
+        trust_version: whether a target whose code is not known is taken for a known one.
     """
-    check_name(backend)
     check_attributes(target, ("diffusion_generate", "_sample", "config"), "Dream")
-    original = inspect.unwrap(getattr(target._sample, "__func__", target._sample))
-    report = Report("dream", _CODEBASE, _version(original))
+    original = original_of(target._sample)
+    report = Report("dream", _CODEBASE, _version_of(target, original, trust_version))
     loop: Callable[..., Any] = partial(
         sample,
         generator=generator,
@@ -113,8 +111,8 @@ def install(
         note=report.note,
     )
 
-    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        return loop(model, *args, **kwargs)
+    def call(model: Any, **kwargs: Any) -> Any:
+        return loop(model, **kwargs)
 
     call.__doc__ = sample.__doc__
     handle = Handle(target, report)
@@ -124,22 +122,16 @@ def install(
     return handle
 
 
-def _version(function: Any) -> str:
+def _version_of(target: Any, function: Any, trusted: bool) -> str:
     """Which `_sample` this is; AdapterError if none that is known."""
-    arguments = ", ".join(inspect.signature(function).parameters)
-    if arguments not in _VERSIONS:
+    longer = f"{_ARGUMENTS}, threshold"
+    expected = longer if "threshold" in inspect.signature(function).parameters else _ARGUMENTS
+    check_signature(function, expected, "_sample")
+    if "DreamModelOutput" not in getattr(function, "__globals__", {}):
         raise AdapterError(
-            f"target: an unknown version of _sample; expected parameters ({_ARGUMENTS}), "
-            f"got ({arguments})"
+            "target: an unknown version of _sample; expected DreamModelOutput beside it"
         )
-    names = set(function.__code__.co_varnames) if inspect.isfunction(function) else {"no code"}
-    unknown = names - set(_VARIABLES.split()) - set(arguments.split(", "))
-    if unknown or "DreamModelOutput" not in function.__globals__:
-        what = ", ".join(sorted(unknown)) or "no DreamModelOutput beside it"
-        raise AdapterError(
-            f"target: an unknown version of _sample; expected Dream's, got one with {what}"
-        )
-    return _VERSIONS[arguments]
+    return check_version(target, ("_sample",), VERSIONS, what="_sample", trusted=trusted)
 
 
 def sample(

@@ -10,8 +10,8 @@
 Replaced: the two functions, which draw the candidates and say which of them are kept, in the module
 that is given.  What stays: all loops, caches and the model's head, so logits are still made for
 every row that the loop asks for.  The functions here have their signatures and can be called without
-patching.  Commits 24cc59e7 (no dynamic count) and the copy in MMaDA's evaluation/lm/generate.py are
-recognised too.
+patching.  Commits 24cc59e7 (no dynamic count), f6b35ec3 and the copy in MMaDA's
+evaluation/lm/generate.py are known by their code too; what a caller leaves out has their defaults.
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
 generator: the same law, other tokens.  Equal confidences keep the lower position, where torch.sort
@@ -26,13 +26,20 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, commit_tokens, decode_step
-from .common import Handle, Report, check_signature, draw_seeds
+from .common import Handle, Report, draw_seeds
+from .fingerprint import check_signature, check_version
 
 _CODEBASE = "NVlabs/Fast-dLLM@5332e2fc0edad553a5ac4fae6d6ec7b8cefc410a llada/generate.py"
 _ARGUMENTS = "logits, temperature, remasking, mask_index, x, num_transfer_tokens"
 _FIXED, _DYNAMIC = "get_transfer_index", "get_transfer_index_dynamic"
+_ONE = {"get_transfer_index": "07cc70d1cf5d4425", "add_gumbel_noise": "16b0ccd4bf8ab75d"}
+VERSIONS = {  # 5332e2fc as it stands in MMaDA at ce06b2a
+    "5332e2fc": _ONE | {"get_transfer_index_dynamic": "7f3d1a473b1a84b7"},
+    "24cc59e7 (without the dynamic count)": _ONE,
+    "f6b35ec3": _ONE
+    | {"get_transfer_index_dynamic": "4b1a0747f3525138", "add_gumbel_noise": "31c401d75c2107f1"},
+}
 _MASKED = -1  # stands for the mask token, whose id the functions are not told
 
 
@@ -48,6 +55,7 @@ def install(
     generator: Any = None,
     noise: Callable[[int], StepNoise] | None = None,
     backend: str = "auto",
+    trust_version: bool = False,
 ) -> Handle:
     """Replace the functions of the module `target`.
 
@@ -56,13 +64,16 @@ def install(
         generator: the torch.Generator that seeds are drawn from; by default torch's own.
         noise: called with the number of the call (0, 1, ...), returns the noise to use instead.
         backend: as in `maskgit.decode_step`.
+        trust_version: whether a target whose code is not known is taken for a known one.
     """
-    check_name(backend)
     check_signature(getattr(target, _FIXED, None), f"{_ARGUMENTS}, threshold", _FIXED)
     has_dynamic = hasattr(target, _DYNAMIC)
     if has_dynamic:
         check_signature(getattr(target, _DYNAMIC), f"{_ARGUMENTS}, factor", _DYNAMIC)
-    version = "with the dynamic count" if has_dynamic else "without the dynamic count"
+    replaced = (_FIXED, _DYNAMIC) if has_dynamic else (_FIXED,)
+    version = check_version(
+        target, replaced, VERSIONS, what="Fast-dLLM's generate.py", trusted=trust_version
+    )
     report = Report("fast_dllm", _CODEBASE, version)
     report.note("works on logits: the loops, and the model's head in them, are theirs")
     report.note("random numbers: one seed per sequence and call, drawn from torch's generator")

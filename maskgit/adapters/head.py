@@ -17,7 +17,7 @@ from typing import Any
 
 from ..kernels.decode_step import StepResult, decode_step
 from ..kernels.head_sample import decode_step_from_hidden
-from .common import AdapterError
+from .fingerprint import AdapterError
 
 HIDDEN = "works on hidden states: the head is applied to the rows that are drawn alone"
 Pass = Callable[[], Any]

@@ -13,8 +13,9 @@ of remasking, the two options for end tokens with what they really do (at temper
 `confidence_eos_eot_inf` keeps only the end-of-turn id from being sure).  With `fixed=True` both end
 tokens are kept from being sure at any temperature, and the mask id is never drawn.
 
-The versions since 2025-02 are told apart by what their functions refer to: b7e6c356, f51cb17, and those
-before it, which score in float64.  Others are refused.
+The versions since 2025-02 are told apart by their code (`VERSIONS`; those before f51cb17 score in
+float64); others are refused.  Arguments that are left out have the defaults of the module's own
+`generate`, and the ids of the end tokens are those in its code.
 
 Where the model's last layer is a plain linear one, and the model does nothing after it, it is left out
 of the forward pass and applied to the masked positions of the active block alone, guidance mixed on
@@ -35,23 +36,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..kernels.common.arrays import kind_of
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule
 from ..kernels.decode_step.checks import as_index
 from ..sampler import generate as run_steps
-from .common import (
-    AdapterError,
-    Handle,
-    Report,
-    as_count,
-    as_number,
-    check_signature,
-    draw_seeds,
-    names_in,
-)
+from .common import Handle, Report, as_count, as_number, draw_seeds
+from .fingerprint import AdapterError, check_signature, check_version, names_in, read_ids
 from .head import Head, output_layer
 
 _CODEBASE = "ML-GSAI/LLaDA@b7e6c3565f194352da44b38dd12b6970597309f3 generate.py"
@@ -60,36 +52,20 @@ _NEW = (
     "model, prompt, attention_mask, steps, gen_length, block_length, temperature, cfg_scale, "
     "remasking, mask_id, logits_eos_inf, confidence_eos_eot_inf"
 )
-_EOS, _EOT = 126081, 126348
+# Of the end tokens whose logits, noisy logits and again logits are -inf: EOS, EOS, end of turn.
+END_TOKENS = (126081, 126081, 126348)
 _REMASKING = ("low_confidence", "random")
-
-
-class Version(NamedTuple):
-    """A version of generate.py, by the parameters and the names of its `generate`."""
-
-    label: str
-    parameters: str
-    names: frozenset[str]
-    score_dtype: str
-
-
-_GENERATE = """
-    F NotImplementedError _ add_gumbel_noise argmax block_mask_index bool cat chunk clone confidence
-    device full gather get_num_transfer_tokens i inf j logits logits_with_noise long mask_index np
-    num_block num_blocks num_transfer_tokens p prompt_index rand range select_index shape softmax squeeze
-    to topk torch transfer_index un_logits un_x unsqueeze where x x0 x0_p x_ zeros_like
-"""
-_NAMES = frozenset(_GENERATE.split())
-VERSIONS = (
-    Version("b7e6c356", _NEW, _NAMES | {"attention_mask_", "dtype", "ones"}, "logits"),
-    Version("f51cb17", _OLD, _NAMES, "logits"),
-    Version("before f51cb17 (scores in float64)", _OLD, _NAMES | {"float64"}, "float64"),
-)
-_GUMBEL = "exp float64 gumbel_noise log noise rand_like to torch"
-_QUOTAS = "base device i int64 mask_num num_transfer_tokens range remainder size sum torch zeros"
 _HELPERS = {
-    "add_gumbel_noise": frozenset(_GUMBEL.split()),
-    "get_num_transfer_tokens": frozenset(_QUOTAS.split()),
+    "add_gumbel_noise": "16b0ccd4bf8ab75d",
+    "get_num_transfer_tokens": "26ce3d07c22a9725",
+}
+VERSIONS = {
+    "b7e6c356": {"generate": "92b63d313ec6cbbe"} | _HELPERS,
+    "f51cb17": {"generate": "6ffba9eacdf709b5"} | _HELPERS,
+    "d5634da": {"generate": "e1c02c9c12d9f573"} | _HELPERS,
+    "4fc3cd2": {"generate": "e1c02c9c12d9f573"}
+    | _HELPERS
+    | {"add_gumbel_noise": "ecfdb0b359002590"},
 }
 
 
@@ -110,6 +86,7 @@ def install(
     hidden_states: bool = True,
     fixed: bool = False,
     backend: str = "auto",
+    trust_version: bool = False,
 ) -> Handle:
     """Replace `generate` of the module; it takes `seeds` too.
 
@@ -119,51 +96,48 @@ def install(
         hidden_states: whether to leave the last layer out where that is possible.
         fixed: whether to repair what looks like a mistake (see the head of this file).
         backend: as in `decode_step`.
+        trust_version: whether a target whose code is not known is taken for a known one.
     """
     if not matches(target):
         raise AdapterError(
             "target: expected the module of LLaDA's generate.py, with generate, add_gumbel_noise "
             "and get_num_transfer_tokens"
         )
-    check_name(backend)
-    version = version_of(target)
-    report = Report("llada", _CODEBASE, version.label)
+    version = version_of(target, trust_version)
+    report = Report("llada", _CODEBASE, version)
     handle = Handle(target, report)
     options: dict[str, Any] = {"noise": noise, "backend": backend, "hidden_states": hidden_states}
-    options |= {"fixed": fixed, "score_dtype": version.score_dtype, "report": report}
-    original, signature = target.generate, inspect.signature(target.generate)
+    options |= {"fixed": fixed, "report": report, "end_tokens": _end_tokens(target.generate)}
+    options["score_dtype"] = "float64" if "float64" in names_in(target.generate) else "logits"
 
-    def replacement(*args: Any, seeds: Any = None, **kwargs: Any) -> Any:
-        if not handle.is_active:  # called by a name from before
-            return original(*args, **kwargs)
-        report.calls += 1
-        return generate(**signature.bind(*args, **kwargs).arguments, seeds=seeds, **options)
+    def call(_: Any, **kwargs: Any) -> Any:
+        return generate(**(options | kwargs))
 
-    replacement.__doc__, replacement.__name__ = generate.__doc__, "generate"
-    handle.replace("generate", replacement)
+    call.__doc__ = generate.__doc__
+    handle.replace_method("generate", call)
     return handle
 
 
-def version_of(target: Any) -> Version:
-    """Which of the known versions the module holds; AdapterError for others."""
-    parameters = ", ".join(inspect.signature(target.generate).parameters)
-    check_signature(
-        target.generate, _NEW if "attention_mask," in parameters else _OLD, "LLaDA's generate"
+def version_of(target: Any, trusted: bool = False) -> str:
+    """Which of the known versions the module holds; AdapterError for others, unless trusted."""
+    is_new = "attention_mask" in inspect.signature(target.generate).parameters
+    check_signature(target.generate, _NEW if is_new else _OLD, "LLaDA's generate")
+    return check_version(
+        target,
+        ("generate",),
+        VERSIONS,
+        what="LLaDA's generate.py",
+        trusted=trusted,
+        ids_in="generate",
     )
-    wanted, got = dict(_HELPERS), {name: names_in(getattr(target, name)) for name in _HELPERS}
-    got["generate"] = names_in(target.generate)
-    alike = [version for version in VERSIONS if version.parameters == parameters]
-    version = next((v for v in alike if v.names == got["generate"]), alike[0])
-    wanted["generate"] = version.names
-    for name, names in wanted.items():
-        if got[name] != names:
-            more, less = ", ".join(sorted(got[name] - names)), ", ".join(sorted(names - got[name]))
-            raise AdapterError(
-                f"target: an unknown version of LLaDA's {name}; expected one of "
-                f"{', '.join(v.label for v in VERSIONS)}, got one that uses also ({more}) and "
-                f"does not use ({less})"
-            )
-    return version
+
+
+def _end_tokens(function: Any) -> tuple[int, ...]:
+    """Those of the code of their `generate`; LLaDA's own where it names none."""
+    ids = read_ids(function) or END_TOKENS
+    if len(ids) != len(END_TOKENS):
+        raise AdapterError(f"target: expected three ids of end tokens in generate, got {ids}")
+    return ids
 
 
 @lru_cache(maxsize=64)
@@ -209,13 +183,14 @@ def generate(
     hidden_states: bool = True,
     fixed: bool = False,
     score_dtype: str = "logits",
+    end_tokens: tuple[int, ...] = END_TOKENS,
     report: Report | None = None,
 ) -> Any:
     """LLaDA's `generate`: prompt (B, L) with `gen_length` tokens after it, (B, L + gen_length).
 
     The positional arguments are the original's.  `seeds`: (B,) 64-bit integers, by default drawn
     from torch's generator.  `attention_mask` (B, L): 0 at padding, as the original's.  `noise`,
-    `hidden_states`, `fixed` and `backend`: see `install`.
+    `hidden_states`, `fixed` and `backend`: see `install`.  `end_tokens`: see `END_TOKENS`.
 
     Raises:
         ValueError: lengths or steps that do not divide, an unknown `remasking`.
@@ -243,8 +218,8 @@ def generate(
     forward = _Forward(model, x != mask_id, mask_id, attention_mask, cfg_scale, head)
     quiet: tuple[int, ...] = ()
     if confidence_eos_eot_inf:
-        quiet = (_EOS, _EOT) if temperature == 0 or fixed else (_EOT,)
-    banned = (_EOS,) if logits_eos_inf else ()
+        quiet = end_tokens[1:] if temperature == 0 or fixed else end_tokens[2:]
+    banned = end_tokens[:1] if logits_eos_inf else ()
     with torch.no_grad():
         forward.begin(x)  # tells whether hidden states will do
         out = run_steps(

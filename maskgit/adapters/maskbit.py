@@ -30,9 +30,9 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, decode_step
-from .common import Handle, Report, check_signature, draw_seeds
+from .common import Handle, Report, draw_seeds
+from .fingerprint import check_signature, check_version
 
 _CODEBASE = (
     "markweberdev/maskbit@5ea3d733c62625eaf86dab8364bdb7e6e71def99 modeling/modules/sampling.py"
@@ -42,6 +42,13 @@ _ARGUMENTS = (
     "mask_schedule_strategy, num_steps, guidance_scale, mask_token, patch_size, "
     "guidance_annealing, use_sampling_annealing, scale_pow, codebook_size, codebook_splits, use_tqdm"
 )
+VERSIONS = {
+    "5ea3d733": {
+        "sample": "1c9db9c250a11cb9",
+        "get_masking_ratio": "25c8dcfe0a9514cd",
+        "combine_factorized_tokens": "7e95a8b516dbaf7d",
+    }
+}
 _SCHEDULES = {"arccos": "arccos", "cosine": "cosine", "linear": "linear", "root": "sqrt",
               "square": "square"}  # fmt: skip
 _ANNEALINGS = ("none", "linear", "cosine")
@@ -67,6 +74,7 @@ def install(
     generator: Any = None,
     noise: Callable[[int], StepNoise] | None = None,
     backend: str = "auto",
+    trust_version: bool = False,
 ) -> Handle:
     """Replace `sample` in the module `target`.
 
@@ -75,17 +83,18 @@ def install(
         generator: the torch.Generator that seeds are drawn from; by default torch's own.
         noise: called with the number of the step, returns the noise to use instead.
         backend: as in `maskgit.decode_step`.
+        trust_version: whether a target whose code is not known is taken for a known one.
     """
-    check_name(backend)
     check_signature(getattr(target, "sample", None), _ARGUMENTS, "sample")
-    report = Report("maskbit", _CODEBASE, "sample with factor tokens")
+    version = check_version(target, ("sample",), VERSIONS, what="sample", trusted=trust_version)
+    report = Report("maskbit", _CODEBASE, version)
     report.note("works on logits: the network's last layer is its own")
     report.note("random numbers: one seed per sequence and call, drawn from torch's generator")
     handle = Handle(target, report)
     options: dict[str, Any] = {"generator": generator, "noise": noise, "backend": backend}
 
-    def call(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return sample(*args, **(options | kwargs))
+    def call(_: Any, **kwargs: Any) -> Any:
+        return sample(**(options | kwargs))
 
     call.__doc__ = sample.__doc__
     handle.replace_method("sample", call)

@@ -28,11 +28,11 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepRule, decode_step
 from ..kernels.decode_step.checks import as_index
 from ..kernels.decode_step.counts import check_schedule
-from .common import Handle, Report, check_signature
+from .common import Handle, Report
+from .fingerprint import check_signature, check_version
 
 _CODEBASE = (
     "google-research/maskgit@1db23594e1bd328ee78eadcd148a19281cd0f5b8 "
@@ -42,6 +42,15 @@ _ARGUMENTS = (
     "inputs, rng, tokens_to_logits, mask_token_id, num_iter, start_iter, choice_temperature, "
     "mask_scheduling_method"
 )
+VERSIONS = {
+    "1db23594": {
+        "decode": "50945b57520d1a84",
+        "state_init": "ab5c2544ae70328b",
+        "mask_schedule.schedule": "adc62e5fe0647df2",
+        "_CONFIDENCE_OF_KNOWN_TOKENS": "inf",
+        "mask_by_random_topk": "fb5f3322f856cbc3",
+    }
+}
 _SCHEDULES = ("uniform", "cosine", "log", "exp")
 
 
@@ -51,17 +60,22 @@ def matches(target: Any) -> bool:
     return isinstance(target, ModuleType) and all(hasattr(target, name) for name in names)
 
 
-def install(target: Any, *, fast: bool = False, backend: str = "auto") -> Handle:
+def install(
+    target: Any, *, fast: bool = False, backend: str = "auto", trust_version: bool = False
+) -> Handle:
     """Replace `decode` in the module `target`.
 
     Args:
         target: the module.
         fast: whether steps and noise are this library's.
         backend: of fast steps, as in `maskgit.decode_step`.
+        trust_version: whether a target whose code is not known is taken for a known one.
     """
-    check_name(backend)
     check_signature(getattr(target, "decode", None), _ARGUMENTS, "decode")
-    report = Report("maskgit_jax", _CODEBASE, "parallel_decode")
+    version = check_version(
+        target, ("decode",), VERSIONS, what="parallel_decode.decode", trusted=trust_version
+    )
+    report = Report("maskgit_jax", _CODEBASE, version)
     if fast:
         report.note("random numbers: one seed per sequence and call, drawn from rng")
         report.note("the steps are unrolled: num_iter and start_iter are numbers")
@@ -71,8 +85,8 @@ def install(target: Any, *, fast: bool = False, backend: str = "auto") -> Handle
 
     options: dict[str, Any] = {"fast": fast, "backend": backend}
 
-    def call(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return decode(*args, **(options | kwargs))
+    def call(_: Any, **kwargs: Any) -> Any:
+        return decode(**(options | kwargs))
 
     call.__doc__ = decode.__doc__
     handle.replace_method("decode", call)

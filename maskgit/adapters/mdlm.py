@@ -26,10 +26,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, sample_tokens
 from ..kernels.decode_step.api import seeds_like
-from .common import AdapterError, Handle, Report, check_attributes, check_signature, draw_seeds
+from .common import Handle, Report, draw_seeds
+from .fingerprint import AdapterError, Known, check_attributes, check_signature, check_version
 from .head import Head
 
 _CODEBASE = "kuleshov-group/mdlm@c112c526d193436838c98d81455ee51f90309470 diffusion.py"
@@ -37,6 +37,17 @@ _NEEDED = (
     "_subs_parameterization", "_ddpm_update", "_ddpm_caching_update", "forward", "noise", "backbone",
     "mask_index", "parameterization", "config",
 )  # fmt: skip
+
+UPDATES = ("_ddpm_update", "_ddpm_caching_update")
+RELIED = {"_subs_parameterization": "b434997a464e4579", "forward": "6fcf562b8b66fa95"}
+VERSIONS = {
+    "c112c526": {  # since 06dd29f
+        "_ddpm_update": "96517de258d34b7e",
+        "_ddpm_caching_update": "282e3129f13a354e",
+        "_sample_categorical": "e69e674f6c81a059",
+    }
+    | RELIED
+}
 
 
 def matches(target: Any) -> bool:
@@ -50,20 +61,22 @@ def matches(target: Any) -> bool:
     return known and list(inspect.signature(update).parameters) == ["x", "t", "dt", "p_x0"]
 
 
-def install(target: Any, *, generator: Any = None, backend: str = "auto") -> Handle:
+def install(
+    target: Any, *, generator: Any = None, backend: str = "auto", trust_version: bool = False
+) -> Handle:
     """Replace the two updates of one `Diffusion` object.
 
     Args:
         target: the object.
         generator: the torch.Generator that seeds are drawn from; by default torch's own.
         backend: as in `maskgit.decode_step`.
+        trust_version: whether a target whose code is not known is taken for a known one.
 
     Raises:
         AdapterError: an unknown version, or another parameterization than SUBS.
     """
-    check_name(backend)
-    check_diffusion(target, "x, t, dt, p_x0")
-    report = Report("mdlm", _CODEBASE, f"{type(target).__name__} with {parameters_of(target)}")
+    version = check_diffusion(target, "x, t, dt, p_x0", UPDATES, VERSIONS, trust_version)
+    report = Report("mdlm", _CODEBASE, f"{version}, {parameters_of(target)}")
     head = head_of(target, report.note)
     report.note("positions first: the model is not run where nothing changes")
     report.note("the fill after the last step is upstream's and makes all logits")
@@ -133,8 +146,10 @@ def ddpm_update(
     return update(model, x, sigma_t, fall(before, after), **options)[0]
 
 
-def check_diffusion(target: Any, caching_update: str) -> None:
-    """AdapterError unless the target is a `Diffusion` object with this `_ddpm_caching_update`."""
+def check_diffusion(
+    target: Any, caching_update: str, replaced: tuple[str, ...], known: Known, trusted: bool
+) -> str:
+    """The version of a `Diffusion` object with this `_ddpm_caching_update`; else AdapterError."""
     check_attributes(target, _NEEDED, "Diffusion")
     check_signature(target._ddpm_caching_update, caching_update, "_ddpm_caching_update")
     check_signature(target._ddpm_update, "x, t, dt", "_ddpm_update")
@@ -144,6 +159,9 @@ def check_diffusion(target: Any, caching_update: str) -> None:
         raise AdapterError(
             f"target: expected parameterization 'subs', got {target.parameterization!r}"
         )
+    return check_version(
+        target, replaced, known, relied=tuple(RELIED), what="Diffusion", trusted=trusted
+    )
 
 
 def parameters_of(target: Any) -> str:

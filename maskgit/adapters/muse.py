@@ -23,7 +23,6 @@ ValueError: in theirs they end in a NameError.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,16 +30,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepResult, StepRule, commit_tokens
-from .common import (
-    AdapterError,
-    Handle,
-    Report,
-    check_attributes,
-    check_signature,
-    draw_seeds,
-)
+from .common import Handle, Report, draw_seeds
+from .fingerprint import TRUSTED, check_attributes, check_signature, check_version, original_of
 from .head import Head, replaced_forward
 
 _CODEBASE = (
@@ -55,6 +47,22 @@ _FORWARD = (
     "x, return_embed, return_logits, labels, ignore_index, self_cond_embed, cond_drop_prob, "
     "conditioning_token_ids, texts, text_embeds"
 )
+_GUIDED = {"forward_with_cond_scale": "9d21df4b47c1a50a"}  # of the transformer and a TokenCritic
+VERSIONS = {
+    "6df7f33b": {  # since 2cc82dc
+        "generate": "13299ca11ecc4942",
+        "eval_decorator": "909cf2709c142948",
+        "exists": "8526d5b855e1433f",
+        "default": "352d4618d776ec48",
+        "uniform": "93475b1dbdb342d6",
+        "top_k": "3c604797cdfc48f0",
+        "gumbel_sample": "9891a6eb67fb4e32",
+        "gumbel_noise": "1a43688cca8c6a20",
+        "log": "98e68e7e6919d9ff",
+    }
+}
+_NETWORKS = {"6df7f33b": _GUIDED}
+_SELF_CRITICS = {"6df7f33b": {"forward_with_cond_scale": "235001dfe83a7eb3"}}
 _ATTRIBUTES = (
     "generate", "transformer", "token_critic", "noise_schedule", "mask_id", "vae", "cond_vae",
     "self_cond", "resize_image_for_cond_image", "no_mask_token_prob", "image_size",
@@ -73,6 +81,7 @@ def install(
     noise: Callable[[int], StepNoise] | None = None,
     hidden_states: bool = True,
     backend: str = "auto",
+    trust_version: bool = False,
 ) -> Handle:
     """Replace `generate` of the model `target`.
 
@@ -83,38 +92,47 @@ def install(
             uniform noise is exp(-exp(-g)) of its `choice_gumbel`.
         hidden_states: whether `to_logits` may be left out of the forward pass.
         backend: as in `maskgit.decode_step`.
+        trust_version: whether a target whose code is not known is taken for a known one.
     """
-    check_name(backend)
     check_attributes(target, _ATTRIBUTES, "MaskGit")
-    check_signature(_original(target.generate), _ARGUMENTS, "generate")
+    check_signature(original_of(target.generate), _ARGUMENTS, "generate")
     check_attributes(target.transformer, ("forward", "encode_text", "to_logits"), "Transformer")
     check_signature(target.transformer.forward, _FORWARD, "Transformer.forward")
     critic = target.token_critic
     if critic is not None:
         check_attributes(critic, ("forward_with_cond_scale",), "the critic")
-    version = "MaskGit" if critic is None else f"MaskGit with a {type(critic).__name__}"
+    version = _version_of(target, trust_version)
     report = Report("muse", _CODEBASE, version)
     report.note("random numbers: one seed per sequence and call, drawn from torch's generator")
     handle = Handle(target, report)
     options: dict[str, Any] = {"generator": generator, "noise": noise, "backend": backend}
     options |= {"hidden_states": hidden_states, "note": report.note}
 
-    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        return generate(model, *args, **(options | kwargs))
+    def call(model: Any, **kwargs: Any) -> Any:
+        return generate(model, **(options | kwargs))
 
     call.__doc__ = generate.__doc__
     handle.replace_method("generate", call)
     return handle
 
 
-def _original(function: Any) -> Any:
-    """The function inside their decorators, one of which leaves no trace but its closure."""
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    if not inspect.isfunction(function):
-        raise AdapterError("target: an unknown version of generate; expected a method in Python")
-    inside = [cell.cell_contents for cell in function.__closure__ or ()]
-    functions = [value for value in inside if inspect.isfunction(value)]
-    return _original(functions[0]) if functions else function
+def _version_of(target: Any, trusted: bool) -> str:
+    """Which version this is; AdapterError for an unknown one of it, its transformer or its critic."""
+    labels = [check_version(target, ("generate",), VERSIONS, what="MaskGit", trusted=trusted)]
+    critic, what = target.token_critic, "MaskGit"
+    parts = [("Transformer", target.transformer, _NETWORKS)]
+    if critic is not None:
+        what += f" with a {type(critic).__name__}"
+        parts.append(("the critic", critic, _SELF_CRITICS if _is_self(critic) else _NETWORKS))
+    for name, part, known in parts:
+        relied = ("forward_with_cond_scale",)
+        labels.append(check_version(part, (), known, relied=relied, what=name, trusted=trusted))
+    return f"{what}, {TRUSTED if TRUSTED in labels else labels[0]}"
+
+
+def _is_self(critic: Any) -> bool:
+    """Whether a critic is a transformer with a layer of its own behind it."""
+    return hasattr(critic, "net") and hasattr(critic, "to_pred")
 
 
 def generate(
@@ -282,7 +300,7 @@ class _Loop:
 
     def judge(self, filled: Any) -> Any:
         """The critic's scores (B, N), high where a token should be masked again."""
-        is_self = hasattr(self.critic, "net") and hasattr(self.critic, "to_pred")
+        is_self = _is_self(self.critic)
         own = is_self and self.critic.net is self.model.transformer
         scale = 1 if is_self else self.scale  # a SelfCritic drops the unconditional pass
         layer = self.model.transformer.to_logits  # whose logits are thrown away here

@@ -24,14 +24,24 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule
 from . import mdlm
-from .common import Handle, Report, check_signature
+from .common import Handle, Report
+from .fingerprint import check_signature
 from .head import Head
 
 _CODEBASE = "kuleshov-group/remdm@f830d659fb98d9b2c79ff71bfa12d578312b688a diffusion.py"
 _UPDATE = "x, t, dt, p_x0, conf"
+UPDATES = (*mdlm.UPDATES, "_dfm_caching_update")
+VERSIONS = {
+    "f830d659": {
+        "_ddpm_update": "96517de258d34b7e",
+        "_ddpm_caching_update": "a1a0d5708ced3fc6",
+        "_dfm_caching_update": "9e57c8b2e4fea65e",
+        "_sample_categorical": "efb22d64a7e8d9d4",
+    }
+    | mdlm.RELIED
+}
 SAMPLERS = (
     "mdlm", "forward-backward", "remdm-cap", "remdm-rescale", "remdm-conf", "remdm-loop",
 )  # fmt: skip
@@ -48,25 +58,25 @@ def matches(target: Any) -> bool:
     return known and ", ".join(inspect.signature(update).parameters) == _UPDATE
 
 
-def install(target: Any, *, generator: Any = None, backend: str = "auto") -> Handle:
+def install(
+    target: Any, *, generator: Any = None, backend: str = "auto", trust_version: bool = False
+) -> Handle:
     """Replace the three updates of one `Diffusion` object.
 
     Args:
         target: the object.
         generator: the torch.Generator that seeds are drawn from; by default torch's own.
         backend: as in `maskgit.decode_step`.
+        trust_version: whether a target whose code is not known is taken for a known one.
 
     Raises:
         AdapterError: an unknown version, or another parameterization than SUBS.
     """
-    check_name(backend)
-    mdlm.check_diffusion(target, _UPDATE)
     check_signature(
         getattr(target, "_dfm_caching_update", None), "x, t, p_x0", "_dfm_caching_update"
     )
-    report = Report(
-        "remdm", _CODEBASE, f"{type(target).__name__} with {mdlm.parameters_of(target)}"
-    )
+    version = mdlm.check_diffusion(target, _UPDATE, UPDATES, VERSIONS, trust_version)
+    report = Report("remdm", _CODEBASE, f"{version}, {mdlm.parameters_of(target)}")
     head = mdlm.head_of(target, report.note)
     report.note("positions first: the model is not run where nothing is filled in")
     report.note("the fill after the last step is upstream's and makes all logits")

@@ -25,9 +25,9 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
-from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule
-from .common import Handle, Report, check_attributes, check_signature, draw_seeds
+from .common import Handle, Report, draw_seeds
+from .fingerprint import check_attributes, check_signature, check_version
 from .head import Head
 
 _CODEBASE = "bytedance/1d-tokenizer@942a96fbdd873780179d1b78d5462911528bf8c8 modeling/maskgit.py"
@@ -36,6 +36,7 @@ _ARGUMENTS = (
     "softmax_temperature_annealing, num_sample_steps"
 )
 _ATTRIBUTES = ("forward", "generate", "image_seq_len", "mask_token_id")
+VERSIONS = {"942a96fb": {"generate": "9bb776da759f02cb"}}  # since be0b076
 _DECAYS = ("constant", "linear", "power-cosine")
 
 
@@ -52,6 +53,7 @@ def install(
     noise: Callable[[int], StepNoise] | None = None,
     hidden_states: bool = True,
     backend: str = "auto",
+    trust_version: bool = False,
 ) -> Handle:
     """Replace `generate` of the model `target`.
 
@@ -61,18 +63,21 @@ def install(
         noise: called with the number of the step, returns the noise to use instead.
         hidden_states: whether the last layer may be left out of the forward pass.
         backend: as in `maskgit.decode_step`.
+        trust_version: whether a target whose code is not known is taken for a known one.
     """
-    check_name(backend)
     check_attributes(target, _ATTRIBUTES, "ImageBert")
     check_signature(target.generate, _ARGUMENTS, "generate")
-    report = Report("titok", _CODEBASE, type(target).__name__)
+    version = check_version(
+        target, ("generate",), VERSIONS, what="ImageBert", trusted=trust_version
+    )
+    report = Report("titok", _CODEBASE, f"{type(target).__name__} of {version}")
     report.note("random numbers: one seed per sequence and call, drawn from torch's generator")
     handle = Handle(target, report)
     options: dict[str, Any] = {"generator": generator, "noise": noise, "backend": backend}
     options |= {"hidden_states": hidden_states, "note": report.note}
 
-    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        return generate(model, *args, **(options | kwargs))
+    def call(model: Any, **kwargs: Any) -> Any:
+        return generate(model, **(options | kwargs))
 
     call.__doc__ = generate.__doc__
     handle.replace_method("generate", call)
