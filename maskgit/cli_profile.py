@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maskgit import cli_common as common
+from maskgit.kernels.common.extras import pip_install
 
 OPS = ("decode-step", "head", "attention")
 GPU_OPS = (*OPS, "residual-norm")
@@ -102,7 +103,7 @@ def profile(
         )  # fmt: skip
         return
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec("torch") is None:
-        raise ValueError("profile: needs torch and triton; pip install torch triton")
+        raise ValueError(f"profile: needs torch and triton; {pip_install('triton')}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise ValueError("TRITON_INTERPRET: expected unset, since kernels are compiled, not run")
     from maskgit.benchmarks.profile_triton import TARGETS, VARIANTS, budget, compiled

@@ -16,7 +16,7 @@ def why_missing() -> str | None:
         return str(error)
     handlers = _C.ffi_handlers()
     if not handlers:
-        return "the C++ extension was built without jaxlib's headers; install jaxlib, then maskgit"
+        return "the C++ extension was built without jaxlib's headers; install jaxlib, then this package"
     for name, handler in handlers.items():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return None

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 
 from . import ffi
+from .extras import DISTRIBUTION
 from .simulation import is_compiling, is_simulating
 
 
@@ -32,7 +33,7 @@ def _cpp() -> str | None:
     except ImportError as error:
         return (
             f"the C++ extension was not built ({error}); install a C++17 compiler and pybind11, "
-            "then reinstall maskgit"
+            f"then reinstall {DISTRIBUTION}"
         )
     return None
 

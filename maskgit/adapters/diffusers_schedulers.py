@@ -38,6 +38,7 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from ..kernels.common.extras import pip_install
 from ..kernels.decode_step import StepNoise, StepRule, decode_step, sample_tokens
 from .common import (
     AdapterError,
@@ -160,7 +161,7 @@ def scheduler_class(name: str) -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise AdapterError(f"{name}: needs diffusers; pip install 'maskgit[diffusers]'") from error
+        raise AdapterError(f"{name}: needs diffusers; {pip_install('diffusers')}") from error
     base = getattr(diffusers, name, None)
     if base is None:
         raise AdapterError(f"{name}: diffusers {diffusers.__version__} has no such scheduler")
