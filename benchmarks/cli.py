@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
+from maskgit.cli_common import is_lacking
 from maskgit.files import atomic_write, check_writable
 
 from .shapes import SHAPES
@@ -99,6 +100,8 @@ def decode_step(
                 progress=status.update,
             )
     except (ValueError, OSError, ImportError) as error:
+        if is_lacking(error):
+            raise
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
     text = json.dumps(report, indent=2)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from maskgit import cli_common as common
 from maskgit.cli_audit import audit
@@ -156,33 +154,9 @@ def _spread(count: int, limit: int) -> list[int]:
 @common.user_errors
 def env(as_json: common.JsonOption = False) -> None:
     """Say which versions, devices and backends are here, and why others are not."""
-    from maskgit.env_report import collect
+    from maskgit.env_report import show
 
-    report = collect()
-    if as_json:
-        common.print_json(report)
-        return
-    table = Table(show_header=False, box=None)
-    for key, text in _flatten(report):
-        table.add_row(key, text)
-    Console(highlight=False).print(table)
-
-
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested dicts as (dotted key, text); {available, reason} becomes one line."""
-    if not isinstance(value, dict) or not value:
-        text = (
-            ", ".join(map(str, value))
-            if isinstance(value, list)
-            else str("none" if value in (None, {}) else value)
-        )
-        return [(prefix, text)]
-    if set(value) == {"available", "reason"}:
-        return [(prefix, "yes" if value["available"] else f"no: {value['reason']}")]
-    rows: list[tuple[str, str]] = []
-    for key, inner in value.items():
-        rows += _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return rows
+    show(as_json)
 
 
 @app.command(context_settings=PASS_THROUGH)
@@ -191,15 +165,8 @@ def bench(context: typer.Context) -> None:
     try:
         from maskgit.benchmarks.cli import app as bench_app
     except ImportError as error:
+        if common.is_lacking(error):
+            raise
         typer.echo(f"Error: the benchmarks are not available here ({error})", err=True)
         raise typer.Exit(1) from error
     typer.main.get_command(bench_app).main(args=context.args, prog_name="maskgit bench")
-
-
-def main() -> None:
-    """Entry point of the installed command."""
-    app(prog_name="maskgit")
-
-
-if __name__ == "__main__":
-    main()

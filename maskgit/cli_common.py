@@ -90,7 +90,7 @@ def user_errors(function: Callable[P, R]) -> Callable[P, R]:
             MemoryError,
             RuntimeError,
         ) as error:
-            if os.environ.get("MASKGIT_TRACEBACK") == "1" or _is_clicks(error):
+            if os.environ.get("MASKGIT_TRACEBACK") == "1" or _is_clicks(error) or is_lacking(error):
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
             typer.echo(f"Error: {message}", err=True)
@@ -102,6 +102,12 @@ def user_errors(function: Callable[P, R]) -> Callable[P, R]:
 def _is_clicks(error: BaseException) -> bool:
     """typer.Exit and Abort are RuntimeErrors that must pass."""
     return isinstance(error, typer.Exit | typer.Abort)
+
+
+def is_lacking(error: BaseException) -> bool:
+    """Whether a package is not installed: maskgit.__main__ says which extra has it."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    return name is not None and name.partition(".")[0] != "maskgit"
 
 
 def bad(option: str, message: str) -> typer.BadParameter:

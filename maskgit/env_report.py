@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +90,39 @@ def _gpu() -> str | None:
     if not torch.cuda.is_available():
         return None
     return f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}"
+
+
+def show(as_json: bool) -> None:
+    """Print the report on stdout: as JSON, or a line for each fact, wrapped on a terminal."""
+    report = collect()
+    if as_json:
+        print(json.dumps(report, indent=2, default=str))
+        return
+    rows = _flatten(report)
+    indent = max(len(key) for key, _ in rows) + 2
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    for key, text in rows:
+        for line in _wrap(text, width - indent):
+            print(f"{key:{indent}}{line}")
+            key = ""
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """The text in lines of at most `width`, words and numbers whole; one line where that is little."""
+    if width < 20:
+        return [text]
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested dicts as (dotted key, text); {available, reason} becomes one line."""
+    if isinstance(value, list):
+        return [(prefix, ", ".join(map(str, value)) or "none")]
+    if not isinstance(value, dict) or not value:
+        return [(prefix, str("none" if value in (None, {}) else value))]
+    if set(value) == {"available", "reason"}:
+        return [(prefix, "yes" if value["available"] else f"no: {value['reason']}")]
+    rows: list[tuple[str, str]] = []
+    for key, inner in value.items():
+        rows += _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return rows

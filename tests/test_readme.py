@@ -43,9 +43,8 @@ def commands():
 def test_commands_run(command, tmp_path):
     pytest.importorskip("torch")
     words = shlex.split(command)[1:]
-    code = "from maskgit.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, *words, *QUICKER.get(words[0], [])],
+        [sys.executable, "-m", "maskgit", *words, *QUICKER.get(words[0], [])],
         cwd=tmp_path, capture_output=True, text=True, check=False,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
     )  # fmt: skip
