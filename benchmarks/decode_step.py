@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from maskgit.kernels.common.selection import BACKENDS
+from maskgit.kernels.common.selection import BACKENDS, check_able, why_missing
 
-from maskgit import available_backends
-from maskgit.env_report import collect
+from maskgit.env_report import facts
 
 from . import gate, memory
 from .providers import MODES, RULES, Inputs, Provider, make_inputs, providers
@@ -26,18 +25,15 @@ _MOST_INPUT_BYTES = 2**30
 
 def default_backends() -> list[str]:
     """The backends that people would choose among on this machine's CPU."""
-    missing = available_backends()
-    return [name for name in ("cpp", "torch") if missing[name] is None]
+    return [name for name in ("cpp", "torch") if why_missing(name) is None]
 
 
 def check_backends(names: list[str]) -> list[str]:
     """`names`, each once, or ValueError for one that is unknown or cannot run here."""
-    missing = available_backends()
     for name in names:
         if name not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-        if missing[name] is not None:
-            raise ValueError(f"backend: {name!r} cannot run here: {missing[name]}")
+        check_able(name)
     return list(dict.fromkeys(names))
 
 
@@ -105,7 +101,7 @@ def environment() -> dict[str, Any]:
     """Date, machine, versions and load: the stamp without which a figure means nothing."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **collect(),
+        **facts(),
         "logical_cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

@@ -150,11 +150,13 @@ def check_sampling(
     check_range("--guidance", guidance, 0)
     if not 0 <= seed < MAX_SEED:
         raise bad("--seed", f"expected 0 to {MAX_SEED - 1}, got {seed}")
-    from maskgit import StepRule, available_backends
+    from maskgit import StepRule
+    from maskgit.kernels.common.selection import check_able
 
-    legal = available_backends()
-    if backend != "auto" and backend not in legal:
-        raise bad("--backend", f"expected auto, {', '.join(legal)}; got {backend!r}")
+    try:
+        check_able(backend)
+    except ValueError as error:
+        raise bad("--backend", str(error).removeprefix("backend: ")) from error
     if rule is not None:
         try:
             StepRule.preset(rule)

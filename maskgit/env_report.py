@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -9,6 +10,7 @@ import platform
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,16 @@ _FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "asimd", "sve")
 
 
 def collect() -> dict[str, Any]:
-    """Versions, CPU, GPU, threads, backends with the reason why each missing one is missing."""
+    """`facts`, and the backends with the reason why each missing one is missing: starts torch and jax."""
+    backends = {
+        name: {"available": reason is None, "reason": reason}
+        for name, reason in available_backends().items()
+    }
+    return facts() | {"backends": backends}
+
+
+def facts() -> dict[str, Any]:
+    """Versions, CPU, GPU, threads, the C++ core: what the stamp of a figure needs."""
     from .kernels.decode_step.cpu import num_threads
 
     return {
@@ -34,10 +45,6 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "gpu": _gpu(),
         "cpp": _cpp(),
-        "backends": {
-            name: {"available": reason is None, "reason": reason}
-            for name, reason in available_backends().items()
-        },
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
@@ -94,7 +101,8 @@ def _gpu() -> str | None:
 
 def show(as_json: bool) -> None:
     """Print the report on stdout: as JSON, or a line for each fact, wrapped on a terminal."""
-    report = collect()
+    with _quiet():
+        report = collect()
     if as_json:
         print(json.dumps(report, indent=2, default=str))
         return
@@ -105,6 +113,24 @@ def show(as_json: bool) -> None:
         for line in _wrap(text, width - indent):
             print(f"{key:{indent}}{line}")
             key = ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What frameworks log while they start (libtpu's C++ too) goes nowhere; jax takes no GPU's memory."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        saved = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -121,7 +121,11 @@ def why_missing(name: str) -> str | None:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend by name: None where it can run, else the reason why it cannot."""
+    """Every backend by name: None where it can run, else the reason why it cannot.
+
+    This imports and starts torch and jax where they are installed, since only they know their devices.
+    Nothing else here does: a call asks for the backend it names, or those that "auto" tries for its arrays.
+    """
     return {name: why_missing(name) for name in BACKENDS}
 
 
@@ -143,11 +147,24 @@ def _in_jax_on_cpu(kind: str, device: str) -> bool:
     return bool(jax.default_backend() == "cpu") and not is_compiling()
 
 
+def _able(names: tuple[str, ...], kind: str) -> str:
+    """Those of the names that can run, and the reference, for a message."""
+    return ", ".join(dict.fromkeys([*(n for n in names if _can(n, kind)), "reference"]))
+
+
 def check_name(backend: str) -> str:
     """`backend` if it is a legal name, else ValueError."""
     if isinstance(backend, str) and (backend == "auto" or backend in BACKENDS):
         return backend
     raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def check_able(backend: str) -> str:
+    """`backend` if it can run in this process ("auto" can), else ValueError; asks for that one alone."""
+    reason = why_missing(backend) if check_name(backend) != "auto" else None
+    if reason is not None:
+        raise ValueError(f"backend: {backend!r} cannot run: {reason}")
+    return backend
 
 
 def choose(backend: str, kind: str, device: str) -> str:
@@ -177,8 +194,7 @@ def choose(backend: str, kind: str, device: str) -> str:
     if reason is None and backend == "cpp" and place != "cpu" and not _in_jax_on_cpu(kind, device):
         reason = f"it works on CPU arrays, not on {device}"
     if reason is not None:
-        legal = [name for name in BACKENDS if why_missing(name) is None]
         raise ValueError(
-            f"backend: {backend!r} cannot run: {reason}; available: {', '.join(legal)}"
+            f"backend: {backend!r} cannot run: {reason}; available: {_able(_AUTO[kind, place], kind)}"
         )
     return backend

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels.common.arrays import kind_of
-from ..kernels.common.selection import available_backends
+from ..kernels.common.selection import BACKENDS, why_missing
 from ..kernels.decode_step.api import seeds_like
 from ..kernels.decode_step.checks import as_index, check_integers
 
@@ -209,10 +209,11 @@ def _check_options(options: dict[str, Any]) -> None:
     noise, backend = options.get("noise"), options.get("backend", "auto")
     if noise is not None and not callable(noise):
         raise AdapterError(f"noise: expected a callable or None, got {noise!r}")
-    backends = available_backends()
-    if isinstance(backend, str) and backends.get(backend) is not None:  # unknown names: check_name
-        able = ", ".join(["auto", *(name for name, why in backends.items() if why is None)])
-        raise AdapterError(f"backend: expected one that can run here ({able}), got {backend!r}")
+    reason = why_missing(backend) if backend in BACKENDS else None  # unknown names: check_name
+    if reason is not None:
+        raise AdapterError(
+            f"backend: expected one that can run here, got {backend!r}, which cannot: {reason}"
+        )
     generator = options.get("generator")
     if generator is not None and type(generator).__name__ != "Generator":
         raise AdapterError(f"generator: expected a torch.Generator or None, got {generator!r}")
