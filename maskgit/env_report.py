@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .kernels.common.selection import available_backends
+from .kernels.common import ffi
+from .kernels.common.selection import available_backends, why_missing
 
 _PACKAGES = ("numpy", "torch", "triton", "jax", "jaxlib", "libtpu", "safetensors", "scikit-learn")
 _VARIABLES = ("MASKGIT_BACKEND", "MASKGIT_CPU_ISA", "MASKGIT_NUM_THREADS", "MASKGIT_CHECK")
@@ -24,11 +25,14 @@ _FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "asimd", "sve")
 
 def collect() -> dict[str, Any]:
     """`facts`, and the backends with the reason why each missing one is missing: starts torch and jax."""
-    backends = {
-        name: {"available": reason is None, "reason": reason}
-        for name, reason in available_backends().items()
-    }
-    return facts() | {"backends": backends}
+    backends = {name: _yes_or(reason) for name, reason in available_backends().items()}
+    report = facts() | {"backends": backends}
+    report["cpp"]["in_jitted_jax"] = _yes_or(ffi.why_missing())
+    return report
+
+
+def _yes_or(reason: str | None) -> dict[str, Any]:
+    return {"available": reason is None, "reason": reason}
 
 
 def facts() -> dict[str, Any]:
@@ -73,17 +77,18 @@ def _cpu_flags() -> list[str]:
     return [flag for flag in _FLAGS if flag in present]
 
 
-def _cpp() -> dict[str, Any] | None:
-    """The C++ core's instruction sets that run here, and the one in use."""
+def _cpp() -> dict[str, Any]:
+    """Whether the C++ core was built, its instruction sets that run here, and the one in use."""
+    reason = why_missing("cpp")
+    if reason is not None:
+        return {"extension": _yes_or(reason), "supported": [], "active": None}
+    from maskgit import _C
+
+    built = {"extension": _yes_or(None), "supported": _C.supported_implementations()}
     try:
-        from maskgit import _C
-    except ImportError:
-        return None
-    supported = _C.supported_implementations()
-    try:
-        return {"supported": supported, "active": _C.active_implementation()}
+        return built | {"active": _C.active_implementation()}
     except ValueError as error:  # a wrong MASKGIT_CPU_ISA
-        return {"supported": supported, "active": None, "error": str(error)}
+        return built | {"active": None, "error": str(error)}
 
 
 def _gpu() -> str | None:

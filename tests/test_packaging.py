@@ -1,9 +1,12 @@
 """What is installed, under which name, and what every message says about it."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from maskgit.kernels.common.extras import DISTRIBUTION, pip_install
 
 ROOT = Path(__file__).parent.parent
@@ -39,3 +42,28 @@ def test_nothing_names_the_other_distribution_or_an_extra_that_is_not_there():
         calls = re.findall(r"pip_install\(([^)]*)\)", text)
         named += [e for call in calls for e in re.findall(r"[\"']([\w-]+)[\"']", call)]
         assert set(named) <= EXTRAS, f"{path}: {set(named) - EXTRAS}"
+
+
+def test_the_source_distribution_has_every_source_on_every_machine(tmp_path):
+    pytest.importorskip("setuptools")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path],
+        cwd=ROOT, capture_output=True, check=True,
+    )  # fmt: skip
+    (listed,) = tmp_path.glob("*/SOURCES.txt")
+    names = set(listed.read_text().split())
+    code = [p for f in ("maskgit", "kernels", "benchmarks") for p in (ROOT / f).rglob("*.py")]
+    wanted = {str(path.relative_to(ROOT)) for path in [*code, *(ROOT / "csrc").iterdir()]}
+    assert "csrc/decode_step_neon.cpp" in wanted
+    assert wanted | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+
+
+def test_a_build_needs_nothing_of_a_framework():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert [re.match(r"[\w-]+", line)[0] for line in build] == ["setuptools", "pybind11"]
+    included = {
+        line for path in (ROOT / "csrc").iterdir() for line in path.read_text().splitlines()
+        if line.startswith('#include "')
+    }  # fmt: skip
+    own = {f'#include "{path.name}"' for path in (ROOT / "csrc").iterdir()}
+    assert included <= own, included - own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 
@@ -131,11 +132,17 @@ def available_backends() -> dict[str, str | None]:
 
 def serves_jax() -> bool:
     """Whether the C++ core can be called from jitted JAX programs."""
-    return why_missing("cpp") is None and ffi.why_missing() is None
+    return _can("cpp", "jax")
 
 
 def _can(name: str, kind: str) -> bool:
-    return why_missing(name) is None and (name != "cpp" or kind != "jax" or serves_jax())
+    return _why_not(name, kind) is None
+
+
+def _why_not(name: str, kind: str) -> str | None:
+    """None where the backend can run on arrays of that kind, else the reason."""
+    reason = why_missing(name)
+    return ffi.why_missing() if reason is None and name == "cpp" and kind == "jax" else reason
 
 
 def _in_jax_on_cpu(kind: str, device: str) -> bool:
@@ -145,6 +152,17 @@ def _in_jax_on_cpu(kind: str, device: str) -> bool:
     import jax
 
     return bool(jax.default_backend() == "cpu") and not is_compiling()
+
+
+@cache
+def _say_slower(first: str, chosen: str, kind: str) -> None:
+    """Warn, once for each case, that auto has to do without its first choice."""
+    warnings.warn(
+        f"backend: 'auto' takes {chosen!r} for {kind} arrays, which is much slower, since {first!r} cannot "
+        f"run: {_why_not(first, kind)}; ask for {chosen!r} by name, or set MASKGIT_BACKEND, to hear no more",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _able(names: tuple[str, ...], kind: str) -> str:
@@ -189,7 +207,11 @@ def choose(backend: str, kind: str, device: str) -> str:
             return choose(forced, kind, device)
         if _in_jax_on_cpu(kind, device):
             place = "cpu"
-        return next(name for name in _AUTO[kind, place] if _can(name, kind))
+        names = _AUTO[kind, place]
+        chosen = next(name for name in names if _can(name, kind))
+        if chosen != names[0]:
+            _say_slower(names[0], chosen, kind)
+        return chosen
     reason = why_missing(backend)
     if reason is None and backend == "cpp" and place != "cpu" and not _in_jax_on_cpu(kind, device):
         reason = f"it works on CPU arrays, not on {device}"
