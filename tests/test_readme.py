@@ -59,6 +59,25 @@ def test_the_commands_were_found():
     assert "make demo\nmake test\n" in blocks("")
 
 
+def test_make_bench_collects_its_cases():
+    """What `make bench` calls, up to running it."""
+    pytest.importorskip("torch")
+    pytest.importorskip("pytest_benchmark")
+    recipe = re.search(
+        r"^bench:.*\n\t\$\(BIN\)/python (.+)$", (ROOT / "Makefile").read_text(), re.M
+    )
+    done = subprocess.run(
+        [sys.executable, *shlex.split(recipe[1]), "--collect-only", "-q"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    collected = int(re.search(r"(\d+) tests collected", done.stdout)[1])
+    files = [path.name for path in (ROOT / "benchmarks").glob("bench_*.py")]
+    assert collected >= 20
+    assert files
+    assert all(f"benchmarks/{name}::" in done.stdout for name in files)
+
+
 def test_snippets_run():
     torch = pytest.importorskip("torch")
     names = {
