@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperCommand
 
+from maskgit import tables
 from maskgit.cli_common import is_lacking
 from maskgit.files import atomic_write, check_writable
 
@@ -23,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+COLUMNS = (
+    "provider", "median", "p20", "p80", "GB/s", "of read", "x best", "vs usual", "memory",
+)  # fmt: skip
 _MANY = ("--shape", "--dtype", "--backend", "--mode")
 
 
@@ -121,36 +124,28 @@ def _print_shapes(as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({s.name: [s.batch, s.length, s.vocab] for s in SHAPES.values()}))
         return
-    table = Table("name", "batch", "length", "vocab", "what")
-    for s in SHAPES.values():
-        table.add_row(s.name, str(s.batch), str(s.length), str(s.vocab), s.source)
-    Console().print(table)
+    rows = [(s.name, str(s.batch), str(s.length), str(s.vocab), s.source) for s in SHAPES.values()]
+    tables.show(("name", "batch", "length", "vocab", "what"), rows)
 
 
 def _print_tables(report: dict[str, Any]) -> None:
-    console, stamp = Console(), report["environment"]
-    if not console.is_terminal:
-        console.width = 140
-    console.print(
+    stamp = report["environment"]
+    tables.say(
         f"{stamp['cpu']}, {stamp['torch_threads']} threads of {stamp['logical_cpus']} CPUs, "
         f"load {stamp['load_average']}, torch {stamp['packages']['torch']}, {stamp['date']}"
     )
     for entry in report["runs"]:
         s, read = entry["shape"], entry["read"]
         sizes = f"{s['batch']} x {s['length']} x {s['vocab']}"
-        table = Table(
-            "provider", "median", "p20", "p80", "GB/s", "of read", "x best", "vs usual", "memory",
+        own = (f"read: {read['method']}", *_times(read), f"{read['gb_per_s']:.1f}", "100%")
+        tables.show(
+            COLUMNS,
+            [*map(_cells, entry["results"]), own],
             title=f"{entry['mode']}: {s['name']} ({sizes}), {entry['dtype']}, "
             f"{entry['logits_bytes'] / 1e6:.1f} MB, {entry['cache']} cache",
-            caption=None if entry["memory_method"] is None else f"memory: {entry['memory_method']}",
-        )  # fmt: skip
-        for column in table.columns:
-            column.no_wrap = True
-            column.justify = "left" if column is table.columns[0] else "right"
-        for row in entry["results"]:
-            table.add_row(*_cells(row))
-        table.add_row(f"read: {read['method']}", *_times(read), f"{read['gb_per_s']:.1f}", "100%")
-        console.print(table)
+            note="" if entry["memory_method"] is None else f"memory: {entry['memory_method']}",
+        )
+        print()
 
 
 def _times(row: dict[str, Any]) -> list[str]:

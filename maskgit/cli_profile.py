@@ -9,10 +9,9 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from maskgit import cli_common as common
+from maskgit import tables
 from maskgit.kernels.common.extras import pip_install
 
 OPS = ("decode-step", "head", "attention")
@@ -192,13 +191,9 @@ def _names(rules: list[str]) -> list[str]:
 
 
 def _print_table(title: str, columns: dict[str, str], found: list[dict[str, Any]]) -> None:
-    table = Table(box=None, title=title, title_justify="left")
-    for column in columns.values():
-        table.add_column(column, overflow="fold")
-    for facts in found:
-        cells = (facts.get(key) for key in columns)
-        table.add_row(*("-" if cell is None else str(cell) for cell in cells))
-    Console(highlight=False).print(table)
+    cells = [[facts.get(key) for key in columns] for facts in found]
+    rows = [["-" if cell is None else str(cell) for cell in row] for row in cells]
+    tables.show(list(columns.values()), rows, title=title)
 
 
 def _legal(name: str, given: list[str], legal: tuple[str, ...]) -> list[str]:

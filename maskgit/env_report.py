@@ -7,13 +7,11 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import tables
 from ._version import __version__
 from .kernels.common import ffi
 from .kernels.common.selection import available_backends, why_missing
@@ -111,13 +109,7 @@ def show(as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=2, default=str))
         return
-    rows = _flatten(report)
-    indent = max(len(key) for key, _ in rows) + 2
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
-    for key, text in rows:
-        for line in _wrap(text, width - indent):
-            print(f"{key:{indent}}{line}")
-            key = ""
+    print("\n".join(tables.pairs(_flatten(report), tables.width())))
 
 
 @contextlib.contextmanager
@@ -136,13 +128,6 @@ def _quiet() -> Iterator[None]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    """The text in lines of at most `width`, words and numbers whole; one line where that is little."""
-    if width < 20:
-        return [text]
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
