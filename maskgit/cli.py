@@ -57,12 +57,16 @@ def generate(
     choice_temperature: common.ChoiceOption = None,
     sample_temperature: common.SampleOption = None,
     guidance: common.GuidanceOption = None,
+    order: common.OrderOption = "confidence",
+    finish: common.FinishOption = False,
     weights: common.WeightsOption = "digits",
     as_json: common.JsonOption = False,
 ) -> None:
     """Generate images by class and write them as one labelled PNG grid."""
     common.check_range("--per-class", per_class, 1, 1000)
-    common.check_sampling(rule, backend, choice_temperature, sample_temperature, guidance, seed)
+    common.check_sampling(
+        rule, backend, choice_temperature, sample_temperature, guidance, seed, order
+    )
     common.check_out("--out", out)
     common.check_out("--strip", strip)
     from maskgit.pipeline import load
@@ -79,6 +83,8 @@ def generate(
         choice_temperature=choice_temperature,
         sample_temperature=sample_temperature,
         guidance_scale=guidance,
+        order=order,
+        finish=finish,
         backend=backend,
         record=strip is not None,
         progress=not as_json,

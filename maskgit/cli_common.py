@@ -64,6 +64,15 @@ GuidanceOption = Annotated[
     float | None,
     typer.Option("--guidance", parser=number, metavar="X", help="Guidance scale; 1 is none."),
 ]
+OrderOption = Annotated[
+    str,
+    typer.Option(
+        "--order", help="Of committing: confidence (as the rule says), random, raster, halton."
+    ),
+]
+FinishOption = Annotated[
+    bool, typer.Option("--finish", help="Commit at the last step what the rule leaves masked.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 MAX_SEED = 1 << 42  # as maskgit.pipeline, which is not imported here because it needs torch
@@ -143,6 +152,7 @@ def check_sampling(
     sample_temperature: float | None,
     guidance: float | None,
     seed: int,
+    order: str,
 ) -> None:
     """Usage error for a sampling option that cannot work."""
     check_range("--choice-temperature", choice_temperature, 0)
@@ -152,6 +162,10 @@ def check_sampling(
         raise bad("--seed", f"expected 0 to {MAX_SEED - 1}, got {seed}")
     from maskgit import StepRule
     from maskgit.kernels.common.selection import check_able
+    from maskgit.orders import ORDERS
+
+    if order not in ORDERS:
+        raise bad("--order", f"expected {', '.join(ORDERS)}; got {order!r}")
 
     try:
         check_able(backend)

@@ -219,12 +219,16 @@ def evaluate(
     choice_temperature: common.ChoiceOption = None,
     sample_temperature: common.SampleOption = None,
     guidance: common.GuidanceOption = None,
+    order: common.OrderOption = "confidence",
+    finish: common.FinishOption = False,
     weights: common.WeightsOption = "digits",
     as_json: common.JsonOption = False,
 ) -> None:
     """Score generated digits by number of steps, against real ones held out from training."""
     common.check_range("--per-class", per_class, 2, 1000)
-    common.check_sampling(rule, backend, choice_temperature, sample_temperature, guidance, seed)
+    common.check_sampling(
+        rule, backend, choice_temperature, sample_temperature, guidance, seed, order
+    )
     from maskgit import metrics
     from maskgit.pipeline import load
 
@@ -240,6 +244,8 @@ def evaluate(
         choice_temperature=choice_temperature,
         sample_temperature=sample_temperature,
         guidance_scale=guidance,
+        order=order,
+        finish=finish,
         progress=not as_json,
     )
     if as_json:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from .blocks import plan_blocks
 from .head import Head
-from .kernels.common.arrays import is_on_host, kind_of, to_numpy
+from .kernels.common.arrays import is_on_host, kind_of, library_of, to_numpy
 from .kernels.common.selection import check_name
 from .kernels.decode_step import StepNoise, StepRule, as_rule
 from .kernels.decode_step.checks import as_index, check_eligible, check_integers, check_scores
@@ -20,7 +20,7 @@ class GenerateResult(NamedTuple):
     tokens: (B, N), the last step's candidates under rules with a schedule (count="masked", MaskGIT's
         final image), else the state after it.  Masks may be left where a row had no finite logit,
         where the model predicted the mask token itself, and under rules that stop short of it by
-        chance or by a mean over the batch (mdlm, remdm-*, dream-* with uneven rows).
+        chance or by a mean over the batch (mdlm, remdm-*, dream-* with uneven rows), unless `finish`.
     num_forwards: how often `forward` was called.
     trajectory: the steps, with record=True, else None.
     """
@@ -52,6 +52,7 @@ def generate(
     record: bool = False,
     noise: Callable[[int], StepNoise] | None = None,
     cuda_graph: bool = False,
+    finish: bool = False,
 ) -> GenerateResult:
     """Fill in the masked positions of `tokens` in `num_steps` steps of parallel decoding.
 
@@ -94,6 +95,8 @@ def generate(
             and replay it with new tokens and seeds at every further call with the same `forward`,
             shapes and options.  `forward` must be capturable, and reads what else it needs (classes,
             conditions) from tensors that stay where they are: change them in place.
+        finish: commit at the last step (of each block) what the rule would leave masked then, with that
+            step's candidates.  Masks are left only where the candidate is none.
 
     Returns:
         `GenerateResult`.
@@ -110,7 +113,12 @@ def generate(
     step_rule = as_rule(rule)
     check_name(backend)
     mask_token_id = as_index("mask_token_id", mask_token_id)
-    for name, flag in (("record", record), ("progress", progress), ("cuda_graph", cuda_graph)):
+    for name, flag in (
+        ("record", record),
+        ("progress", progress),
+        ("cuda_graph", cuda_graph),
+        ("finish", finish),
+    ):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected True or False, got {flag!r}")
     _check_functions(forward, noise)
@@ -126,7 +134,7 @@ def generate(
             guidance_scale=guidance_scale, progress=progress, backend=backend,
             block_length=block_length, prompt_length=prompt_length, eligible=eligible,
             positions=positions, scores=scores, num_commit=num_commit, head_weight=head_weight,
-            head_bias=head_bias, record=record, noise=noise,
+            head_bias=head_bias, record=record, noise=noise, finish=finish,
         )  # fmt: skip
     head = Head(head_weight, head_bias, guidance_scale, backend)
     log = Recorder(tokens, step_rule, mask_token_id, head.decode) if record else None
@@ -159,8 +167,13 @@ def generate(
                     "num_commit": None if num_commit is None else num_commit[step],
                 }
                 result = head.step(output, tokens, step_rule, scores, number, options)
-                last = step == steps - 1 and step_rule.count == "masked"
-                after = result.candidate_tokens if last else result.next_tokens
+                after = result.next_tokens
+                if step == steps - 1 and step_rule.count == "masked":
+                    after = result.candidate_tokens
+                elif step == steps - 1 and finish:
+                    drawn = head.candidates(output, tokens, step_rule, options, result)
+                    left = _both(after == mask_token_id, takes_part)
+                    after = library_of(after).where(left, drawn, after)
                 if log is not None:
                     log.add(number, output, tokens, result, after)
                 tokens = after

@@ -101,6 +101,7 @@ GENERATE_ERRORS = [
     (["--guidance", "-0.5"], "--guidance", "got -0.5"),
     (["--seed", "-1"], "--seed", "got -1"),
     (["--rule", "nonsense"], "--rule", "nonsense"),
+    (["--order", "spiral"], "--order", "got 'spiral'"),
 ]
 
 
@@ -133,6 +134,24 @@ def test_unwritable_output(option: str, tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert f"Invalid value for {option}" in result.stderr
     assert files_in(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("command", ["generate", "edit", "evaluate"])
+def test_masks_that_a_rule_leaves(command: str, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "x.png"]
+    rest = {
+        "generate": ["--per-class", 1, *out],
+        "edit": ["test:0", "--inpaint", "0,0,8,8", *out],
+        "evaluate": ["--per-class", 2],
+    }
+    arguments = [command, *rest[command], "--steps", 2, "--rule", "entropy-bound"]
+    failed = run(*arguments)
+    assert failed.exit_code == 1
+    assert "still masked" in failed.stderr
+    assert "--finish" in failed.stderr
+    if command == "generate":
+        assert run(*arguments, "--finish").exit_code == 0
+        assert run(*arguments[:-2], "--rule", "halton", "--order", "halton").exit_code == 0
 
 
 def test_bad_weights(tmp_path: Path) -> None:

@@ -190,3 +190,32 @@ def test_bad_arguments():
     for message, changes in bad.items():
         with pytest.raises((ValueError, TypeError), match=message):
             maskgit.generate(forward, **({"tokens": tokens} | good | changes))
+
+
+SHORT = StepRule(name="too few", count="given", score="random")  # positions are chosen, then drawn
+
+
+@pytest.mark.parametrize("backend", SLOW_ON_JAX)
+@pytest.mark.parametrize("rule", ["remdm-forward-backward", "entropy-bound", SHORT], ids=str)
+def test_what_a_rule_leaves_is_committed_at_the_last_step_on_request(rule, backend):
+    given = {"num_commit": [1, 1, 1, 1]} if rule is SHORT else {}
+    found = {}
+    for hidden in (False, True):
+        options = given | {"toy": Toy(backend, hidden=hidden)}
+        left = np.asarray(run(backend, rule, **options).tokens)
+        found[hidden] = np.asarray(run(backend, rule, **options, finish=True).tokens)
+        assert (left == MASK).any()
+        assert (found[hidden] != MASK).all()
+        np.testing.assert_array_equal(found[hidden][left != MASK], left[left != MASK])
+    np.testing.assert_array_equal(found[False], found[True])
+
+
+def test_finish_commits_only_what_takes_part():
+    allowed = np.zeros((3, 12), bool)
+    allowed[:, 3:8] = True
+    options = {"num_commit": [0, 1, 0, 1], "eligible": allowed, "finish": True}
+    tokens = run("reference", SHORT, **options).tokens
+    assert (tokens[:, 8:] == MASK).all()
+    assert (tokens[:, :8] != MASK).all()
+    whole = run("reference", "llada").tokens
+    np.testing.assert_array_equal(run("reference", "llada", finish=True).tokens, whole)
