@@ -11,8 +11,8 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from maskgit import tables
-from maskgit.cli_common import is_lacking
-from maskgit.files import atomic_write, check_writable
+from maskgit.cli_common import check_out, user_errors
+from maskgit.files import atomic_write
 
 from .shapes import SHAPES
 
@@ -53,6 +53,7 @@ def bench() -> None:
 
 
 @app.command("decode-step", cls=SpacedCommand)
+@user_errors
 def decode_step(
     shape: Annotated[
         list[str] | None,
@@ -84,29 +85,22 @@ def decode_step(
         _print_shapes(as_json)
         return
     log = Console(stderr=True, highlight=False)
-    try:
-        from . import decode_step as benchmark
-        from .providers import MODES
+    from . import decode_step as benchmark
+    from .providers import MODES
 
-        if out is not None:
-            check_writable(out, "--out")
-        with log.status("starting") as status:
-            report = benchmark.run(
-                shape or list(benchmark.DEFAULT_SHAPES),
-                dtype or ["float32"],
-                backend or benchmark.default_backends(),
-                mode or list(MODES),
-                samples=samples,
-                seconds_each=seconds,
-                eager=eager,
-                with_memory=memory,
-                progress=status.update,
-            )
-    except (ValueError, OSError, ImportError) as error:
-        if is_lacking(error):
-            raise
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from error
+    check_out("--out", out)
+    with log.status("starting") as status:
+        report = benchmark.run(
+            shape or list(benchmark.DEFAULT_SHAPES),
+            dtype or ["float32"],
+            backend or benchmark.default_backends(),
+            mode or list(MODES),
+            samples=samples,
+            seconds_each=seconds,
+            eager=eager,
+            with_memory=memory,
+            progress=status.update,
+        )
     text = json.dumps(report, indent=2)
     if out is not None:
         atomic_write(out, f"{text}\n".encode())

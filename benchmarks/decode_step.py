@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from maskgit.kernels.common.names import unknown
 from maskgit.kernels.common.selection import BACKENDS, check_able, why_missing
 
 from maskgit.env_report import facts
@@ -32,7 +33,7 @@ def check_backends(names: list[str]) -> list[str]:
     """`names`, each once, or ValueError for one that is unknown or cannot run here."""
     for name in names:
         if name not in BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+            raise ValueError(unknown("backend", BACKENDS, name))
         check_able(name)
     return list(dict.fromkeys(names))
 
@@ -41,7 +42,7 @@ def check_choices(what: str, names: list[str], legal: tuple[str, ...]) -> list[s
     """`names`, each once, or ValueError for one that is not `legal`."""
     for name in names:
         if name not in legal:
-            raise ValueError(f"{what}: expected one of {', '.join(legal)}, got {name!r}")
+            raise ValueError(unknown(what, legal, name))
     return list(dict.fromkeys(names))
 
 

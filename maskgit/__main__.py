@@ -1,7 +1,7 @@
 """The `maskgit` command, also as `python -m maskgit`.
 
-Nothing but the standard library and NumPy is needed for `--version` and `env`; for the rest, one line says
-which extra has what is lacking.
+Nothing but the standard library and NumPy is needed for `--version`, `env` and `presets`; for the rest,
+one line says which extra has what is lacking.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def _run_plainly(words: list[str]) -> bool:
     """Whether it was a call that needs no command line library; if so, it has been run."""
     if words == ["--version"]:
         print(__version__)
-    elif words[:1] == ["env"] and set(words[1:]) <= {"--json"}:
-        from maskgit.env_report import show
+    elif words[:1] in (["env"], ["presets"]) and set(words[1:]) <= {"--json"}:
+        from maskgit import cli_presets, env_report
 
+        show = env_report.show if words[0] == "env" else cli_presets.show
         show(as_json="--json" in words)
     else:
         return False

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from maskgit import __version__
 from maskgit import cli_common as common
 from maskgit.cli_audit import audit
 from maskgit.cli_edit import edit
@@ -27,6 +28,25 @@ app.command("edit")(edit)
 app.command("audit")(audit)
 app.command("profile")(profile)
 app.command("evaluate")(evaluate)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    """Masked-token generation: sample, edit, train, measure."""
+
 
 STRIP_COLUMNS = 12
 PASS_THROUGH = {
@@ -161,6 +181,15 @@ def _spread(count: int, limit: int) -> list[int]:
 def env(as_json: common.JsonOption = False) -> None:
     """Say which versions, devices and backends are here, and why others are not."""
     from maskgit.env_report import show
+
+    show(as_json)
+
+
+@app.command()
+@common.user_errors
+def presets(as_json: common.JsonOption = False) -> None:
+    """List the decode rules by preset name, with the codebases they follow."""
+    from maskgit.cli_presets import show
 
     show(as_json)
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
+from maskgit.kernels.common.names import unknown
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -77,12 +79,17 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout."
 
 MAX_SEED = 1 << 42  # as maskgit.pipeline, which is not imported here because it needs torch
 
+# what the library raises for arguments; a file to be read that is missing among them
+WRONG_ARGUMENTS = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
 log = Console(stderr=True, highlight=False)
 
 
 def user_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn the library's errors into one line on stderr and exit code 1.
+    """Turn the library's errors into one line on stderr, and an exit code.
 
+    2: the arguments cannot be right (a value, a name, an input file), as for what typer refuses.
+    1: the work failed (memory, a full disk, a package that does not import).
     Set MASKGIT_TRACEBACK=1 to see where one came from.
     """
 
@@ -103,7 +110,7 @@ def user_errors(function: Callable[P, R]) -> Callable[P, R]:
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
             typer.echo(f"Error: {message}", err=True)
-            raise typer.Exit(1) from error
+            raise typer.Exit(2 if isinstance(error, WRONG_ARGUMENTS) else 1) from error
 
     return wrapped
 
@@ -165,7 +172,7 @@ def check_sampling(
     from maskgit.orders import ORDERS
 
     if order not in ORDERS:
-        raise bad("--order", f"expected {', '.join(ORDERS)}; got {order!r}")
+        raise bad("--order", unknown("order", ORDERS, order).removeprefix("order: "))
 
     try:
         check_able(backend)

@@ -13,6 +13,7 @@ import typer
 from maskgit import cli_common as common
 from maskgit import tables
 from maskgit.kernels.common.extras import pip_install
+from maskgit.kernels.common.names import unknown
 
 OPS = ("decode-step", "head", "attention")
 GPU_OPS = (*OPS, "residual-norm")
@@ -199,7 +200,7 @@ def _print_table(title: str, columns: dict[str, str], found: list[dict[str, Any]
 def _legal(name: str, given: list[str], legal: tuple[str, ...]) -> list[str]:
     for one in given:
         if one not in legal:
-            raise ValueError(f"{name}: expected {', '.join(legal)}, got {one!r}")
+            raise ValueError(unknown(name, legal, one))
     return given
 
 

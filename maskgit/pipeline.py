@@ -13,6 +13,7 @@ from torch import Tensor
 
 from maskgit.checkpoint import CheckpointError, Weights, load_weights
 from maskgit.config import PRESETS, GenerateConfig
+from maskgit.kernels.common.names import unknown
 from maskgit.orders import ORDERS, order_scores
 
 if TYPE_CHECKING:
@@ -142,14 +143,15 @@ class Pipeline:
         for name, value in changes.items():
             if value is not None and not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-        return dataclasses.replace(chosen, **{k: v for k, v in changes.items() if v is not None})
+        changes = {name: float(value) for name, value in changes.items() if value is not None}
+        return dataclasses.replace(chosen, **changes)
 
     def _ordered(
         self, rule: StepRule, order: str, tokens: Tensor
     ) -> tuple[StepRule, Tensor | None]:
         """The rule that commits in the order, and its scores (B, N) if they are given."""
         if order not in ORDERS:
-            raise ValueError(f"order: expected {', '.join(ORDERS)}, got {order!r}")
+            raise ValueError(unknown("order", ORDERS, order))
         if order == "confidence":
             if rule.score == "given":
                 raise ValueError(
@@ -162,10 +164,9 @@ class Pipeline:
                 f"order: expected 'confidence' with rule {rule.name!r}, which decides by its scores how many "
                 f"or which tokens it commits, got {order!r}"
             )
-        score = "random" if order == "random" else "given"
-        changed = dataclasses.replace(rule, score=score, choice_temperature=0.0)
         if order == "random":
-            return changed, None
+            return dataclasses.replace(rule, score="random", choice_temperature=0.0), None
+        changed = dataclasses.replace(rule, score="given", choice_temperature=0.0)
         side = self.weights.config.tokenizer.grid_size
         scores = torch.from_numpy(order_scores(order, side, side))
         return changed, scores.expand(len(tokens), -1)
@@ -236,7 +237,8 @@ def _counts(rule: StepRule, is_masked: Tensor, num_steps: int) -> list[Any] | No
 
 
 def _seeds(seeds: int | Sequence[int] | Tensor, count: int) -> Tensor:
-    if isinstance(seeds, int):
+    if isinstance(seeds, (int, np.integer)):
+        seeds = int(seeds)
         if not 0 <= seeds < MAX_SEED:
             raise ValueError(f"seed: expected 0..{MAX_SEED - 1}, got {seeds}")
         return (seeds << SEED_SHIFT) + torch.arange(count, dtype=torch.int64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 from .blocks import plan_blocks
@@ -53,6 +55,7 @@ def generate(
     noise: Callable[[int], StepNoise] | None = None,
     cuda_graph: bool = False,
     finish: bool = False,
+    temperature: float | None = None,
 ) -> GenerateResult:
     """Fill in the masked positions of `tokens` in `num_steps` steps of parallel decoding.
 
@@ -97,6 +100,8 @@ def generate(
             conditions) from tensors that stay where they are: change them in place.
         finish: commit at the last step (of each block) what the rule would leave masked then, with that
             step's candidates.  Masks are left only where the candidate is none.
+        temperature: at which tokens are drawn, instead of the rule's `sample_temperature`; 0 is argmax.
+            All else is as the rule says, its own end or floor of the temperature too.
 
     Returns:
         `GenerateResult`.
@@ -110,7 +115,7 @@ def generate(
     block is masked, which changes no token; on an accelerator every step runs, so that the loop does
     not wait for the device (but once at its start where `eligible` meets several prompt lengths).
     """
-    step_rule = as_rule(rule)
+    step_rule = _at_temperature(as_rule(rule), temperature)
     check_name(backend)
     mask_token_id = as_index("mask_token_id", mask_token_id)
     for name, flag in (
@@ -178,6 +183,15 @@ def generate(
                     log.add(number, output, tokens, result, after)
                 tokens = after
     return GenerateResult(tokens, num_forwards, log.trajectory if log is not None else None)
+
+
+def _at_temperature(rule: StepRule, temperature: float | None) -> StepRule:
+    if temperature is None:
+        return rule
+    is_number = isinstance(temperature, Real) and not isinstance(temperature, bool)
+    if not is_number or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature!r}")
+    return dataclasses.replace(rule, sample_temperature=float(temperature))
 
 
 def _check_functions(forward: Any, noise: Any) -> None:

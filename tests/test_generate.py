@@ -1,5 +1,7 @@
 """The loop's options: hidden states, given counts, blocks, padding, on every backend."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from helpers import BACKENDS, kind_for, native, native_seeds
@@ -219,3 +221,17 @@ def test_finish_commits_only_what_takes_part():
     assert (tokens[:, :8] != MASK).all()
     whole = run("reference", "llada").tokens
     np.testing.assert_array_equal(run("reference", "llada", finish=True).tokens, whole)
+
+
+@pytest.mark.parametrize("rule", ["maskgit", "llada", StepRule(score="prob")], ids=str)
+def test_temperature_is_that_of_the_draw(rule):
+    cold = run("reference", rule, temperature=np.float32(0)).tokens
+    assert (cold == run("reference", rule, temperature=0).tokens).all()
+    named = StepRule.preset(rule) if isinstance(rule, str) else rule
+    changed = dataclasses.replace(named, sample_temperature=0.7)
+    warm = run("reference", changed).tokens
+    np.testing.assert_array_equal(run("reference", rule, temperature=0.7).tokens, warm)
+    assert (warm != cold).any()
+    for bad in (-1, float("nan"), float("inf"), True, "1", [1.0]):
+        with pytest.raises(ValueError, match="temperature: expected a number of at least 0"):
+            run("reference", rule, temperature=bad)

@@ -208,3 +208,14 @@ def test_every_position_has_its_place_in_an_order(height: int, width: int) -> No
         np.testing.assert_array_equal(ranks, np.arange(height * width))
     with pytest.raises(ValueError, match="order: expected raster or halton, got 'spiral'"):
         order_scores("spiral", height, width)
+
+
+def test_numbers_of_any_library(pipeline: Pipeline) -> None:
+    plain = pipeline.generate_tokens(
+        [3], seeds=5, num_steps=2, sample_temperature=0.5, guidance_scale=2
+    )
+    other = pipeline.generate_tokens(
+        [np.int64(3)], seeds=np.int64(5), num_steps=np.int32(2), sample_temperature=np.float32(0.5),
+        choice_temperature=np.float64(4.5), guidance_scale=np.float32(2),
+    )  # fmt: skip
+    assert torch.equal(plain.tokens, other.tokens)

@@ -14,6 +14,7 @@ from functools import cache
 
 from . import ffi
 from .extras import DISTRIBUTION
+from .names import unknown
 from .simulation import is_compiling, is_simulating
 
 
@@ -174,7 +175,7 @@ def check_name(backend: str) -> str:
     """`backend` if it is a legal name, else ValueError."""
     if isinstance(backend, str) and (backend == "auto" or backend in BACKENDS):
         return backend
-    raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {backend!r}")
+    raise ValueError(unknown("backend", ("auto", *BACKENDS), backend))
 
 
 def check_able(backend: str) -> str:
@@ -201,9 +202,7 @@ def choose(backend: str, kind: str, device: str) -> str:
         forced = os.environ.get("MASKGIT_BACKEND", "auto")
         if forced not in ("", "auto"):
             if forced not in BACKENDS:
-                raise ValueError(
-                    f"MASKGIT_BACKEND: expected auto, {', '.join(BACKENDS)}, got {forced!r}"
-                )
+                raise ValueError(unknown("MASKGIT_BACKEND", ("auto", *BACKENDS), forced))
             return choose(forced, kind, device)
         if _in_jax_on_cpu(kind, device):
             place = "cpu"
