@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
 from maskgit import tables
 from maskgit.cli_common import check_out, user_errors
 from maskgit.files import atomic_write
+from maskgit.progress import Progress
 
 from .shapes import SHAPES
 
@@ -84,12 +85,11 @@ def decode_step(
     if list_shapes:
         _print_shapes(as_json)
         return
-    log = Console(stderr=True, highlight=False)
     from . import decode_step as benchmark
     from .providers import MODES
 
     check_out("--out", out)
-    with log.status("starting") as status:
+    with Progress("bench") as bar:
         report = benchmark.run(
             shape or list(benchmark.DEFAULT_SHAPES),
             dtype or ["float32"],
@@ -99,15 +99,17 @@ def decode_step(
             seconds_each=seconds,
             eager=eager,
             with_memory=memory,
-            progress=status.update,
+            progress=bar.tell,
+            done=(lambda entry: None) if as_json else _print_entry,
         )
     text = json.dumps(report, indent=2)
-    if out is not None:
-        atomic_write(out, f"{text}\n".encode())
     if as_json:
         typer.echo(text)
     else:
-        _print_tables(report)
+        _print_stamp(report["environment"])
+    if out is not None:  # last, so that a full disk costs no measurement
+        sys.stdout.flush()
+        atomic_write(out, f"{text}\n".encode())
     for failure in report["failed"]:
         typer.echo(f"Error: wrong result, not timed: {failure}", err=True)
     if report["failed"]:
@@ -122,24 +124,26 @@ def _print_shapes(as_json: bool) -> None:
     tables.show(("name", "batch", "length", "vocab", "what"), rows)
 
 
-def _print_tables(report: dict[str, Any]) -> None:
-    stamp = report["environment"]
+def _print_stamp(stamp: dict[str, Any]) -> None:
     tables.say(
         f"{stamp['cpu']}, {stamp['torch_threads']} threads of {stamp['logical_cpus']} CPUs, "
         f"load {stamp['load_average']}, torch {stamp['packages']['torch']}, {stamp['date']}"
     )
-    for entry in report["runs"]:
-        s, read = entry["shape"], entry["read"]
-        sizes = f"{s['batch']} x {s['length']} x {s['vocab']}"
-        own = (f"read: {read['method']}", *_times(read), f"{read['gb_per_s']:.1f}", "100%")
-        tables.show(
-            COLUMNS,
-            [*map(_cells, entry["results"]), own],
-            title=f"{entry['mode']}: {s['name']} ({sizes}), {entry['dtype']}, "
-            f"{entry['logits_bytes'] / 1e6:.1f} MB, {entry['cache']} cache",
-            note="" if entry["memory_method"] is None else f"memory: {entry['memory_method']}",
-        )
-        print()
+
+
+def _print_entry(entry: dict[str, Any]) -> None:
+    """One shape, dtype and mode, as soon as it is measured."""
+    s, read = entry["shape"], entry["read"]
+    sizes = f"{s['batch']} x {s['length']} x {s['vocab']}"
+    own = (f"read: {read['method']}", *_times(read), f"{read['gb_per_s']:.1f}", "100%")
+    tables.show(
+        COLUMNS,
+        [*map(_cells, entry["results"]), own],
+        title=f"{entry['mode']}: {s['name']} ({sizes}), {entry['dtype']}, "
+        f"{entry['logits_bytes'] / 1e6:.1f} MB, {entry['cache']} cache",
+        note="" if entry["memory_method"] is None else f"memory: {entry['memory_method']}",
+    )
+    print(flush=True)
 
 
 def _times(row: dict[str, Any]) -> list[str]:

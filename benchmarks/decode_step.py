@@ -57,8 +57,11 @@ def run(
     eager: bool = True,
     with_memory: bool = True,
     progress: Callable[[str], None] = lambda _: None,
+    done: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure every combination; the report as plain data, `failed` naming what the gate refused.
+
+    `progress` is told what is being done, `done` is given each entry of `runs` as soon as it is there.
 
     Raises:
         ValueError: a bad shape, dtype, backend or mode, or inputs that do not fit in memory.
@@ -82,6 +85,7 @@ def run(
             entry = _measure(mode, shape, dtype, inputs, backends, samples, seconds_each, eager,
                              with_memory, progress)  # fmt: skip
             runs.append(entry)
+            done(entry)
         del inputs
     failed = [
         f"{e['shape']['name']} {e['dtype']} {e['mode']} {row['provider']}: {row['gate']}"

@@ -21,6 +21,7 @@ EXTRAS = {
 
 def main() -> None:
     """Run the command in sys.argv; exits with 0, 1 (it failed) or 2 (it was called wrongly)."""
+    code: object = 0
     try:
         if not _run_plainly(sys.argv[1:]):
             from maskgit.cli import app
@@ -29,7 +30,25 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if os.environ.get("MASKGIT_TRACEBACK") == "1" or _is_ours(error.name):
             raise
-        sys.exit(f"Error: {_lacking(sys.argv[1:], error)}")
+        print(f"Error: {_lacking(sys.argv[1:], error)}", file=sys.stderr)
+        code = 1
+    except SystemExit as end:
+        code = end.code
+    except OSError as error:  # of printing: the commands catch their own
+        code = _undelivered(error)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = _undelivered(error)
+    sys.exit(code)
+
+
+def _undelivered(error: OSError) -> int:
+    """One line about output that could not be written: a full disk; none where head has read enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):
+        print(f"Error: the output could not be written: {error}", file=sys.stderr)
+    return 1
 
 
 def _run_plainly(words: list[str]) -> bool:

@@ -89,7 +89,7 @@ def user_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn the library's errors into one line on stderr, and an exit code.
 
     2: the arguments cannot be right (a value, a name, an input file), as for what typer refuses.
-    1: the work failed (memory, a full disk, a package that does not import).
+    1: the work failed (memory, a full disk, a package that does not import).  130: Ctrl-C.
     Set MASKGIT_TRACEBACK=1 to see where one came from.
     """
 
@@ -97,6 +97,9 @@ def user_errors(function: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            typer.echo(f"Stopped. {stop}".strip(), err=True)
+            raise typer.Exit(130) from None
         except (
             ValueError,
             TypeError,

@@ -229,6 +229,11 @@ def _counts(rule: StepRule, is_masked: Tensor, num_steps: int) -> list[Any] | No
 
     if rule.count != "given":
         return None
+    if num_steps > is_masked.shape[1]:
+        raise ValueError(
+            f"num_steps: expected at most {is_masked.shape[1]}, one for each position, with the counts of "
+            f"{rule.name!r}, got {num_steps}"
+        )
     plan = StepRule(name=f"counts of {rule.name}", schedule=rule.schedule)
     start = is_masked.sum(1).numpy()
     left = np.concatenate([start[None], plan_masked_counts(start, num_steps, rule=plan)])

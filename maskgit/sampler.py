@@ -13,6 +13,7 @@ from .kernels.common.arrays import is_on_host, kind_of, library_of, to_numpy
 from .kernels.common.selection import check_name
 from .kernels.decode_step import StepNoise, StepRule, as_rule
 from .kernels.decode_step.checks import as_index, check_eligible, check_integers, check_scores
+from .progress import Progress
 from .trajectory import Recorder, Trajectory
 
 
@@ -69,7 +70,7 @@ def generate(
         num_steps: T, in all; with blocks, a multiple of their number.
         seeds: (B,) 64-bit integers, one per sequence; may be None for rules that draw nothing.
         guidance_scale: scale s of u + s (c - u).
-        progress: show a tqdm bar on stderr.
+        progress: say on stderr how far it is: a bar on a terminal, else a line a minute.
         backend: as in `decode_step`.
         block_length: semi-autoregressive decoding: the positions from `prompt_length` on are
             decoded in blocks of this length, left to right, each in num_steps / blocks steps.
@@ -145,7 +146,7 @@ def generate(
     log = Recorder(tokens, step_rule, mask_token_id, head.decode) if record else None
     allowed = _both(tokens == mask_token_id if step_rule.touches_known else None, eligible)
     num_forwards = 0
-    with _bar(steps * len(blocks), progress) as bar:
+    with Progress("decoding", steps * len(blocks), show=progress) as bar:
         for index, block in enumerate(blocks):
             own = reach = None  # (B, N): the block, and what competes for its quota
             if block is not None:
@@ -154,10 +155,11 @@ def generate(
             at_start = _both(tokens == mask_token_id, _both(eligible, own)).sum(1)
             takes_part = _both(allowed, reach)
             for step in range(steps):
-                number = index * steps + step
-                bar(1)
                 if not step_rule.touches_known and _is_done(tokens == mask_token_id, takes_part):
-                    continue
+                    bar.update(steps - step)
+                    break
+                number = index * steps + step
+                bar.update()
                 output = _predict(forward, tokens, guidance_scale)
                 num_forwards += 1
                 options = {
@@ -280,24 +282,6 @@ def _is_done(masked: Any, takes_part: Any) -> bool:
     if not is_on_host(masked):
         return False
     return not bool(to_numpy(_both(masked, takes_part)).any())
-
-
-class _bar:
-    """A tqdm bar on stderr, or nothing."""
-
-    def __init__(self, total: int, show: bool) -> None:
-        self._bar: Any = None
-        if show:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=total, desc="decoding", unit="step")
-
-    def __enter__(self) -> Callable[[int], Any]:
-        return self._bar.update if self._bar is not None else lambda n: None
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 __all__ = ["GenerateResult", "Trajectory", "generate"]

@@ -42,7 +42,9 @@ def bench(monkeypatch):
         "gate": "7 of 64 wrong",
     }
     stored["runs"][0]["results"].append(refused)
-    return lambda: cli._print_tables(stored)
+    return lambda: (
+        [cli._print_entry(e) for e in stored["runs"]] and cli._print_stamp(stored["environment"])
+    )
 
 
 def shapes(monkeypatch):
