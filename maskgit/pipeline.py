@@ -50,7 +50,7 @@ class Pipeline:
 
     def encode(self, images: Tensor | np.ndarray[Any, Any]) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> tokens (B, N) int64."""
-        with torch.inference_mode():
+        with torch.no_grad():
             return self.weights.tokenizer.encode(torch.as_tensor(images, dtype=torch.float32))
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Pipeline:
                 f"tokens: {left} of {tokens.numel()} positions are still masked, as some rules leave them; "
                 "finish=True (--finish) commits them at the last step"
             )
-        with torch.inference_mode():
+        with torch.no_grad():
             return self.weights.tokenizer.decode(tokens)
 
     def generate(self, classes: Sequence[int] | Tensor, **settings: Any) -> Tensor:
@@ -175,19 +175,13 @@ class Pipeline:
         """The `forward(tokens)` that the sampler calls."""
         model, config = self.weights.transformer, self.weights.config.transformer
         if not guided:
-
-            def plain(tokens: Tensor) -> Tensor:
-                with torch.inference_mode():
-                    return _logits(model, tokens, class_ids)
-
-            return plain
+            return lambda tokens: _logits(model, tokens, class_ids)
         if not config.null_class:
             raise ValueError("guidance_scale: these weights have no 'no class' id; use 1")
         both = torch.cat([class_ids, torch.full_like(class_ids, config.num_classes)])
 
         def pair(tokens: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.inference_mode():
-                cond, uncond = _logits(model, tokens.repeat(2, 1), both).chunk(2)
+            cond, uncond = _logits(model, tokens.repeat(2, 1), both).chunk(2)
             return cond, uncond
 
         return pair

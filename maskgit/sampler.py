@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -62,7 +63,8 @@ def generate(
 
     Args:
         forward: maps tokens (B, N) to logits (B, N, V); with `guidance_scale`, to the pair
-            (conditional logits, unconditional logits).
+            (conditional logits, unconditional logits).  A torch model is called without gradients; set
+            eval() yourself.
         tokens: (B, N) integers, a torch, jax or NumPy array.  Positions that hold
             `mask_token_id` are generated; all others are known and stay (inpainting, prompts).
         rule: a `StepRule` or preset name.
@@ -146,7 +148,10 @@ def generate(
     log = Recorder(tokens, step_rule, mask_token_id, head.decode) if record else None
     allowed = _both(tokens == mask_token_id if step_rule.touches_known else None, eligible)
     num_forwards = 0
-    with Progress("decoding", steps * len(blocks), show=progress) as bar:
+    with (
+        _without_gradients(tokens),
+        Progress("decoding", steps * len(blocks), show=progress) as bar,
+    ):
         for index, block in enumerate(blocks):
             own = reach = None  # (B, N): the block, and what competes for its quota
             if block is not None:
@@ -237,6 +242,20 @@ def _check_num_commit(rule: StepRule, num_commit: Any, steps: int) -> None:
         raise ValueError(f"num_commit: expected one entry for each of {steps} steps, got {what}")
 
 
+def _without_gradients(tokens: Any) -> contextlib.AbstractContextManager[Any]:
+    """Where torch records nothing: decoding has no gradient, and its results are ordinary tensors."""
+    is_torch = kind_of(tokens) == "torch"
+    no_grad: contextlib.AbstractContextManager[Any] = (
+        library_of(tokens).no_grad() if is_torch else contextlib.nullcontext()
+    )
+    return no_grad
+
+
+def _detached(output: Any) -> Any:
+    """A model's output without what it may have recorded by itself, or is: a parameter."""
+    return output.detach() if kind_of(output) == "torch" else output
+
+
 def _predict(
     forward: Callable[[Any], Any], tokens: Any, guidance_scale: float | None
 ) -> tuple[Any, Any]:
@@ -247,14 +266,14 @@ def _predict(
                 "forward: expected one logits array (B, N, V) without guidance_scale, got a tuple"
             )
         _check_output(out, tokens)
-        return out, None
+        return _detached(out), None
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(
             "forward: expected a pair (logits, uncond_logits) with guidance_scale, "
             f"got {type(out).__name__}"
         )
     _check_output(out[0], tokens)
-    return out[0], out[1]
+    return _detached(out[0]), _detached(out[1])
 
 
 def _check_output(out: Any, tokens: Any) -> None:

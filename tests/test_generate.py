@@ -235,3 +235,34 @@ def test_temperature_is_that_of_the_draw(rule):
     for bad in (-1, float("nan"), float("inf"), True, "1", [1.0]):
         with pytest.raises(ValueError, match="temperature: expected a number of at least 0"):
             run("reference", rule, temperature=bad)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+def test_gradients_are_switched_off(hidden, guided):
+    torch = pytest.importorskip("torch")
+    toy = Toy("torch", hidden=hidden)
+    scale = torch.nn.Parameter(torch.ones(()))
+    weight = torch.nn.Parameter(torch.from_numpy(toy.weight))
+    recorded = []
+
+    def forward(tokens):
+        recorded.append(torch.is_grad_enabled())
+        with torch.enable_grad():  # a model that needs them inside, as for guidance by a classifier
+            out = toy(tokens) * scale
+        return (out, out * 0.5) if guided else out
+
+    options = {"guidance_scale": 2.0} if guided else {}
+    options |= {"head_weight": weight} if hidden else {}
+    result = maskgit.generate(
+        forward, torch.full((2, 6), MASK), rule="maskgit", mask_token_id=MASK, num_steps=3,
+        seeds=torch.arange(2), record=True, **options,
+    )  # fmt: skip
+    assert not any(recorded)
+    assert torch.is_grad_enabled()
+    assert not result.tokens.is_inference()
+    assert not any(x.requires_grad for x in result.trajectory.confidence)
+    fixed = torch.nn.Parameter(torch.zeros(2, 6, VOCAB))  # the output is itself a parameter
+    maskgit.generate(
+        lambda t: fixed, torch.full((2, 6), MASK), rule="llada", mask_token_id=MASK, num_steps=2
+    )

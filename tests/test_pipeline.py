@@ -219,3 +219,13 @@ def test_numbers_of_any_library(pipeline: Pipeline) -> None:
         choice_temperature=np.float64(4.5), guidance_scale=np.float32(2),
     )  # fmt: skip
     assert torch.equal(plain.tokens, other.tokens)
+
+
+def test_what_comes_back_are_ordinary_tensors(pipeline: Pipeline) -> None:
+    result = pipeline.generate_tokens([3], num_steps=2, record=True)
+    images = pipeline.decode(result.tokens)
+    tensors = [result.tokens, images, pipeline.encode(images), *result.trajectory.confidence]
+    for tensor in tensors:
+        assert not tensor.is_inference()
+        assert not tensor.requires_grad
+        tensor.zero_()
