@@ -21,7 +21,7 @@ EXTRAS = {
 
 def main() -> None:
     """Run the command in sys.argv; exits with 0, 1 (it failed) or 2 (it was called wrongly)."""
-    code: object = 0
+    code: int | str | None = 0
     try:
         if not _run_plainly(sys.argv[1:]):
             from maskgit.cli import app
