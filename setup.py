@@ -2,7 +2,6 @@
 
 import platform
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -36,21 +35,10 @@ ISA_FLAGS = {
 }
 
 
-def xla_headers():
-    """Where jaxlib has XLA's headers: in the environment that is installed into, if it is there."""
-    for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        include = Path(site) / "jaxlib" / "include"
-        if (include / "xla" / "ffi" / "api" / "ffi.h").is_file():
-            return [str(include)]
-    print("maskgit: jaxlib is missing, the C++ backend will not serve jitted JAX", file=sys.stderr)
-    return []
-
-
 def extension():
     """The extension and its build step, or nothing where pybind11 is missing."""
     try:
         from pybind11.setup_helpers import Pybind11Extension, build_ext
-        from setuptools.errors import CompileError
     except ImportError:
         print("maskgit: pybind11 is missing, installing without the C++ backend", file=sys.stderr)
         return {}
@@ -70,29 +58,20 @@ def extension():
 
             def compile_one(obj, src, ext_name, cc_args, extra, pp_opts):
                 isa = Path(src).stem.removeprefix("decode_step_")
-                flags = extra + ISA_FLAGS.get(isa, [])
-                try:
-                    plain(obj, src, ext_name, cc_args, flags, pp_opts)
-                except CompileError:
-                    if isa != "ffi":
-                        raise
-                    print("maskgit: XLA's headers do not compile, building without them")
-                    plain(obj, src, ext_name, cc_args, [*flags, "-UMASKGIT_WITH_FFI"], pp_opts)
+                plain(obj, src, ext_name, cc_args, extra + ISA_FLAGS.get(isa, []), pp_opts)
 
             self.compiler._compile = compile_one
+            # of an older build, which a failing one would leave to be imported
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             super().build_extension(ext)
 
     common = ["bindings", "dispatch", "ffi", "select", "thread_pool"]
-    includes = xla_headers()
-    if includes:
-        macros.append(("MASKGIT_WITH_FFI", None))
     sources = [f"csrc/{name}.cpp" for name in common + [f"decode_step_{isa}" for isa in isas]]
     module = Pybind11Extension(
         "maskgit._C",
         sources,
-        depends=[str(p) for p in Path("csrc").glob("*.h")],
+        depends=["setup.py", *(str(p) for p in Path("csrc").glob("*.h"))],
         define_macros=macros,
-        include_dirs=includes,
         cxx_std=17,
         extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wno-psabi", "-pthread"],
         extra_link_args=["-pthread"],

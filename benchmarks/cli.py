@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperCommand
 
-from maskgit.files import atomic_write, check_writable
+from maskgit import tables
+from maskgit.cli_common import check_out, user_errors
+from maskgit.files import atomic_write
+from maskgit.progress import Progress
 
 from .shapes import SHAPES
 
@@ -22,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+COLUMNS = (
+    "provider", "median", "p20", "p80", "GB/s", "of read", "x best", "vs usual", "memory",
+)  # fmt: skip
 _MANY = ("--shape", "--dtype", "--backend", "--mode")
 
 
@@ -49,6 +54,7 @@ def bench() -> None:
 
 
 @app.command("decode-step", cls=SpacedCommand)
+@user_errors
 def decode_step(
     shape: Annotated[
         list[str] | None,
@@ -79,35 +85,31 @@ def decode_step(
     if list_shapes:
         _print_shapes(as_json)
         return
-    log = Console(stderr=True, highlight=False)
-    try:
-        from . import decode_step as benchmark
-        from .providers import MODES
+    from . import decode_step as benchmark
+    from .providers import MODES
 
-        if out is not None:
-            check_writable(out, "--out")
-        with log.status("starting") as status:
-            report = benchmark.run(
-                shape or list(benchmark.DEFAULT_SHAPES),
-                dtype or ["float32"],
-                backend or benchmark.default_backends(),
-                mode or list(MODES),
-                samples=samples,
-                seconds_each=seconds,
-                eager=eager,
-                with_memory=memory,
-                progress=status.update,
-            )
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from error
+    check_out("--out", out)
+    with Progress("bench") as bar:
+        report = benchmark.run(
+            shape or list(benchmark.DEFAULT_SHAPES),
+            dtype or ["float32"],
+            backend or benchmark.default_backends(),
+            mode or list(MODES),
+            samples=samples,
+            seconds_each=seconds,
+            eager=eager,
+            with_memory=memory,
+            progress=bar.tell,
+            done=(lambda entry: None) if as_json else _print_entry,
+        )
     text = json.dumps(report, indent=2)
-    if out is not None:
-        atomic_write(out, f"{text}\n".encode())
     if as_json:
         typer.echo(text)
     else:
-        _print_tables(report)
+        _print_stamp(report["environment"])
+    if out is not None:  # last, so that a full disk costs no measurement
+        sys.stdout.flush()
+        atomic_write(out, f"{text}\n".encode())
     for failure in report["failed"]:
         typer.echo(f"Error: wrong result, not timed: {failure}", err=True)
     if report["failed"]:
@@ -118,36 +120,30 @@ def _print_shapes(as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({s.name: [s.batch, s.length, s.vocab] for s in SHAPES.values()}))
         return
-    table = Table("name", "batch", "length", "vocab", "what")
-    for s in SHAPES.values():
-        table.add_row(s.name, str(s.batch), str(s.length), str(s.vocab), s.source)
-    Console().print(table)
+    rows = [(s.name, str(s.batch), str(s.length), str(s.vocab), s.source) for s in SHAPES.values()]
+    tables.show(("name", "batch", "length", "vocab", "what"), rows)
 
 
-def _print_tables(report: dict[str, Any]) -> None:
-    console, stamp = Console(), report["environment"]
-    if not console.is_terminal:
-        console.width = 140
-    console.print(
+def _print_stamp(stamp: dict[str, Any]) -> None:
+    tables.say(
         f"{stamp['cpu']}, {stamp['torch_threads']} threads of {stamp['logical_cpus']} CPUs, "
         f"load {stamp['load_average']}, torch {stamp['packages']['torch']}, {stamp['date']}"
     )
-    for entry in report["runs"]:
-        s, read = entry["shape"], entry["read"]
-        sizes = f"{s['batch']} x {s['length']} x {s['vocab']}"
-        table = Table(
-            "provider", "median", "p20", "p80", "GB/s", "of read", "x best", "vs usual", "memory",
-            title=f"{entry['mode']}: {s['name']} ({sizes}), {entry['dtype']}, "
-            f"{entry['logits_bytes'] / 1e6:.1f} MB, {entry['cache']} cache",
-            caption=None if entry["memory_method"] is None else f"memory: {entry['memory_method']}",
-        )  # fmt: skip
-        for column in table.columns:
-            column.no_wrap = True
-            column.justify = "left" if column is table.columns[0] else "right"
-        for row in entry["results"]:
-            table.add_row(*_cells(row))
-        table.add_row(f"read: {read['method']}", *_times(read), f"{read['gb_per_s']:.1f}", "100%")
-        console.print(table)
+
+
+def _print_entry(entry: dict[str, Any]) -> None:
+    """One shape, dtype and mode, as soon as it is measured."""
+    s, read = entry["shape"], entry["read"]
+    sizes = f"{s['batch']} x {s['length']} x {s['vocab']}"
+    own = (f"read: {read['method']}", *_times(read), f"{read['gb_per_s']:.1f}", "100%")
+    tables.show(
+        COLUMNS,
+        [*map(_cells, entry["results"]), own],
+        title=f"{entry['mode']}: {s['name']} ({sizes}), {entry['dtype']}, "
+        f"{entry['logits_bytes'] / 1e6:.1f} MB, {entry['cache']} cache",
+        note="" if entry["memory_method"] is None else f"memory: {entry['memory_method']}",
+    )
+    print(flush=True)
 
 
 def _times(row: dict[str, Any]) -> list[str]:

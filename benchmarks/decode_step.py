@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from maskgit.kernels.common.selection import BACKENDS
+from maskgit.kernels.common.names import unknown
+from maskgit.kernels.common.selection import BACKENDS, check_able, why_missing
 
-from maskgit import available_backends
-from maskgit.env_report import collect
+from maskgit.env_report import facts
 
 from . import gate, memory
 from .providers import MODES, RULES, Inputs, Provider, make_inputs, providers
@@ -26,18 +26,15 @@ _MOST_INPUT_BYTES = 2**30
 
 def default_backends() -> list[str]:
     """The backends that people would choose among on this machine's CPU."""
-    missing = available_backends()
-    return [name for name in ("cpp", "torch") if missing[name] is None]
+    return [name for name in ("cpp", "torch") if why_missing(name) is None]
 
 
 def check_backends(names: list[str]) -> list[str]:
     """`names`, each once, or ValueError for one that is unknown or cannot run here."""
-    missing = available_backends()
     for name in names:
         if name not in BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-        if missing[name] is not None:
-            raise ValueError(f"backend: {name!r} cannot run here: {missing[name]}")
+            raise ValueError(unknown("backend", BACKENDS, name))
+        check_able(name)
     return list(dict.fromkeys(names))
 
 
@@ -45,7 +42,7 @@ def check_choices(what: str, names: list[str], legal: tuple[str, ...]) -> list[s
     """`names`, each once, or ValueError for one that is not `legal`."""
     for name in names:
         if name not in legal:
-            raise ValueError(f"{what}: expected one of {', '.join(legal)}, got {name!r}")
+            raise ValueError(unknown(what, legal, name))
     return list(dict.fromkeys(names))
 
 
@@ -60,8 +57,11 @@ def run(
     eager: bool = True,
     with_memory: bool = True,
     progress: Callable[[str], None] = lambda _: None,
+    done: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure every combination; the report as plain data, `failed` naming what the gate refused.
+
+    `progress` is told what is being done, `done` is given each entry of `runs` as soon as it is there.
 
     Raises:
         ValueError: a bad shape, dtype, backend or mode, or inputs that do not fit in memory.
@@ -85,6 +85,7 @@ def run(
             entry = _measure(mode, shape, dtype, inputs, backends, samples, seconds_each, eager,
                              with_memory, progress)  # fmt: skip
             runs.append(entry)
+            done(entry)
         del inputs
     failed = [
         f"{e['shape']['name']} {e['dtype']} {e['mode']} {row['provider']}: {row['gate']}"
@@ -105,7 +106,7 @@ def environment() -> dict[str, Any]:
     """Date, machine, versions and load: the stamp without which a figure means nothing."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **collect(),
+        **facts(),
         "logical_cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

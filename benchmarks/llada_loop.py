@@ -202,9 +202,9 @@ def main() -> None:
     found = measure(given.batch, given.width, given.dtype, given.rounds)
     found |= {"settings": SETTINGS, "threads": torch.get_num_threads(), "torch": torch.__version__}
     text = json.dumps(found, indent=1)
+    print(text, flush=True)
     if given.out:
         given.out.write_text(text + "\n")
-    print(text)
 
 
 if __name__ == "__main__":

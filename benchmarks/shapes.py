@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from maskgit.kernels.common.names import did_you_mean
+
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -70,7 +72,7 @@ def parse_shape(text: str) -> Shape:
     if not match or min(sizes) < 1:
         raise ValueError(
             f"shape: expected ROWSxVOCAB (64x126464), BATCHxLENGTHxVOCAB (8x256x1024) or one of "
-            f"{', '.join(SHAPES)}, got {text!r}"
+            f"{', '.join(SHAPES)}, got {text!r}{did_you_mean(SHAPES, text)}"
         )
     batch, length, vocab = sizes
     return Shape(f"{batch}x{length}x{vocab}", batch, length, vocab, "given by hand")

@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from maskgit.kernels.common.extras import pip_install
+
 TOPOLOGIES = {
     "tpu-v4": "v4:2x2x1", "tpu-v5e": "v5e:2x2", "tpu-v5p": "v5p:2x2x1", "tpu-v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
@@ -43,7 +45,7 @@ UNITS = (
 def why_missing() -> str | None:
     """None where the compiler is there, else what to install."""
     if importlib.util.find_spec("jax") is None or importlib.util.find_spec("libtpu") is None:
-        return "needs jax and libtpu, which holds the TPU compiler; pip install 'maskgit[tpu-compiler]'"
+        return f"needs jax and libtpu, which holds the TPU compiler; {pip_install('tpu-compiler')}"
     return None
 
 

@@ -5,19 +5,19 @@
 // another integer or floating type, all of it (B, N) or smaller, is converted here.
 #include "ffi.h"
 
-#ifdef MASKGIT_WITH_FFI
 #include <cstring>
+#include <exception>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "dispatch.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "xla_ffi.h"
 
 namespace maskgit {
 namespace {
+
+namespace ffi = xla;
 
 // What a call owns until it ends.
 struct Converted {
@@ -31,39 +31,38 @@ void convert(const void* from, size_t count, To* to) {
   for (size_t i = 0; i < count; ++i) to[i] = static_cast<To>(source[i]);
 }
 
-const int64_t* as_integers(const ffi::AnyBuffer& x, Converted& own) {
-  if (x.element_type() == ffi::DataType::S64) return static_cast<const int64_t*>(x.untyped_data());
+const int64_t* as_integers(const ffi::Buffer& x, Converted& own) {
+  if (x.dtype == ffi::DataType::S64) return static_cast<const int64_t*>(x.data);
   auto& to = own.integers.emplace_back(x.element_count());
-  convert<int32_t>(x.untyped_data(), to.size(), to.data());
+  convert<int32_t>(x.data, to.size(), to.data());
   return to.data();
 }
 
-double* as_numbers(const ffi::AnyBuffer& x, Converted& own) {
+double* as_numbers(const ffi::Buffer& x, Converted& own) {
   auto& to = own.numbers.emplace_back(x.element_count());
-  if (x.element_type() == ffi::DataType::F64)
-    convert<double>(x.untyped_data(), to.size(), to.data());
+  if (x.dtype == ffi::DataType::F64)
+    convert<double>(x.data, to.size(), to.data());
   else
-    convert<float>(x.untyped_data(), to.size(), to.data());
+    convert<float>(x.data, to.size(), to.data());
   return to.data();
 }
 
-Strided as_strided(const ffi::AnyBuffer& x) {
-  const auto dims = x.dimensions();
-  return Strided{x.untyped_data(), dims[1] * dims[2], dims[2], 1};
+Strided as_strided(const ffi::Buffer& x) {
+  return Strided{x.data, x.dims[1] * x.dims[2], x.dims[2], 1};
 }
 
-void give_back(const std::vector<int64_t>& from, ffi::AnyBuffer to) {
-  if (to.element_type() == ffi::DataType::S64)
-    convert<int64_t>(from.data(), from.size(), static_cast<int64_t*>(to.untyped_data()));
+void give_back(const std::vector<int64_t>& from, const ffi::Buffer& to) {
+  if (to.dtype == ffi::DataType::S64)
+    convert<int64_t>(from.data(), from.size(), static_cast<int64_t*>(to.data));
   else
-    convert<int64_t>(from.data(), from.size(), static_cast<int32_t*>(to.untyped_data()));
+    convert<int64_t>(from.data(), from.size(), static_cast<int32_t*>(to.data));
 }
 
-void give_back(const std::vector<double>& from, ffi::AnyBuffer to) {
-  if (to.element_type() == ffi::DataType::F64)
-    convert<double>(from.data(), from.size(), static_cast<double*>(to.untyped_data()));
+void give_back(const std::vector<double>& from, const ffi::Buffer& to) {
+  if (to.dtype == ffi::DataType::F64)
+    convert<double>(from.data(), from.size(), static_cast<double*>(to.data));
   else
-    convert<double>(from.data(), from.size(), static_cast<float*>(to.untyped_data()));
+    convert<double>(from.data(), from.size(), static_cast<float*>(to.data));
 }
 
 // Whether the handler reads the field `name` in this type.
@@ -85,17 +84,17 @@ bool is_written(ffi::DataType type, bool integers) {
 }
 
 // Sets the field `name` of the parameters to the array; false for an unknown name.
-bool set(std::string_view name, const ffi::AnyBuffer& x, StepParams& p, Converted& own,
+bool set(std::string_view name, const ffi::Buffer& x, StepParams& p, Converted& own,
          std::vector<int64_t>& candidates, std::vector<double>& confidence, std::vector<double>& noise) {
-  const void* data = x.untyped_data();
+  const void* data = x.data;
   if (name == "logits") {
-    p.logits = as_strided(x), p.vocab = x.dimensions()[2];
+    p.logits = as_strided(x), p.vocab = x.dims[2];
   } else if (name == "uncond_logits") {
     p.uncond = as_strided(x);
   } else if (name == "token_gumbel") {
-    p.token_gumbel = as_strided(x), p.noise_is_double = x.element_type() == ffi::DataType::F64;
+    p.token_gumbel = as_strided(x), p.noise_is_double = x.dtype == ffi::DataType::F64;
   } else if (name == "tokens") {
-    p.tokens = as_integers(x, own), p.batch = x.dimensions()[0], p.length = x.dimensions()[1];
+    p.tokens = as_integers(x, own), p.batch = x.dims[0], p.length = x.dims[1];
   } else if (name == "eligible") {
     p.eligible = static_cast<const uint8_t*>(data);
   } else if (name == "num_masked_at_start") {
@@ -133,81 +132,106 @@ bool set(std::string_view name, const ffi::AnyBuffer& x, StepParams& p, Converte
   return true;
 }
 
-ffi::Error run(bool is_step, ffi::RemainingArgs args, ffi::RemainingRets rets, std::string_view names,
-               ffi::Span<const uint8_t> bytes, int64_t num_threads) {
+// The attributes of a call.
+struct Call {
+  std::string_view names;  // of the arrays, with commas between
+  const ffi::Array* params = nullptr;
+  int64_t num_threads = 0;
+};
+
+bool read(const ffi::Attributes& given, Call& call) {
+  for (int64_t i = 0; i < given.size; ++i) {
+    const std::string_view name(given.names[i]->data, given.names[i]->size);
+    const void* value = given.values[i];
+    if (name == "names" && given.kinds[i] == ffi::kString) {
+      const auto* text = static_cast<const ffi::Text*>(value);
+      call.names = {text->data, text->size};
+    } else if (name == "params" && given.kinds[i] == ffi::kArray) {
+      call.params = static_cast<const ffi::Array*>(value);
+    } else if (name == "threads" && given.kinds[i] == ffi::kScalar) {
+      const auto* number = static_cast<const ffi::Scalar*>(value);
+      if (number->dtype == ffi::DataType::S64) call.num_threads = *static_cast<const int64_t*>(number->value);
+    }
+  }
+  return call.params != nullptr && call.params->dtype == ffi::DataType::U8 && call.num_threads > 0;
+}
+
+// Runs a call; what is wrong with it, or nothing.
+std::string run(bool is_step, const ffi::Buffers& args, const ffi::Buffers& rets, const Call& call) {
   StepParams p;
-  if (bytes.size() != sizeof(StepParams)) return ffi::Error::InvalidArgument("parameters of another build");
-  std::memcpy(static_cast<void*>(&p), bytes.begin(), sizeof(StepParams));
+  if (call.params->size != sizeof(StepParams)) return "parameters of another build";
+  std::memcpy(static_cast<void*>(&p), call.params->data, sizeof(StepParams));
+  const size_t count = static_cast<size_t>(args.size);
   Converted own;
-  own.integers.reserve(args.size()), own.numbers.reserve(args.size());
+  own.integers.reserve(count), own.numbers.reserve(count);
   std::vector<int64_t> candidates, next;
   std::vector<double> confidence, noise, log_z;
-  for (size_t i = 0; i < args.size(); ++i) {
+  std::string_view names = call.names;
+  for (size_t i = 0; i < count; ++i) {
     const size_t end = names.find(',');
-    const auto buffer = args.get<ffi::AnyBuffer>(i);
-    if (!buffer.has_value()) return buffer.error();
     const std::string_view name = names.substr(0, end);
-    if (!is_read(name, buffer->element_type()))
-      return ffi::Error::InvalidArgument("another type of " + std::string(name) + " expected");
-    if (!set(name, *buffer, p, own, candidates, confidence, noise))
-      return ffi::Error::InvalidArgument("unknown field " + std::string(name));
+    if (args.kinds[i] != ffi::kBuffer || !is_read(name, args.each[i]->dtype))
+      return "another type of " + std::string(name) + " expected";
+    if (!set(name, *args.each[i], p, own, candidates, confidence, noise)) return "unknown field " + std::string(name);
     names = end == std::string_view::npos ? std::string_view() : names.substr(end + 1);
   }
   const size_t rows = static_cast<size_t>(p.batch * p.length);
+  for (int64_t i = 0; i < 3; ++i) {
+    const bool fits = rets.size == 3 && rets.kinds[i] == ffi::kBuffer && rets.each[i]->element_count() == rows &&
+                      is_written(rets.each[i]->dtype, i < (is_step ? 2 : 1));
+    if (!fits) return "another size or type of results expected";
+  }
   candidates.resize(rows), confidence.resize(rows), noise.resize(rows), next.resize(rows), log_z.resize(rows);
   p.candidates = candidates.data(), p.confidence = confidence.data();
-  p.num_threads = static_cast<int>(num_threads);
+  p.num_threads = static_cast<int>(call.num_threads);
   if (is_step) {
     p.next_tokens = next.data(), p.choice_noise = noise.data();
     decode_step(p);
+    give_back(next, *rets.each[0]), give_back(candidates, *rets.each[1]), give_back(confidence, *rets.each[2]);
   } else {
     p.log_z = log_z.data(), p.draw_choice_noise = 0;
     sample_tokens(p);
+    give_back(candidates, *rets.each[0]), give_back(confidence, *rets.each[1]), give_back(log_z, *rets.each[2]);
   }
-  std::vector<ffi::AnyBuffer> out;
-  for (size_t i = 0; i < 3; ++i) {
-    auto buffer = rets.get<ffi::AnyBuffer>(i);
-    if (!buffer.has_value()) return buffer.error();
-    out.push_back(**buffer);
-    const bool fits = out[i].element_count() == rows && is_written(out[i].element_type(), i < (is_step ? 2 : 1));
-    if (!fits) return ffi::Error::InvalidArgument("another size or type of results expected");
+  return {};
+}
+
+ffi::Error* error(const ffi::CallFrame& frame, const std::string& message, int code) {
+  ffi::NewError made{{sizeof(ffi::NewError), nullptr}, message.c_str(), code};
+  return frame.api->create_error(&made);
+}
+
+// Whether XLA only asked which version of the interface this is.
+bool answered(const ffi::CallFrame& frame) {
+  for (ffi::Extension* asked = frame.extensions; asked != nullptr; asked = asked->next) {
+    if (asked->type != ffi::kMetadata) continue;
+    ffi::Metadata* about = static_cast<ffi::MetadataExtension*>(asked)->metadata;
+    about->version = {{sizeof(ffi::Version), nullptr}, ffi::kMajor, ffi::kMinor};
+    about->traits = 0;
+    return true;
   }
-  if (is_step) give_back(next, out[0]);
-  give_back(candidates, out[is_step ? 1 : 0]), give_back(confidence, out[is_step ? 2 : 1]);
-  if (!is_step) give_back(log_z, out[2]);
-  return ffi::Error::Success();
+  return false;
 }
 
-ffi::Error step(ffi::RemainingArgs args, ffi::RemainingRets rets, std::string_view names,
-                ffi::Span<const uint8_t> bytes, int64_t threads) {
-  return run(true, args, rets, names, bytes, threads);
-}
-
-ffi::Error sample(ffi::RemainingArgs args, ffi::RemainingRets rets, std::string_view names,
-                  ffi::Span<const uint8_t> bytes, int64_t threads) {
-  return run(false, args, rets, names, bytes, threads);
-}
-
-auto binding() {
-  return ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attr<std::string_view>("names").Attr<ffi::Span<const uint8_t>>("params").Attr<int64_t>("threads");
+template <bool is_step>
+ffi::Error* handle(ffi::CallFrame* frame) {
+  if (answered(*frame)) return nullptr;
+  try {
+    Call call;
+    if (frame->stage != ffi::kExecute || !read(frame->attributes, call))
+      return error(*frame, "names, params and threads expected, in a call to be executed", ffi::kInvalidArgument);
+    const std::string wrong = run(is_step, frame->args, frame->rets, call);
+    return wrong.empty() ? nullptr : error(*frame, wrong, ffi::kInvalidArgument);
+  } catch (const std::exception& caught) {
+    return error(*frame, caught.what(), ffi::kInternal);
+  }
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER(StepHandler, step, binding());
-XLA_FFI_DEFINE_HANDLER(SampleHandler, sample, binding());
-
 std::vector<std::pair<std::string, void*>> ffi_handlers() {
-  return {{"maskgit_decode_step", reinterpret_cast<void*>(StepHandler)},
-          {"maskgit_sample_tokens", reinterpret_cast<void*>(SampleHandler)}};
+  return {{"maskgit_decode_step", reinterpret_cast<void*>(&handle<true>)},
+          {"maskgit_sample_tokens", reinterpret_cast<void*>(&handle<false>)}};
 }
 
 }  // namespace maskgit
-
-#else
-
-namespace maskgit {
-std::vector<std::pair<std::string, void*>> ffi_handlers() { return {}; }
-}  // namespace maskgit
-
-#endif

@@ -1,4 +1,4 @@
-// XLA FFI handlers by name; none where the extension was built without XLA's headers.
+// XLA FFI handlers by name.
 #pragma once
 #include <string>
 #include <utility>

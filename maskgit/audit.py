@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .kernels.common.arrays import dtype_name, kind_of, to_numpy, widen
+from .kernels.common.names import unknown
 from .kernels.common.rounding import round_to, rounded
 from .kernels.decode_step import StepNoise, StepRule, reference
 from .kernels.decode_step.api import rule_and_noise
@@ -188,7 +189,7 @@ def _inputs(
     logits, uncond_logits = narrowed(logits), narrowed(uncond_logits)
     kind = dtype_name(logits) if dtype is None else dtype
     if kind not in LOGIT_DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(LOGIT_DTYPES)}, got {dtype!r}")
+        raise ValueError(unknown("dtype", LOGIT_DTYPES, dtype))
     if tokens is None:
         mask_token_id = -1 if mask_token_id is None else mask_token_id
         tokens = np.full((batch, length), mask_token_id, np.int64)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from maskgit import __version__
 from maskgit import cli_common as common
 from maskgit.cli_audit import audit
 from maskgit.cli_edit import edit
@@ -29,6 +28,25 @@ app.command("edit")(edit)
 app.command("audit")(audit)
 app.command("profile")(profile)
 app.command("evaluate")(evaluate)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    """Masked-token generation: sample, edit, train, measure."""
+
 
 STRIP_COLUMNS = 12
 PASS_THROUGH = {
@@ -59,12 +77,16 @@ def generate(
     choice_temperature: common.ChoiceOption = None,
     sample_temperature: common.SampleOption = None,
     guidance: common.GuidanceOption = None,
+    order: common.OrderOption = "confidence",
+    finish: common.FinishOption = False,
     weights: common.WeightsOption = "digits",
     as_json: common.JsonOption = False,
 ) -> None:
     """Generate images by class and write them as one labelled PNG grid."""
     common.check_range("--per-class", per_class, 1, 1000)
-    common.check_sampling(rule, backend, choice_temperature, sample_temperature, guidance, seed)
+    common.check_sampling(
+        rule, backend, choice_temperature, sample_temperature, guidance, seed, order
+    )
     common.check_out("--out", out)
     common.check_out("--strip", strip)
     from maskgit.pipeline import load
@@ -81,6 +103,8 @@ def generate(
         choice_temperature=choice_temperature,
         sample_temperature=sample_temperature,
         guidance_scale=guidance,
+        order=order,
+        finish=finish,
         backend=backend,
         record=strip is not None,
         progress=not as_json,
@@ -156,33 +180,18 @@ def _spread(count: int, limit: int) -> list[int]:
 @common.user_errors
 def env(as_json: common.JsonOption = False) -> None:
     """Say which versions, devices and backends are here, and why others are not."""
-    from maskgit.env_report import collect
+    from maskgit.env_report import show
 
-    report = collect()
-    if as_json:
-        common.print_json(report)
-        return
-    table = Table(show_header=False, box=None)
-    for key, text in _flatten(report):
-        table.add_row(key, text)
-    Console(highlight=False).print(table)
+    show(as_json)
 
 
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested dicts as (dotted key, text); {available, reason} becomes one line."""
-    if not isinstance(value, dict) or not value:
-        text = (
-            ", ".join(map(str, value))
-            if isinstance(value, list)
-            else str("none" if value in (None, {}) else value)
-        )
-        return [(prefix, text)]
-    if set(value) == {"available", "reason"}:
-        return [(prefix, "yes" if value["available"] else f"no: {value['reason']}")]
-    rows: list[tuple[str, str]] = []
-    for key, inner in value.items():
-        rows += _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return rows
+@app.command()
+@common.user_errors
+def presets(as_json: common.JsonOption = False) -> None:
+    """List the decode rules by preset name, with the codebases they follow."""
+    from maskgit.cli_presets import show
+
+    show(as_json)
 
 
 @app.command(context_settings=PASS_THROUGH)
@@ -191,15 +200,8 @@ def bench(context: typer.Context) -> None:
     try:
         from maskgit.benchmarks.cli import app as bench_app
     except ImportError as error:
+        if common.is_lacking(error):
+            raise
         typer.echo(f"Error: the benchmarks are not available here ({error})", err=True)
         raise typer.Exit(1) from error
     typer.main.get_command(bench_app).main(args=context.args, prog_name="maskgit bench")
-
-
-def main() -> None:
-    """Entry point of the installed command."""
-    app(prog_name="maskgit")
-
-
-if __name__ == "__main__":
-    main()

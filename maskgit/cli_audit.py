@@ -13,6 +13,7 @@ import numpy as np
 import typer
 
 from maskgit import cli_common as common
+from maskgit import tables
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 MAX_HEADER = 100_000_000  # bytes, as the safetensors format says
@@ -112,30 +113,24 @@ def _check_rule(name: str) -> None:
 
 def _print(report: Any, limit: int) -> None:
     """The report for people: a table of ties, or one line that there are none."""
-    from rich.console import Console
-    from rich.table import Table
-
-    typer.echo(
+    tables.say(
         f"{report.rule}, step {report.step} of {report.num_steps}, {report.rows} rows of "
         f"{report.dtype} logits: {len(report.logits)} ties of logits, {len(report.probs)} of "
         f"probabilities, {len(report.cuts)} at the cut"
     )
     if report.is_clean or not limit:
         return
-    table = Table(box=None)
-    for heading in ("what", "kind", "where", "tied", "by convention"):
-        table.add_column(heading)
+    rows = []
     for tie in (*report.logits[:limit], *report.probs[:limit]):
         place = f"sequence {tie.sequence}, position {tie.position}"
         tied = f"ids {_some(tie.tokens)} ({tie.count})"
-        table.add_row(
-            tie.what, tie.kind, place, tied, f"lowest {tie.lowest}, highest {tie.highest}"
-        )
+        convention = f"lowest {tie.lowest}, highest {tie.highest}"
+        rows.append((tie.what, tie.kind, place, tied, convention))
     for tie in report.cuts[:limit]:
         commits = ", ".join(f"{name} {_some(where)}" for name, where in tie.commits.items())
         positions = f"positions {_some(tie.positions)} ({len(tie.positions)})"
-        table.add_row("cut", tie.kind, f"sequence {tie.sequence}", positions, commits)
-    Console(highlight=False, width=160).print(table)
+        rows.append(("cut", tie.kind, f"sequence {tie.sequence}", positions, commits))
+    tables.show(("what", "kind", "where", "tied", "by convention"), rows)
 
 
 def _some(numbers: tuple[int, ...], most: int = 6) -> str:

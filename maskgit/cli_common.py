@@ -12,6 +12,8 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
+from maskgit.kernels.common.names import unknown
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -64,16 +66,30 @@ GuidanceOption = Annotated[
     float | None,
     typer.Option("--guidance", parser=number, metavar="X", help="Guidance scale; 1 is none."),
 ]
+OrderOption = Annotated[
+    str,
+    typer.Option(
+        "--order", help="Of committing: confidence (as the rule says), random, raster, halton."
+    ),
+]
+FinishOption = Annotated[
+    bool, typer.Option("--finish", help="Commit at the last step what the rule leaves masked.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 MAX_SEED = 1 << 42  # as maskgit.pipeline, which is not imported here because it needs torch
+
+# what the library raises for arguments; a file to be read that is missing among them
+WRONG_ARGUMENTS = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 log = Console(stderr=True, highlight=False)
 
 
 def user_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn the library's errors into one line on stderr and exit code 1.
+    """Turn the library's errors into one line on stderr, and an exit code.
 
+    2: the arguments cannot be right (a value, a name, an input file), as for what typer refuses.
+    1: the work failed (memory, a full disk, a package that does not import).  130: Ctrl-C.
     Set MASKGIT_TRACEBACK=1 to see where one came from.
     """
 
@@ -81,6 +97,9 @@ def user_errors(function: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            typer.echo(f"Stopped. {stop}".strip(), err=True)
+            raise typer.Exit(130) from None
         except (
             ValueError,
             TypeError,
@@ -90,11 +109,11 @@ def user_errors(function: Callable[P, R]) -> Callable[P, R]:
             MemoryError,
             RuntimeError,
         ) as error:
-            if os.environ.get("MASKGIT_TRACEBACK") == "1" or _is_clicks(error):
+            if os.environ.get("MASKGIT_TRACEBACK") == "1" or _is_clicks(error) or is_lacking(error):
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
             typer.echo(f"Error: {message}", err=True)
-            raise typer.Exit(1) from error
+            raise typer.Exit(2 if isinstance(error, WRONG_ARGUMENTS) else 1) from error
 
     return wrapped
 
@@ -102,6 +121,12 @@ def user_errors(function: Callable[P, R]) -> Callable[P, R]:
 def _is_clicks(error: BaseException) -> bool:
     """typer.Exit and Abort are RuntimeErrors that must pass."""
     return isinstance(error, typer.Exit | typer.Abort)
+
+
+def is_lacking(error: BaseException) -> bool:
+    """Whether a package is not installed: maskgit.__main__ says which extra has it."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    return name is not None and name.partition(".")[0] != "maskgit"
 
 
 def bad(option: str, message: str) -> typer.BadParameter:
@@ -137,6 +162,7 @@ def check_sampling(
     sample_temperature: float | None,
     guidance: float | None,
     seed: int,
+    order: str,
 ) -> None:
     """Usage error for a sampling option that cannot work."""
     check_range("--choice-temperature", choice_temperature, 0)
@@ -144,11 +170,17 @@ def check_sampling(
     check_range("--guidance", guidance, 0)
     if not 0 <= seed < MAX_SEED:
         raise bad("--seed", f"expected 0 to {MAX_SEED - 1}, got {seed}")
-    from maskgit import StepRule, available_backends
+    from maskgit import StepRule
+    from maskgit.kernels.common.selection import check_able
+    from maskgit.orders import ORDERS
 
-    legal = available_backends()
-    if backend != "auto" and backend not in legal:
-        raise bad("--backend", f"expected auto, {', '.join(legal)}; got {backend!r}")
+    if order not in ORDERS:
+        raise bad("--order", unknown("order", ORDERS, order).removeprefix("order: "))
+
+    try:
+        check_able(backend)
+    except ValueError as error:
+        raise bad("--backend", str(error).removeprefix("backend: ")) from error
     if rule is not None:
         try:
             StepRule.preset(rule)

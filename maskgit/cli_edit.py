@@ -56,6 +56,8 @@ def edit(
     choice_temperature: common.ChoiceOption = None,
     sample_temperature: common.SampleOption = None,
     guidance: common.GuidanceOption = None,
+    order: common.OrderOption = "confidence",
+    finish: common.FinishOption = False,
     weights: common.WeightsOption = "digits",
     as_json: common.JsonOption = False,
 ) -> None:
@@ -71,7 +73,9 @@ def edit(
     if swap_class is not None and class_id is not None:
         raise common.bad("--class", "expected only with --inpaint or --outpaint")
     common.check_range("--samples", samples, 1, 32)
-    common.check_sampling(rule, backend, choice_temperature, sample_temperature, guidance, seed)
+    common.check_sampling(
+        rule, backend, choice_temperature, sample_temperature, guidance, seed, order
+    )
     common.check_out("--out", out)
     from maskgit.pipeline import load
 
@@ -96,6 +100,8 @@ def edit(
         choice_temperature=choice_temperature,
         sample_temperature=sample_temperature,
         guidance_scale=guidance,
+        order=order,
+        finish=finish,
         backend=backend,
     )
     path = _write_edit(edits, out)

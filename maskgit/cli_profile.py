@@ -9,10 +9,11 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from maskgit import cli_common as common
+from maskgit import tables
+from maskgit.kernels.common.extras import pip_install
+from maskgit.kernels.common.names import unknown
 
 OPS = ("decode-step", "head", "attention")
 GPU_OPS = (*OPS, "residual-norm")
@@ -102,7 +103,7 @@ def profile(
         )  # fmt: skip
         return
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec("torch") is None:
-        raise ValueError("profile: needs torch and triton; pip install torch triton")
+        raise ValueError(f"profile: needs torch and triton; {pip_install('profile')}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise ValueError("TRITON_INTERPRET: expected unset, since kernels are compiled, not run")
     from maskgit.benchmarks.profile_triton import TARGETS, VARIANTS, budget, compiled
@@ -191,19 +192,15 @@ def _names(rules: list[str]) -> list[str]:
 
 
 def _print_table(title: str, columns: dict[str, str], found: list[dict[str, Any]]) -> None:
-    table = Table(box=None, title=title, title_justify="left")
-    for column in columns.values():
-        table.add_column(column, overflow="fold")
-    for facts in found:
-        cells = (facts.get(key) for key in columns)
-        table.add_row(*("-" if cell is None else str(cell) for cell in cells))
-    Console(highlight=False).print(table)
+    cells = [[facts.get(key) for key in columns] for facts in found]
+    rows = [["-" if cell is None else str(cell) for cell in row] for row in cells]
+    tables.show(list(columns.values()), rows, title=title)
 
 
 def _legal(name: str, given: list[str], legal: tuple[str, ...]) -> list[str]:
     for one in given:
         if one not in legal:
-            raise ValueError(f"{name}: expected {', '.join(legal)}, got {one!r}")
+            raise ValueError(unknown(name, legal, one))
     return given
 
 

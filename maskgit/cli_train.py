@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from maskgit import cli_common as common
+from maskgit import tables
 
 train_app = typer.Typer(
     help="Train the tokenizer, the transformer, or both.",
@@ -220,12 +219,16 @@ def evaluate(
     choice_temperature: common.ChoiceOption = None,
     sample_temperature: common.SampleOption = None,
     guidance: common.GuidanceOption = None,
+    order: common.OrderOption = "confidence",
+    finish: common.FinishOption = False,
     weights: common.WeightsOption = "digits",
     as_json: common.JsonOption = False,
 ) -> None:
     """Score generated digits by number of steps, against real ones held out from training."""
     common.check_range("--per-class", per_class, 2, 1000)
-    common.check_sampling(rule, backend, choice_temperature, sample_temperature, guidance, seed)
+    common.check_sampling(
+        rule, backend, choice_temperature, sample_temperature, guidance, seed, order
+    )
     from maskgit import metrics
     from maskgit.pipeline import load
 
@@ -241,26 +244,26 @@ def evaluate(
         choice_temperature=choice_temperature,
         sample_temperature=sample_temperature,
         guidance_scale=guidance,
+        order=order,
+        finish=finish,
         progress=not as_json,
     )
     if as_json:
         common.print_json(report)
         return
-    Console().print(_score_table(report))
+    _print_scores(report)
 
 
-def _score_table(report: dict[str, Any]) -> Table:
-    accuracy = report["classifier_test_accuracy"]
-    table = Table(caption=f"classifier on real test digits: {accuracy:.1%}")
-    for name in ("images", "accuracy", "CAS", "Frechet", "precision", "recall"):
-        table.add_column(name, justify="left" if name == "images" else "right", no_wrap=True)
-    for row in report["rows"]:
-        table.add_row(
-            row["name"],
-            f"{row['accuracy']:.1%}",
-            f"{row['cas']:.1%}",
-            f"{row['frechet']:.2f}",
-            f"{row['precision']:.1%}",
-            f"{row['recall']:.1%}",
+def _print_scores(report: dict[str, Any]) -> None:
+    rows = [
+        (
+            row["name"], f"{row['accuracy']:.1%}", f"{row['cas']:.1%}", f"{row['frechet']:.2f}",
+            f"{row['precision']:.1%}", f"{row['recall']:.1%}",
         )
-    return table
+        for row in report["rows"]
+    ]  # fmt: skip
+    tables.show(
+        ("images", "accuracy", "CAS", "Frechet", "precision", "recall"),
+        rows,
+        note=f"classifier on real test digits: {report['classifier_test_accuracy']:.1%}",
+    )

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from maskgit.kernels.common.names import unknown
+
 T = TypeVar("T")
 
 
@@ -333,7 +335,7 @@ def preset(name: str) -> PresetConfig:
         "maskgit-official": lambda: _official("maskgit-official", num_heads=16),
     }
     if name not in builders:
-        raise ConfigError(f"preset: expected one of {', '.join(builders)}; got {name!r}")
+        raise ConfigError(unknown("preset", builders, name))
     return builders[name]()
 
 

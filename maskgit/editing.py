@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskgit.config import TokenizerConfig
+from maskgit.kernels.common.names import unknown
 from maskgit.pipeline import Pipeline
 
 HALVES = ("left", "right", "top", "bottom")
@@ -81,7 +82,7 @@ def box_mask(config: TokenizerConfig, box: Box, name: str = "box") -> BoolArray:
 def outpaint_mask(config: TokenizerConfig, keep: str) -> BoolArray:
     """Token cells (h, w) outside the half of the image that is kept."""
     if keep not in HALVES:
-        raise EditError(f"outpaint: expected one of {', '.join(HALVES)}; got {keep!r}")
+        raise EditError(unknown("outpaint", HALVES, keep))
     half = config.grid_size // 2
     masked = np.ones((config.grid_size, config.grid_size), dtype=bool)
     kept = slice(0, half) if keep in ("left", "top") else slice(half, None)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import json
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import tables
 from ._version import __version__
-from .kernels.common.selection import available_backends
+from .kernels.common import ffi
+from .kernels.common.selection import available_backends, why_missing
 
 _PACKAGES = ("numpy", "torch", "triton", "jax", "jaxlib", "libtpu", "safetensors", "scikit-learn")
 _VARIABLES = ("MASKGIT_BACKEND", "MASKGIT_CPU_ISA", "MASKGIT_NUM_THREADS", "MASKGIT_CHECK")
@@ -17,7 +22,19 @@ _FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "asimd", "sve")
 
 
 def collect() -> dict[str, Any]:
-    """Versions, CPU, GPU, threads, backends with the reason why each missing one is missing."""
+    """`facts`, and the backends with the reason why each missing one is missing: starts torch and jax."""
+    backends = {name: _yes_or(reason) for name, reason in available_backends().items()}
+    report = facts() | {"backends": backends}
+    report["cpp"]["in_jitted_jax"] = _yes_or(ffi.why_missing())
+    return report
+
+
+def _yes_or(reason: str | None) -> dict[str, Any]:
+    return {"available": reason is None, "reason": reason}
+
+
+def facts() -> dict[str, Any]:
+    """Versions, CPU, GPU, threads, the C++ core: what the stamp of a figure needs."""
     from .kernels.decode_step.cpu import num_threads
 
     return {
@@ -30,10 +47,6 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "gpu": _gpu(),
         "cpp": _cpp(),
-        "backends": {
-            name: {"available": reason is None, "reason": reason}
-            for name, reason in available_backends().items()
-        },
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
@@ -62,17 +75,18 @@ def _cpu_flags() -> list[str]:
     return [flag for flag in _FLAGS if flag in present]
 
 
-def _cpp() -> dict[str, Any] | None:
-    """The C++ core's instruction sets that run here, and the one in use."""
+def _cpp() -> dict[str, Any]:
+    """Whether the C++ core was built, its instruction sets that run here, and the one in use."""
+    reason = why_missing("cpp")
+    if reason is not None:
+        return {"extension": _yes_or(reason), "supported": [], "active": None}
+    from maskgit import _C
+
+    built = {"extension": _yes_or(None), "supported": _C.supported_implementations()}
     try:
-        from maskgit import _C
-    except ImportError:
-        return None
-    supported = _C.supported_implementations()
-    try:
-        return {"supported": supported, "active": _C.active_implementation()}
+        return built | {"active": _C.active_implementation()}
     except ValueError as error:  # a wrong MASKGIT_CPU_ISA
-        return {"supported": supported, "active": None, "error": str(error)}
+        return built | {"active": None, "error": str(error)}
 
 
 def _gpu() -> str | None:
@@ -86,3 +100,45 @@ def _gpu() -> str | None:
     if not torch.cuda.is_available():
         return None
     return f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}"
+
+
+def show(as_json: bool) -> None:
+    """Print the report on stdout: as JSON, or a line for each fact, wrapped on a terminal."""
+    with _quiet():
+        report = collect()
+    if as_json:
+        print(json.dumps(report, indent=2, default=str))
+        return
+    print("\n".join(tables.pairs(_flatten(report), tables.width())))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What frameworks log while they start (libtpu's C++ too) goes nowhere; jax takes no GPU's memory."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        saved = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested dicts as (dotted key, text); {available, reason} becomes one line."""
+    if isinstance(value, list):
+        return [(prefix, ", ".join(map(str, value)) or "none")]
+    if not isinstance(value, dict) or not value:
+        return [(prefix, str("none" if value in (None, {}) else value))]
+    if set(value) == {"available", "reason"}:
+        return [(prefix, "yes" if value["available"] else f"no: {value['reason']}")]
+    rows: list[tuple[str, str]] = []
+    for key, inner in value.items():
+        rows += _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return rows

@@ -33,6 +33,16 @@ class Head:
             cond, self._weight, tokens, head_bias=self._bias, uncond_hidden=uncond, **options
         )
 
+    def candidates(
+        self, output: tuple[Any, Any], tokens: Any, rule: StepRule, options: dict[str, Any],
+        result: StepResult,
+    ) -> Any:  # fmt: skip
+        """The candidates (B, N) of a step that gave `result`, also where it chose positions first."""
+        if self._weight is None:
+            return result.candidate_tokens
+        options = options | {"num_commit": None}
+        return self.decode(output, tokens, candidates_of(rule), **options).candidate_tokens
+
     def step(
         self, output: tuple[Any, Any], tokens: Any, rule: StepRule, scores: Any, number: int,
         options: dict[str, Any],

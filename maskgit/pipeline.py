@@ -13,12 +13,15 @@ from torch import Tensor
 
 from maskgit.checkpoint import CheckpointError, Weights, load_weights
 from maskgit.config import PRESETS, GenerateConfig
+from maskgit.kernels.common.names import unknown
+from maskgit.orders import ORDERS, order_scores
 
 if TYPE_CHECKING:
     from maskgit import GenerateResult, StepRule
     from maskgit.model import MaskGitTransformer
 
 FORWARD_ROWS = 128
+COUNTED = ("masked", "quota", "fraction", "given")  # rules that know how many they commit
 SEED_SHIFT = 20
 MAX_SEED = 1 << 42
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -47,12 +50,18 @@ class Pipeline:
 
     def encode(self, images: Tensor | np.ndarray[Any, Any]) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> tokens (B, N) int64."""
-        with torch.inference_mode():
+        with torch.no_grad():
             return self.weights.tokenizer.encode(torch.as_tensor(images, dtype=torch.float32))
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N) without a mask id -> images (B, C, H, W) float32 in [0, 1]."""
-        with torch.inference_mode():
+        left = int((tokens == self.mask_token_id).sum())
+        if left:
+            raise ValueError(
+                f"tokens: {left} of {tokens.numel()} positions are still masked, as some rules leave them; "
+                "finish=True (--finish) commits them at the last step"
+            )
+        with torch.no_grad():
             return self.weights.tokenizer.decode(tokens)
 
     def generate(self, classes: Sequence[int] | Tensor, **settings: Any) -> Tensor:
@@ -77,6 +86,8 @@ class Pipeline:
         choice_temperature: float | None = None,
         sample_temperature: float | None = None,
         guidance_scale: float | None = None,
+        order: str = "confidence",
+        finish: bool = False,
         backend: str = "auto",
         record: bool = False,
         progress: bool = False,
@@ -85,7 +96,11 @@ class Pipeline:
 
         `seeds` is one 64-bit seed per sequence, or one number s, which gives sequence i the seed
         `s * 2**20 + i`. What is None comes from the configuration (temperatures: only for the
-        configured rule; any other keeps its own). Raises ValueError for a setting out of range.
+        configured rule; any other keeps its own). `order`: in which positions are committed:
+        "confidence" as the rule says, or "random", "raster", "halton", as many at a step as it says.
+        Rules whose counts are given get those of their schedule. `finish`: commit at the last step what
+        the rule would leave masked. Raises ValueError for a setting out of range, and for a rule that
+        has no such order.
         """
         from maskgit import generate
 
@@ -97,10 +112,12 @@ class Pipeline:
         steps = self.config.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise ValueError(f"num_steps: expected at least 1, got {steps}")
+        step_rule = self._rule(rule, choice_temperature, sample_temperature)
+        step_rule, scores = self._ordered(step_rule, order, tokens)
         return generate(
             self._forward(class_ids, guided=scale != 1.0),
             tokens,
-            rule=self._rule(rule, choice_temperature, sample_temperature),
+            rule=step_rule,
             mask_token_id=self.mask_token_id,
             num_steps=steps,
             seeds=_seeds(seeds, len(tokens)),
@@ -108,6 +125,9 @@ class Pipeline:
             progress=progress,
             backend=backend,
             record=record,
+            finish=finish,
+            scores=scores,
+            num_commit=_counts(step_rule, tokens == self.mask_token_id, steps),
         )
 
     def _rule(
@@ -123,25 +143,45 @@ class Pipeline:
         for name, value in changes.items():
             if value is not None and not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-        return dataclasses.replace(chosen, **{k: v for k, v in changes.items() if v is not None})
+        changes = {name: float(value) for name, value in changes.items() if value is not None}
+        return dataclasses.replace(chosen, **changes)
+
+    def _ordered(
+        self, rule: StepRule, order: str, tokens: Tensor
+    ) -> tuple[StepRule, Tensor | None]:
+        """The rule that commits in the order, and its scores (B, N) if they are given."""
+        if order not in ORDERS:
+            raise ValueError(unknown("order", ORDERS, order))
+        if order == "confidence":
+            if rule.score == "given":
+                raise ValueError(
+                    f"order: rule {rule.name!r} has no confidences of its own, its scores are given; "
+                    f"expected {', '.join(ORDERS[1:])}"
+                )
+            return rule, None
+        if rule.count not in COUNTED or rule.touches_known:
+            raise ValueError(
+                f"order: expected 'confidence' with rule {rule.name!r}, which decides by its scores how many "
+                f"or which tokens it commits, got {order!r}"
+            )
+        if order == "random":
+            return dataclasses.replace(rule, score="random", choice_temperature=0.0), None
+        changed = dataclasses.replace(rule, score="given", choice_temperature=0.0)
+        side = self.weights.config.tokenizer.grid_size
+        scores = torch.from_numpy(order_scores(order, side, side))
+        return changed, scores.expand(len(tokens), -1)
 
     def _forward(self, class_ids: Tensor, *, guided: bool) -> Any:
         """The `forward(tokens)` that the sampler calls."""
         model, config = self.weights.transformer, self.weights.config.transformer
         if not guided:
-
-            def plain(tokens: Tensor) -> Tensor:
-                with torch.inference_mode():
-                    return _logits(model, tokens, class_ids)
-
-            return plain
+            return lambda tokens: _logits(model, tokens, class_ids)
         if not config.null_class:
             raise ValueError("guidance_scale: these weights have no 'no class' id; use 1")
         both = torch.cat([class_ids, torch.full_like(class_ids, config.num_classes)])
 
         def pair(tokens: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.inference_mode():
-                cond, uncond = _logits(model, tokens.repeat(2, 1), both).chunk(2)
+            cond, uncond = _logits(model, tokens.repeat(2, 1), both).chunk(2)
             return cond, uncond
 
         return pair
@@ -177,8 +217,27 @@ def _logits(model: MaskGitTransformer, tokens: Tensor, class_ids: Tensor) -> Ten
     return torch.cat([model(rows, classes) for rows, classes in parts])
 
 
+def _counts(rule: StepRule, is_masked: Tensor, num_steps: int) -> list[Any] | None:
+    """Where counts are given: how many each sequence commits at each step, by the rule's schedule."""
+    from maskgit import StepRule, plan_masked_counts
+
+    if rule.count != "given":
+        return None
+    if num_steps > is_masked.shape[1]:
+        raise ValueError(
+            f"num_steps: expected at most {is_masked.shape[1]}, one for each position, with the counts of "
+            f"{rule.name!r}, got {num_steps}"
+        )
+    plan = StepRule(name=f"counts of {rule.name}", schedule=rule.schedule)
+    start = is_masked.sum(1).numpy()
+    left = np.concatenate([start[None], plan_masked_counts(start, num_steps, rule=plan)])
+    left[-1] = 0  # the schedule's own last step keeps its candidates
+    return [torch.from_numpy(step) for step in left[:-1] - left[1:]]
+
+
 def _seeds(seeds: int | Sequence[int] | Tensor, count: int) -> Tensor:
-    if isinstance(seeds, int):
+    if isinstance(seeds, (int, np.integer)):
+        seeds = int(seeds)
         if not 0 <= seeds < MAX_SEED:
             raise ValueError(f"seed: expected 0..{MAX_SEED - 1}, got {seeds}")
         return (seeds << SEED_SHIFT) + torch.arange(count, dtype=torch.int64)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 from .blocks import plan_blocks
 from .head import Head
-from .kernels.common.arrays import is_on_host, kind_of, to_numpy
+from .kernels.common.arrays import is_on_host, kind_of, library_of, to_numpy
 from .kernels.common.selection import check_name
 from .kernels.decode_step import StepNoise, StepRule, as_rule
 from .kernels.decode_step.checks import as_index, check_eligible, check_integers, check_scores
+from .progress import Progress
 from .trajectory import Recorder, Trajectory
 
 
@@ -20,7 +24,7 @@ class GenerateResult(NamedTuple):
     tokens: (B, N), the last step's candidates under rules with a schedule (count="masked", MaskGIT's
         final image), else the state after it.  Masks may be left where a row had no finite logit,
         where the model predicted the mask token itself, and under rules that stop short of it by
-        chance or by a mean over the batch (mdlm, remdm-*, dream-* with uneven rows).
+        chance or by a mean over the batch (mdlm, remdm-*, dream-* with uneven rows), unless `finish`.
     num_forwards: how often `forward` was called.
     trajectory: the steps, with record=True, else None.
     """
@@ -52,12 +56,15 @@ def generate(
     record: bool = False,
     noise: Callable[[int], StepNoise] | None = None,
     cuda_graph: bool = False,
+    finish: bool = False,
+    temperature: float | None = None,
 ) -> GenerateResult:
     """Fill in the masked positions of `tokens` in `num_steps` steps of parallel decoding.
 
     Args:
         forward: maps tokens (B, N) to logits (B, N, V); with `guidance_scale`, to the pair
-            (conditional logits, unconditional logits).
+            (conditional logits, unconditional logits).  A torch model is called without gradients; set
+            eval() yourself.
         tokens: (B, N) integers, a torch, jax or NumPy array.  Positions that hold
             `mask_token_id` are generated; all others are known and stay (inpainting, prompts).
         rule: a `StepRule` or preset name.
@@ -65,7 +72,7 @@ def generate(
         num_steps: T, in all; with blocks, a multiple of their number.
         seeds: (B,) 64-bit integers, one per sequence; may be None for rules that draw nothing.
         guidance_scale: scale s of u + s (c - u).
-        progress: show a tqdm bar on stderr.
+        progress: say on stderr how far it is: a bar on a terminal, else a line a minute.
         backend: as in `decode_step`.
         block_length: semi-autoregressive decoding: the positions from `prompt_length` on are
             decoded in blocks of this length, left to right, each in num_steps / blocks steps.
@@ -94,6 +101,10 @@ def generate(
             and replay it with new tokens and seeds at every further call with the same `forward`,
             shapes and options.  `forward` must be capturable, and reads what else it needs (classes,
             conditions) from tensors that stay where they are: change them in place.
+        finish: commit at the last step (of each block) what the rule would leave masked then, with that
+            step's candidates.  Masks are left only where the candidate is none.
+        temperature: at which tokens are drawn, instead of the rule's `sample_temperature`; 0 is argmax.
+            All else is as the rule says, its own end or floor of the temperature too.
 
     Returns:
         `GenerateResult`.
@@ -107,10 +118,15 @@ def generate(
     block is masked, which changes no token; on an accelerator every step runs, so that the loop does
     not wait for the device (but once at its start where `eligible` meets several prompt lengths).
     """
-    step_rule = as_rule(rule)
+    step_rule = _at_temperature(as_rule(rule), temperature)
     check_name(backend)
     mask_token_id = as_index("mask_token_id", mask_token_id)
-    for name, flag in (("record", record), ("progress", progress), ("cuda_graph", cuda_graph)):
+    for name, flag in (
+        ("record", record),
+        ("progress", progress),
+        ("cuda_graph", cuda_graph),
+        ("finish", finish),
+    ):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected True or False, got {flag!r}")
     _check_functions(forward, noise)
@@ -126,13 +142,16 @@ def generate(
             guidance_scale=guidance_scale, progress=progress, backend=backend,
             block_length=block_length, prompt_length=prompt_length, eligible=eligible,
             positions=positions, scores=scores, num_commit=num_commit, head_weight=head_weight,
-            head_bias=head_bias, record=record, noise=noise,
+            head_bias=head_bias, record=record, noise=noise, finish=finish,
         )  # fmt: skip
     head = Head(head_weight, head_bias, guidance_scale, backend)
     log = Recorder(tokens, step_rule, mask_token_id, head.decode) if record else None
     allowed = _both(tokens == mask_token_id if step_rule.touches_known else None, eligible)
     num_forwards = 0
-    with _bar(steps * len(blocks), progress) as bar:
+    with (
+        _without_gradients(tokens),
+        Progress("decoding", steps * len(blocks), show=progress) as bar,
+    ):
         for index, block in enumerate(blocks):
             own = reach = None  # (B, N): the block, and what competes for its quota
             if block is not None:
@@ -143,10 +162,11 @@ def generate(
                 at_start = at_start * 0 + (tokens.shape[1] if block is None else block_length)
             takes_part = _both(allowed, reach)
             for step in range(steps):
-                number = index * steps + step
-                bar(1)
                 if not step_rule.touches_known and _is_done(tokens == mask_token_id, takes_part):
-                    continue
+                    bar.update(steps - step)
+                    break
+                number = index * steps + step
+                bar.update()
                 output = _predict(forward, tokens, guidance_scale)
                 num_forwards += 1
                 options = {
@@ -161,12 +181,26 @@ def generate(
                     "num_commit": None if num_commit is None else num_commit[step],
                 }
                 result = head.step(output, tokens, step_rule, scores, number, options)
-                last = step == steps - 1 and step_rule.count == "masked"
-                after = result.candidate_tokens if last else result.next_tokens
+                after = result.next_tokens
+                if step == steps - 1 and step_rule.count == "masked":
+                    after = result.candidate_tokens
+                elif step == steps - 1 and finish:
+                    drawn = head.candidates(output, tokens, step_rule, options, result)
+                    left = _both(after == mask_token_id, takes_part)
+                    after = library_of(after).where(left, drawn, after)
                 if log is not None:
                     log.add(number, output, tokens, result, after)
                 tokens = after
     return GenerateResult(tokens, num_forwards, log.trajectory if log is not None else None)
+
+
+def _at_temperature(rule: StepRule, temperature: float | None) -> StepRule:
+    if temperature is None:
+        return rule
+    is_number = isinstance(temperature, Real) and not isinstance(temperature, bool)
+    if not is_number or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature!r}")
+    return dataclasses.replace(rule, sample_temperature=float(temperature))
 
 
 def _check_functions(forward: Any, noise: Any) -> None:
@@ -210,6 +244,20 @@ def _check_num_commit(rule: StepRule, num_commit: Any, steps: int) -> None:
         raise ValueError(f"num_commit: expected one entry for each of {steps} steps, got {what}")
 
 
+def _without_gradients(tokens: Any) -> contextlib.AbstractContextManager[Any]:
+    """Where torch records nothing: decoding has no gradient, and its results are ordinary tensors."""
+    is_torch = kind_of(tokens) == "torch"
+    no_grad: contextlib.AbstractContextManager[Any] = (
+        library_of(tokens).no_grad() if is_torch else contextlib.nullcontext()
+    )
+    return no_grad
+
+
+def _detached(output: Any) -> Any:
+    """A model's output without what it may have recorded by itself, or is: a parameter."""
+    return output.detach() if kind_of(output) == "torch" else output
+
+
 def _predict(
     forward: Callable[[Any], Any], tokens: Any, guidance_scale: float | None
 ) -> tuple[Any, Any]:
@@ -220,14 +268,14 @@ def _predict(
                 "forward: expected one logits array (B, N, V) without guidance_scale, got a tuple"
             )
         _check_output(out, tokens)
-        return out, None
+        return _detached(out), None
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(
             "forward: expected a pair (logits, uncond_logits) with guidance_scale, "
             f"got {type(out).__name__}"
         )
     _check_output(out[0], tokens)
-    return out[0], out[1]
+    return _detached(out[0]), _detached(out[1])
 
 
 def _check_output(out: Any, tokens: Any) -> None:
@@ -255,24 +303,6 @@ def _is_done(masked: Any, takes_part: Any) -> bool:
     if not is_on_host(masked):
         return False
     return not bool(to_numpy(_both(masked, takes_part)).any())
-
-
-class _bar:
-    """A tqdm bar on stderr, or nothing."""
-
-    def __init__(self, total: int, show: bool) -> None:
-        self._bar: Any = None
-        if show:
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(total=total, desc="decoding", unit="step")
-
-    def __enter__(self) -> Callable[[int], Any]:
-        return self._bar.update if self._bar is not None else lambda n: None
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 __all__ = ["GenerateResult", "Trajectory", "generate"]

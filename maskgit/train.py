@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from maskgit.checkpoint import CheckpointError, check_tensors, load_checkpoint, save_checkpoint
 from maskgit.config import TrainConfig, to_dict
 from maskgit.files import check_writable
+from maskgit.progress import Progress
 from maskgit.tasks import Task
 
 SEED_STRIDE = 1_000_003
@@ -32,6 +32,7 @@ class TrainState:
     optimizer: torch.optim.AdamW
     step: int
     seed: int
+    kept: int = 0  # step of the state that is in the file, if any
 
 
 def start(task: Task, seed: int) -> TrainState:
@@ -111,19 +112,16 @@ def train(
     progress: bool = True,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainState:
-    """Train `state` up to step `until` (default: all of the task's steps), with a bar on stderr.
+    """Train `state` up to step `until` (default: all of the task's steps), with progress on stderr.
 
     With `checkpoint`, the state is written there every `checkpoint_every` steps and at the end.
     """
     last = task.config.steps if until is None else min(until, task.config.steps)
-    with tqdm(
-        total=last, initial=state.step, desc=task.name, disable=not progress, mininterval=1.0
-    ) as bar:
+    with Progress(task.name, last, initial=state.step, show=progress) as bar:
         while state.step < last:
             figures = train_step(task, state)
-            bar.update()
-            if state.step % 20 == 0:
-                bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()}, refresh=False)
+            is_told = state.step % 20 == 0
+            bar.update(1, ", ".join(f"{k}={v:.4g}" for k, v in figures.items()) if is_told else "")
             if on_step is not None:
                 on_step(state.step, figures)
             if checkpoint and (state.step % checkpoint_every == 0 or state.step == last):
@@ -143,7 +141,8 @@ def fit(
     """Train a task to its end, keeping its state in `state_path`; return the averaged model.
 
     With `resume`, a state already there is continued (its seed must be `seed`); otherwise it is
-    overwritten. The weights come out the same either way.
+    overwritten. The weights come out the same either way. An interrupt (Ctrl-C) is passed on as a
+    KeyboardInterrupt that says which state is kept where.
     """
     check_writable(state_path, "training state")
     if resume and Path(state_path).exists():
@@ -152,8 +151,21 @@ def fit(
             raise CheckpointError(f"{state_path}: made with seed {state.seed}, not {seed}")
     else:
         state = start(task, seed)
-    train(task, state, checkpoint=state_path, checkpoint_every=checkpoint_every, progress=progress)
+    try:
+        train(
+            task, state, checkpoint=state_path, checkpoint_every=checkpoint_every, progress=progress
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_left_at(task, state, state_path)) from None
     return averaged_model(task, state)
+
+
+def _left_at(task: Task, state: TrainState, path: str | Path) -> str:
+    """For who interrupted a training: where it was, and how to go on."""
+    where = f"{task.name}: stopped at step {state.step} of {task.config.steps}"
+    if state.kept == 0:
+        return f"{where}; no state was written yet"
+    return f"{where}; the state of step {state.kept} is in {path}: add --resume to go on from there"
 
 
 def save_state(path: str | Path, task: Task, state: TrainState) -> None:
@@ -165,6 +177,7 @@ def save_state(path: str | Path, task: Task, state: TrainState) -> None:
         config={"model": task.model_config, "training": to_dict(task.config)},
         info={"step": state.step, "seed": state.seed},
     )
+    state.kept = state.step
 
 
 def load_state(path: str | Path, task: Task) -> TrainState:
@@ -190,7 +203,7 @@ def load_state(path: str | Path, task: Task) -> TrainState:
     with torch.no_grad():
         for name, tensor in want.items():
             tensor.copy_(checkpoint.tensors[name])
-    state.step = step
+    state.step = state.kept = step
     return state
 
 

@@ -350,7 +350,7 @@ def test_command_refuses_bad_files(run):
         ("list.safetensors", "not a readable .safetensors file"),
     ):
         result = run("--logits", name, "--rule", "llada")
-        assert result.exit_code == 1, name
+        assert result.exit_code == 2, name
         assert words in result.stderr, (name, result.stderr)
         assert result.stdout == ""
         assert len(result.stderr.splitlines()) == 1

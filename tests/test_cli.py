@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import maskgit
 from maskgit.cli import app
 from maskgit.images import read_gray
 
@@ -101,6 +102,7 @@ GENERATE_ERRORS = [
     (["--guidance", "-0.5"], "--guidance", "got -0.5"),
     (["--seed", "-1"], "--seed", "got -1"),
     (["--rule", "nonsense"], "--rule", "nonsense"),
+    (["--order", "spiral"], "--order", "got 'spiral'"),
 ]
 
 
@@ -120,6 +122,8 @@ def test_unknown_backend(tmp_path: Path) -> None:
     result = run("generate", "--out", tmp_path / "x.png", "--backend", "abacus")
     assert result.exit_code == 2
     assert "--backend: expected auto, " in result.stderr
+    near = run("generate", "--out", tmp_path / "x.png", "--backend", "Trition")
+    assert "got 'Trition' (did you mean 'triton'?)" in near.stderr
     assert "got 'abacus'" in result.stderr
     assert files_in(tmp_path) == []
 
@@ -135,12 +139,30 @@ def test_unwritable_output(option: str, tmp_path: Path) -> None:
     assert files_in(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("command", ["generate", "edit", "evaluate"])
+def test_masks_that_a_rule_leaves(command: str, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "x.png"]
+    rest = {
+        "generate": ["--per-class", 1, *out],
+        "edit": ["test:0", "--inpaint", "0,0,8,8", *out],
+        "evaluate": ["--per-class", 2],
+    }
+    arguments = [command, *rest[command], "--steps", 2, "--rule", "entropy-bound"]
+    failed = run(*arguments)
+    assert failed.exit_code == 2
+    assert "still masked" in failed.stderr
+    assert "--finish" in failed.stderr
+    if command == "generate":
+        assert run(*arguments, "--finish").exit_code == 0
+        assert run(*arguments[:-2], "--rule", "halton", "--order", "halton").exit_code == 0
+
+
 def test_bad_weights(tmp_path: Path) -> None:
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"garbage")
     for weights, text in ((bad, "not a readable"), (tmp_path / "none", "no such file")):
         result = run("generate", "--out", tmp_path / "x.png", "--weights", weights)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert result.stderr.startswith("Error: ")
         assert text in result.stderr
         assert len(result.stderr.splitlines()) == 1
@@ -280,7 +302,7 @@ def test_train_resume_and_use(tmp_path: Path) -> None:
 )
 def test_train_errors(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = run("train", *arguments, "--out", tmp_path / "w")
-    assert result.exit_code in (1, 2)
+    assert result.exit_code == 2
     assert message in result.stderr
     assert files_in(tmp_path) == []
 
@@ -299,10 +321,10 @@ def test_evaluate_table_and_json() -> None:
 
 def test_no_traceback_and_nothing_heavy_at_import(tmp_path: Path) -> None:
     code = (
-        "import sys, maskgit.cli; "
+        "import sys, maskgit.cli; from maskgit.__main__ import main; "
         "heavy = {'torch', 'sklearn', 'PIL', 'jax'} & set(sys.modules); "
         "assert not heavy, heavy; sys.argv = ['maskgit', 'generate', '--classes', 'q']; "
-        "maskgit.cli.main()"
+        "main()"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -332,6 +354,38 @@ def test_missing_benchmarks_are_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: the benchmarks are not available here")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_version_and_presets() -> None:
+    assert run("--version").stdout == f"{maskgit.__version__}\n"
+    listed = json.loads(run("presets", "--json").stdout)
+    assert list(listed) == list(maskgit.StepRule.presets())
+    assert all(f"\n{name} " in run("presets").stdout for name in listed)
+
+
+WRONG = [
+    ["generate", "--weights", "nowhere"], ["generate", "--out", "no/x.png"], ["generate", "--rule", "x"],
+    ["edit", "nowhere.png", "--outpaint", "left"], ["edit", "test:0", "--outpaint", "lefft"],
+    ["evaluate", "--backend", "x"], ["train", "digits", "--out", "no/w"],
+    ["train", "transformer", "--tokenizer", "nowhere", "--out", "w"],
+    ["audit", "--logits", "nowhere.npy", "--rule", "llada"],
+    ["audit", "--logits", "nowhere.npy", "--rule", "x"], ["bench", "decode-step", "--shape", "x"],
+    ["bench", "decode-step", "--backend", "x"], ["bench", "decode-step", "--out", "no/x.json"],
+    ["bench", "nothing"], ["profile", "--target", "x"], ["profile", "--shape", "x"],
+    ["profile", "--width", "0"], ["nothing"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_a_wrong_argument_is_two_everywhere(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert len([line for line in result.stderr.splitlines() if line.startswith("Error:")]) == 1
+    assert files_in(tmp_path) == []
 
 
 def test_help_of_every_command() -> None:

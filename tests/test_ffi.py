@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ import maskgit  # noqa: E402
 from maskgit import StepNoise, StepRule  # noqa: E402
 
 if not serves_jax():
-    pytest.skip("the C++ extension was built without jaxlib's headers", allow_module_level=True)
+    pytest.skip("the C++ core does not serve jax here", allow_module_level=True)
 
 
 def step_of(case: Any) -> Any:
@@ -190,3 +193,67 @@ def test_rows_without_a_logit_stay_masked_in_tokens_without_a_sign(backend: str)
         num_steps=8, seeds=native_seeds(case.seeds, "jax"), backend=backend,
     )  # fmt: skip
     assert (np.asarray(out.next_tokens)[0] == 50).all()
+
+
+LAYOUTS = {  # ours -> XLA's: the fields in their order
+    "Extension": ("XLA_FFI_Extension_Base", "struct_size type next"),
+    "Buffer": ("XLA_FFI_Buffer", "struct_size dtype data rank dims"),
+    "Buffers": ("XLA_FFI_Args", "struct_size size kinds=types each=args"),
+    "Attributes": ("XLA_FFI_Attrs", "struct_size size kinds=types names values=attrs"),
+    "Text": ("XLA_FFI_ByteSpan", "data=ptr size=len"),
+    "Array": ("XLA_FFI_Array", "dtype size data"),
+    "Scalar": ("XLA_FFI_Scalar", "dtype value"),
+    "Version": ("XLA_FFI_Api_Version", "struct_size major_version minor_version"),
+    "NewError": ("XLA_FFI_Error_Create_Args", "struct_size message code=errc"),
+    "Api": ("XLA_FFI_Api", "struct_size version=api_version create_error=XLA_FFI_Error_Create"),
+    "CallFrame": ("XLA_FFI_CallFrame", "struct_size api stage args rets attributes=attrs"),
+    "Metadata": ("XLA_FFI_Metadata", "struct_size version=api_version traits"),
+    "MetadataExtension": ("XLA_FFI_Metadata_Extension", "metadata"),
+}
+CONSTANTS = {
+    "kMajor": "XLA_FFI_API_MAJOR", "kMetadata": "XLA_FFI_Extension_Metadata",
+    "kExecute": "XLA_FFI_ExecutionStage_EXECUTE", "kBuffer": "XLA_FFI_ArgType_BUFFER",
+    "kArray": "XLA_FFI_AttrType_ARRAY", "kScalar": "XLA_FFI_AttrType_SCALAR",
+    "kString": "XLA_FFI_AttrType_STRING", "kInternal": "XLA_FFI_Error_Code_INTERNAL",
+    "kInvalidArgument": "XLA_FFI_Error_Code_INVALID_ARGUMENT",
+} | {f"int(DataType::{t})": f"XLA_FFI_DataType_{t}"
+     for t in ("PRED", "S32", "S64", "U8", "U32", "F16", "F32", "F64", "BF16")}  # fmt: skip
+
+
+def test_the_layouts_are_those_of_the_installed_jaxlib(tmp_path: Path) -> None:
+    compiler = shutil.which("c++") or pytest.skip("no C++ compiler")
+    lines = [
+        '#include "xla_ffi.h"',
+        '#include "xla/ffi/api/c_api.h"',
+        "using namespace maskgit::xla;",
+    ]
+    for ours, (theirs, fields) in LAYOUTS.items():
+        for pair in fields.split():
+            own, _, their = pair.partition("=")
+            place = f"offsetof({ours}, {own}) == offsetof({theirs}, {their or own})"
+            size = f"sizeof({ours}::{own}) == sizeof({theirs}::{their or own})"
+            lines.append(f'static_assert({place} && {size}, "{ours}::{own}");')
+    lines += [f'static_assert({a} == {b}, "{a}");' for a, b in CONSTANTS.items()]
+    lines.append('static_assert(kMinor <= XLA_FFI_API_MINOR, "newer than what XLA reads");')
+    source = tmp_path / "layouts.cpp"
+    source.write_text("\n".join(lines))
+    done = subprocess.run(
+        [compiler, "-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof", "-Icsrc",
+         f"-I{jax.ffi.include_dir()}", source],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_handler_refuses_is_an_error_of_xla() -> None:
+    call = jax.ffi.ffi_call("maskgit_sample_tokens", [jax.ShapeDtypeStruct((1,), jnp.float32)] * 3)
+    x = jnp.zeros((1, 2, 3))
+    for attributes, message in (
+        ({}, "names, params and threads expected"),
+        (
+            {"names": "logits", "params": np.zeros(3, np.uint8), "threads": np.int64(1)},
+            "another build",
+        ),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            call(x, **attributes)

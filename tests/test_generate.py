@@ -1,5 +1,7 @@
 """The loop's options: hidden states, given counts, blocks, padding, on every backend."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from helpers import BACKENDS, kind_for, native, native_seeds
@@ -190,3 +192,77 @@ def test_bad_arguments():
     for message, changes in bad.items():
         with pytest.raises((ValueError, TypeError), match=message):
             maskgit.generate(forward, **({"tokens": tokens} | good | changes))
+
+
+SHORT = StepRule(name="too few", count="given", score="random")  # positions are chosen, then drawn
+
+
+@pytest.mark.parametrize("backend", SLOW_ON_JAX)
+@pytest.mark.parametrize("rule", ["remdm-forward-backward", "entropy-bound", SHORT], ids=str)
+def test_what_a_rule_leaves_is_committed_at_the_last_step_on_request(rule, backend):
+    given = {"num_commit": [1, 1, 1, 1]} if rule is SHORT else {}
+    found = {}
+    for hidden in (False, True):
+        options = given | {"toy": Toy(backend, hidden=hidden)}
+        left = np.asarray(run(backend, rule, **options).tokens)
+        found[hidden] = np.asarray(run(backend, rule, **options, finish=True).tokens)
+        assert (left == MASK).any()
+        assert (found[hidden] != MASK).all()
+        np.testing.assert_array_equal(found[hidden][left != MASK], left[left != MASK])
+    np.testing.assert_array_equal(found[False], found[True])
+
+
+def test_finish_commits_only_what_takes_part():
+    allowed = np.zeros((3, 12), bool)
+    allowed[:, 3:8] = True
+    options = {"num_commit": [0, 1, 0, 1], "eligible": allowed, "finish": True}
+    tokens = run("reference", SHORT, **options).tokens
+    assert (tokens[:, 8:] == MASK).all()
+    assert (tokens[:, :8] != MASK).all()
+    whole = run("reference", "llada").tokens
+    np.testing.assert_array_equal(run("reference", "llada", finish=True).tokens, whole)
+
+
+@pytest.mark.parametrize("rule", ["maskgit", "llada", StepRule(score="prob")], ids=str)
+def test_temperature_is_that_of_the_draw(rule):
+    cold = run("reference", rule, temperature=np.float32(0)).tokens
+    assert (cold == run("reference", rule, temperature=0).tokens).all()
+    named = StepRule.preset(rule) if isinstance(rule, str) else rule
+    changed = dataclasses.replace(named, sample_temperature=0.7)
+    warm = run("reference", changed).tokens
+    np.testing.assert_array_equal(run("reference", rule, temperature=0.7).tokens, warm)
+    assert (warm != cold).any()
+    for bad in (-1, float("nan"), float("inf"), True, "1", [1.0]):
+        with pytest.raises(ValueError, match="temperature: expected a number of at least 0"):
+            run("reference", rule, temperature=bad)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+def test_gradients_are_switched_off(hidden, guided):
+    torch = pytest.importorskip("torch")
+    toy = Toy("torch", hidden=hidden)
+    scale = torch.nn.Parameter(torch.ones(()))
+    weight = torch.nn.Parameter(torch.from_numpy(toy.weight))
+    recorded = []
+
+    def forward(tokens):
+        recorded.append(torch.is_grad_enabled())
+        with torch.enable_grad():  # a model that needs them inside, as for guidance by a classifier
+            out = toy(tokens) * scale
+        return (out, out * 0.5) if guided else out
+
+    options = {"guidance_scale": 2.0} if guided else {}
+    options |= {"head_weight": weight} if hidden else {}
+    result = maskgit.generate(
+        forward, torch.full((2, 6), MASK), rule="maskgit", mask_token_id=MASK, num_steps=3,
+        seeds=torch.arange(2), record=True, **options,
+    )  # fmt: skip
+    assert not any(recorded)
+    assert torch.is_grad_enabled()
+    assert not result.tokens.is_inference()
+    assert not any(x.requires_grad for x in result.trajectory.confidence)
+    fixed = torch.nn.Parameter(torch.zeros(2, 6, VOCAB))  # the output is itself a parameter
+    maskgit.generate(
+        lambda t: fixed, torch.full((2, 6), MASK), rule="llada", mask_token_id=MASK, num_steps=2
+    )

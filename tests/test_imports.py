@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 BLOCKED = """
 import sys
 class Block:
@@ -50,8 +52,14 @@ def test_without_the_extension_auto_falls_back_and_says_so():
     done = run(
         """
 sys.modules["maskgit._C"] = None
-import numpy as np, maskgit
-maskgit.sample_tokens(np.zeros((1, 2, 5), np.float32), rule="llada")
+import numpy as np, maskgit, warnings
+logits = np.zeros((1, 2, 5), np.float32)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        maskgit.sample_tokens(logits, rule="llada")
+    maskgit.sample_tokens(logits, rule="llada", backend="reference")
+print(len(caught), caught[0].category.__name__, caught[0].message)
 from maskgit.env_report import collect
 print(collect()["backends"]["cpp"]["reason"])
 try:
@@ -60,9 +68,33 @@ except ValueError as error:
     print(error)
 """
     )
-    first, second = done.stdout.splitlines()
+    warned, first, second = done.stdout.splitlines()
+    assert warned.startswith(
+        "1 RuntimeWarning backend: 'auto' takes 'reference' for numpy arrays, "
+    )
+    assert "was not built" in warned
     assert "was not built" in first
     assert second.startswith("backend: 'cpp' cannot run")
+
+
+@pytest.mark.parametrize("library", ["torch", "jax.numpy"])
+def test_without_the_extension_frameworks_fall_back_with_a_word_too(library):
+    pytest.importorskip(library.partition(".")[0])
+    done = run(
+        f"""
+sys.modules["maskgit._C"] = None
+import warnings, maskgit, {library} as xp
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        maskgit.sample_tokens(xp.zeros((1, 2, 5)), rule="llada")
+print([str(c.message) for c in caught if c.category is RuntimeWarning])
+""",
+        blocked=(),
+    )
+    said = f"[\"backend: 'auto' takes '{library.partition('.')[0]}' for "
+    assert done.stdout.startswith(said), done.stdout + done.stderr
+    assert done.stdout.count("'auto'") == 1
 
 
 def test_every_op_folder_is_mapped_in_setup():

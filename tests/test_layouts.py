@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -497,15 +496,6 @@ LOGITS, TOKENS = np.zeros((2, 6, 4), np.float32), np.zeros((2, 6), np.int64)
 def test_errors(call, error, words):
     with pytest.raises(error, match=words):
         call()
-
-
-def test_examples_run():
-    text = (ROOT / "docs" / "layouts.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 6
-    names = {"np": np, "maskgit": maskgit, "layouts": layouts}
-    for block in blocks:
-        exec(block, names)
 
 
 def test_wrong_numbers_have_one_message():

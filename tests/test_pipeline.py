@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit import metrics
+from maskgit import StepRule, metrics
 from maskgit.checkpoint import CheckpointError
 from maskgit.digits import Digits, load_split
+from maskgit.orders import order_scores
 from maskgit.pipeline import WEIGHTS_DIR, Pipeline, load
 
 PER_CLASS = 30
@@ -150,3 +151,81 @@ def test_shipped_weights_say_where_they_come_from(pipeline: Pipeline) -> None:
     assert info["seed"] == 0
     assert "scikit-learn" in info["data"]
     assert (WEIGHTS_DIR / "digits.safetensors").stat().st_size <= 4 * 2**20
+
+
+LEAVES = ("entropy-bound", "remdm-loop", "remdm-forward-backward")
+
+
+@pytest.mark.parametrize("rule", LEAVES)
+def test_masks_that_are_left_are_named_and_committed_on_request(
+    pipeline: Pipeline, rule: str
+) -> None:
+    with pytest.raises(ValueError, match=r"positions are still masked.*finish=True"):
+        pipeline.generate(range(10), rule=rule, num_steps=4)
+    images = pipeline.generate(range(10), rule=rule, num_steps=4, finish=True)
+    assert images.shape == (10, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "rule", [name for name in StepRule.presets() if not name.endswith("-fixed")]
+)
+def test_every_rule_can_be_used_or_says_what_it_needs(pipeline: Pipeline, rule: str) -> None:
+    classes, options = [3], {"rule": rule, "num_steps": 2, "finish": True}
+    if StepRule.preset(rule).score == "given":
+        with pytest.raises(ValueError, match=r"order: rule .* scores are given; expected random"):
+            pipeline.generate(classes, **options)
+    else:
+        pipeline.generate(classes, **options)
+
+
+def test_orders(pipeline: Pipeline) -> None:
+    for rule in ("maskgit", "halton", "llada"):
+        for order in ("raster", "halton", "random"):
+            result = pipeline.generate_tokens(
+                [1, 2], rule=rule, num_steps=8, order=order, record=True
+            )
+            steps = result.trajectory.commit_steps
+            assert (result.tokens != pipeline.mask_token_id).all()
+            if order == "raster":
+                assert (steps.diff(dim=1) >= 0).all()
+            elif order == "halton":
+                ranks = torch.from_numpy(-order_scores("halton", 8, 8)).long().argsort()
+                assert (steps[:, ranks].diff(dim=1) >= 0).all()
+            else:
+                assert not torch.equal(steps[0], steps[1])
+    early = torch.arange(64)[order_scores("halton", 8, 8) > -16]  # spread over the quarters
+    for quarter in ((early < 32) & (early % 8 < 4), (early >= 32) & (early % 8 >= 4)):
+        assert 3 <= int(quarter.sum()) <= 5
+    for rule in ("threshold", "muse-critic", "mdlm"):
+        with pytest.raises(ValueError, match="order: expected 'confidence' with rule"):
+            pipeline.generate([1], rule=rule, order="raster")
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (8, 8), (16, 16), (5, 24)])
+def test_every_position_has_its_place_in_an_order(height: int, width: int) -> None:
+    for order in ("raster", "halton"):
+        ranks = np.sort(-order_scores(order, height, width))
+        np.testing.assert_array_equal(ranks, np.arange(height * width))
+    with pytest.raises(ValueError, match="order: expected raster or halton, got 'spiral'"):
+        order_scores("spiral", height, width)
+
+
+def test_numbers_of_any_library(pipeline: Pipeline) -> None:
+    plain = pipeline.generate_tokens(
+        [3], seeds=5, num_steps=2, sample_temperature=0.5, guidance_scale=2
+    )
+    other = pipeline.generate_tokens(
+        [np.int64(3)], seeds=np.int64(5), num_steps=np.int32(2), sample_temperature=np.float32(0.5),
+        choice_temperature=np.float64(4.5), guidance_scale=np.float32(2),
+    )  # fmt: skip
+    assert torch.equal(plain.tokens, other.tokens)
+
+
+def test_what_comes_back_are_ordinary_tensors(pipeline: Pipeline) -> None:
+    result = pipeline.generate_tokens([3], num_steps=2, record=True)
+    images = pipeline.decode(result.tokens)
+    tensors = [result.tokens, images, pipeline.encode(images), *result.trajectory.confidence]
+    for tensor in tensors:
+        assert not tensor.is_inference()
+        assert not tensor.requires_grad
+        tensor.zero_()

@@ -7,12 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
-
-import maskgit
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,9 +40,8 @@ def commands():
 def test_commands_run(command, tmp_path):
     pytest.importorskip("torch")
     words = shlex.split(command)[1:]
-    code = "from maskgit.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, *words, *QUICKER.get(words[0], [])],
+        [sys.executable, "-m", "maskgit", *words, *QUICKER.get(words[0], [])],
         cwd=tmp_path, capture_output=True, text=True, check=False,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
     )  # fmt: skip
@@ -60,48 +56,23 @@ def test_the_commands_were_found():
     assert "make demo\nmake test\n" in blocks("")
 
 
-def test_snippets_run():
-    torch = pytest.importorskip("torch")
-    names = {
-        "forward": lambda tokens: torch.randn(*tokens.shape, 1024),
-        "tokens": torch.full((2, 16), 1024),
-    }
-    first, second, _, hidden = blocks("python")
-    exec(first, names)
-    assert (names["result"].tokens < 1024).all()
-    names |= {
-        "tokens": torch.full((2, 16), 126336),
-        "logits": torch.randn(2, 16, 126464),
-        "counts": torch.tensor([16, 16]),
-    }
-    exec(second, names)
-    assert names["step"].next_tokens.shape == (2, 16)
-    names |= {"hidden": torch.randn(2, 16, 8), "head": torch.nn.Linear(8, 126464)}
-    exec(hidden, names)
-    assert (names["step"].next_tokens != 126336).sum() == 2
-
-
-def test_the_adapter_snippet_runs(monkeypatch, capsys, tmp_path):
-    torch = pytest.importorskip("torch")
-    from test_adapters import LLADA, module
-
-    from maskgit.adapters import fingerprint, llada
-
-    theirs = module(LLADA, tmp_path)
-    known = fingerprint.digests(theirs, ("generate",), ids_in="generate")
-    monkeypatch.setattr(llada, "VERSIONS", {"toy": known})
-    generate = theirs.generate
-    monkeypatch.setitem(sys.modules, "generate", theirs)
-    logits = torch.randn(64)
-
-    def model(tokens, **_):
-        return types.SimpleNamespace(logits=logits.expand(*tokens.shape, 64))
-
-    names = {"maskgit": maskgit, "model": model, "prompt": torch.zeros(1, 4, dtype=torch.long)}
-    exec(blocks("python")[2], names)
-    assert (names["out"] < 64).all()
-    assert theirs.generate is generate
-    assert "llada" in capsys.readouterr().out
+def test_make_bench_collects_its_cases():
+    """What `make bench` calls, up to running it."""
+    pytest.importorskip("torch")
+    pytest.importorskip("pytest_benchmark")
+    recipe = re.search(
+        r"^bench:.*\n\t\$\(BIN\)/python (.+)$", (ROOT / "Makefile").read_text(), re.M
+    )
+    done = subprocess.run(
+        [sys.executable, *shlex.split(recipe[1]), "--collect-only", "-q"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    collected = int(re.search(r"(\d+) tests collected", done.stdout)[1])
+    files = [path.name for path in (ROOT / "benchmarks").glob("bench_*.py")]
+    assert collected >= 20
+    assert files
+    assert all(f"benchmarks/{name}::" in done.stdout for name in files)
 
 
 def test_all_adapters_are_named():

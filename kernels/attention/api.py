@@ -91,7 +91,8 @@ def choose(backend: str, q: Any, k: Any) -> str:
     if reason is None and backend != "reference" and BACKENDS[backend][1] != kind:
         reason = f"it works on {BACKENDS[backend][1]} arrays, not on {kind}"
     if reason is not None:
-        legal = ", ".join(name for name in MODULES if why_missing(name) is None)
+        own = [name for name in MODULES if BACKENDS[name][1] in (kind, "numpy")]
+        legal = ", ".join(name for name in own if why_missing(name) is None)
         raise ValueError(f"backend: {backend!r} cannot run: {reason}; available: {legal}")
     return backend
 

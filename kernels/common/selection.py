@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 
 from . import ffi
+from .extras import DISTRIBUTION
+from .names import unknown
 from .simulation import is_compiling, is_simulating
 
 
@@ -32,7 +35,7 @@ def _cpp() -> str | None:
     except ImportError as error:
         return (
             f"the C++ extension was not built ({error}); install a C++17 compiler and pybind11, "
-            "then reinstall maskgit"
+            f"then reinstall {DISTRIBUTION}"
         )
     return None
 
@@ -120,17 +123,27 @@ def why_missing(name: str) -> str | None:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend by name: None where it can run, else the reason why it cannot."""
+    """Every backend by name: None where it can run, else the reason why it cannot.
+
+    This imports and starts torch and jax where they are installed, since only they know their devices.
+    Nothing else here does: a call asks for the backend it names, or those that "auto" tries for its arrays.
+    """
     return {name: why_missing(name) for name in BACKENDS}
 
 
 def serves_jax() -> bool:
     """Whether the C++ core can be called from jitted JAX programs."""
-    return why_missing("cpp") is None and ffi.why_missing() is None
+    return _can("cpp", "jax")
 
 
 def _can(name: str, kind: str) -> bool:
-    return why_missing(name) is None and (name != "cpp" or kind != "jax" or serves_jax())
+    return _why_not(name, kind) is None
+
+
+def _why_not(name: str, kind: str) -> str | None:
+    """None where the backend can run on arrays of that kind, else the reason."""
+    reason = why_missing(name)
+    return ffi.why_missing() if reason is None and name == "cpp" and kind == "jax" else reason
 
 
 def _in_jax_on_cpu(kind: str, device: str) -> bool:
@@ -142,11 +155,35 @@ def _in_jax_on_cpu(kind: str, device: str) -> bool:
     return bool(jax.default_backend() == "cpu") and not is_compiling()
 
 
+@cache
+def _say_slower(first: str, chosen: str, kind: str) -> None:
+    """Warn, once for each case, that auto has to do without its first choice."""
+    warnings.warn(
+        f"backend: 'auto' takes {chosen!r} for {kind} arrays, which is much slower, since {first!r} cannot "
+        f"run: {_why_not(first, kind)}; ask for {chosen!r} by name, or set MASKGIT_BACKEND, to hear no more",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _able(names: tuple[str, ...], kind: str) -> str:
+    """Those of the names that can run, and the reference, for a message."""
+    return ", ".join(dict.fromkeys([*(n for n in names if _can(n, kind)), "reference"]))
+
+
 def check_name(backend: str) -> str:
     """`backend` if it is a legal name, else ValueError."""
     if isinstance(backend, str) and (backend == "auto" or backend in BACKENDS):
         return backend
-    raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {backend!r}")
+    raise ValueError(unknown("backend", ("auto", *BACKENDS), backend))
+
+
+def check_able(backend: str) -> str:
+    """`backend` if it can run in this process ("auto" can), else ValueError; asks for that one alone."""
+    reason = why_missing(backend) if check_name(backend) != "auto" else None
+    if reason is not None:
+        raise ValueError(f"backend: {backend!r} cannot run: {reason}")
+    return backend
 
 
 def choose(backend: str, kind: str, device: str) -> str:
@@ -165,19 +202,20 @@ def choose(backend: str, kind: str, device: str) -> str:
         forced = os.environ.get("MASKGIT_BACKEND", "auto")
         if forced not in ("", "auto"):
             if forced not in BACKENDS:
-                raise ValueError(
-                    f"MASKGIT_BACKEND: expected auto, {', '.join(BACKENDS)}, got {forced!r}"
-                )
+                raise ValueError(unknown("MASKGIT_BACKEND", ("auto", *BACKENDS), forced))
             return choose(forced, kind, device)
         if _in_jax_on_cpu(kind, device):
             place = "cpu"
-        return next(name for name in _AUTO[kind, place] if _can(name, kind))
+        names = _AUTO[kind, place]
+        chosen = next(name for name in names if _can(name, kind))
+        if chosen != names[0]:
+            _say_slower(names[0], chosen, kind)
+        return chosen
     reason = why_missing(backend)
     if reason is None and backend == "cpp" and place != "cpu" and not _in_jax_on_cpu(kind, device):
         reason = f"it works on CPU arrays, not on {device}"
     if reason is not None:
-        legal = [name for name in BACKENDS if why_missing(name) is None]
         raise ValueError(
-            f"backend: {backend!r} cannot run: {reason}; available: {', '.join(legal)}"
+            f"backend: {backend!r} cannot run: {reason}; available: {_able(_AUTO[kind, place], kind)}"
         )
     return backend

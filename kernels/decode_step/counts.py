@@ -98,17 +98,17 @@ def done_ratio(rule: StepRule, step: int, num_steps: int) -> np.floating[Any]:
         done: np.floating[Any] = np.minimum(dt.type(step + 1) / dt.type(num_steps), dt.type(1))
         return done
     if rule.count_ratio == "linspace":
-        return np.float32(linspace(0.0, 1.0, num_steps + 1)[step + 1])
-    return np.float32(linspace(0.0, 1.0, num_steps)[min(step + 1, num_steps - 1)])
+        return np.float32(linspace(0.0, 1.0, num_steps + 1, step + 1))
+    return np.float32(linspace(0.0, 1.0, num_steps, min(step + 1, num_steps - 1)))
 
 
-def linspace(start: float, end: float, count: int) -> npt.NDArray[np.float32]:
-    """torch.linspace in float32, which counts from the nearer end."""
-    i, low, high = np.arange(count), np.float32(start), np.float32(end)
+def linspace(start: float, end: float, count: int, i: int) -> np.float32:
+    """Entry `i` of torch.linspace in float32, which counts from the nearer end."""
+    low, high = np.float32(start), np.float32(end)
     step = float((high - low) / np.float32(max(count - 1, 1)))
-    from_low = float(low) + step * i  # torch rounds the product and the sum together
-    from_high = float(high) - step * (count - 1 - i)
-    return np.where(i < count // 2, from_low, from_high).astype(np.float32)
+    if i < count // 2:  # torch rounds the product and the sum together
+        return np.float32(float(low) + step * i)
+    return np.float32(float(high) - step * (count - 1 - i))
 
 
 def masked_count_table(rule: StepRule, step: int, num_steps: int, size: int) -> npt.NDArray[Any]:
@@ -156,8 +156,8 @@ def commit_share(rule: StepRule, step: int, num_steps: int) -> float:
 
 def mask_times(rule: StepRule, step: int, num_steps: int) -> tuple[np.float32, np.float32]:
     """(t, s) of a step on the grid linspace(1, time_eps, T + 1) in float32."""
-    times = linspace(1.0, rule.time_eps, num_steps + 1)
-    return times[step], times[step + 1]
+    before, after = (linspace(1.0, rule.time_eps, num_steps + 1, i) for i in (step, step + 1))
+    return before, after
 
 
 def remask_chances(rule: StepRule, step: int, num_steps: int) -> tuple[float, float]:

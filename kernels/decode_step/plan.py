@@ -61,7 +61,12 @@ def _anneal(kind: str, step: int, num_steps: int) -> float:
         return 1.0 - step / num_steps
     if kind == "linspace":
         return 1.0 - step / (num_steps - 1) if num_steps > 1 else 1.0
-    return math.prod(1.0 - (i + 1) / num_steps for i in range(step + 1))
+    share = 1.0
+    for i in range(step + 1):
+        share *= 1.0 - (i + 1) / num_steps
+        if share < 1e-300:  # no temperature any more, however many steps follow
+            break
+    return share
 
 
 def _bounded(value: float) -> float:

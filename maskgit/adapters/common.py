@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels.common.arrays import kind_of
-from ..kernels.common.selection import available_backends, check_name, why_missing
+from ..kernels.common.selection import check_name, why_missing
 from ..kernels.decode_step.api import seeds_like
 from ..kernels.decode_step.checks import as_index, check_integers
 from .fingerprint import AdapterError, signature_of, with_their_defaults
@@ -216,10 +216,10 @@ def _check_options(options: dict[str, Any]) -> None:
     noise, backend = options.get("noise"), check_name(options.get("backend", "auto"))
     if noise is not None and not callable(noise):
         raise AdapterError(f"noise: expected a callable or None, got {noise!r}")
-    if backend != "auto" and why_missing(backend) is not None:
-        able = [name for name, why in available_backends().items() if why is None]
+    reason = why_missing(backend) if backend != "auto" else None
+    if reason is not None:
         raise AdapterError(
-            f"backend: expected one that can run here ({', '.join(['auto', *able])}), got {backend!r}"
+            f"backend: expected one that can run here, got {backend!r}, which cannot: {reason}"
         )
     generator = options.get("generator")
     if generator is not None and type(generator).__name__ != "Generator":

@@ -41,6 +41,7 @@ import functools
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from ..kernels.common.extras import pip_install
 from ..kernels.decode_step import StepNoise, StepRule, decode_step, sample_tokens
 from .common import Handle, Report, as_number
 from .diffusers_common import (
@@ -176,7 +177,7 @@ def scheduler_class(name: str, trusted: bool = False) -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise AdapterError(f"{name}: needs diffusers; pip install 'maskgit[diffusers]'") from error
+        raise AdapterError(f"{name}: needs diffusers; {pip_install('diffusers')}") from error
     base = getattr(diffusers, name, None)
     if base is None:
         raise AdapterError(f"{name}: diffusers {diffusers.__version__} has no such scheduler")
