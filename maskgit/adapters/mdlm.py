@@ -31,6 +31,7 @@ from ..kernels.decode_step import StepNoise, StepRule, sample_tokens
 from ..kernels.decode_step.api import seeds_like
 from .common import AdapterError, Handle, Report, check_attributes, check_signature, draw_seeds
 from .head import Head
+from .switch import replaced
 
 _CODEBASE = "kuleshov-group/mdlm@c112c526d193436838c98d81455ee51f90309470 diffusion.py"
 _NEEDED = (
@@ -160,15 +161,9 @@ def head_of(model: Any, note: Callable[[str], None] = lambda sentence: None) -> 
 
 def logit_rows(model: Any, x: Any, sigma: Any, wanted: Any, head: Head | None = None) -> Any:
     """(R, V): the logits of the wanted rows of (B, N), in row-major order, without SUBS."""
-    head, saved = head or head_of(model), vars(model).get("_subs_parameterization")
-    object.__setattr__(model, "_subs_parameterization", lambda logits, xt: logits)
-    try:
+    head = head or head_of(model)
+    with replaced(model, "_subs_parameterization", lambda logits, xt: logits):
         return head.rows(lambda: model.forward(x, sigma), wanted)
-    finally:
-        if saved is None:
-            object.__delattr__(model, "_subs_parameterization")
-        else:
-            object.__setattr__(model, "_subs_parameterization", saved)
 
 
 def choice_gumbel(seeds: Any, shape: Any, step: int, device: Any) -> Any:

@@ -41,7 +41,8 @@ from .common import (
     check_signature,
     draw_seeds,
 )
-from .head import Head, replaced_forward
+from .head import Head
+from .switch import evaluating, replaced
 
 _CODEBASE = (
     "lucidrains/muse-maskgit-pytorch@6df7f33bcd33ba28a2f682d5bd293e4f8a513e6c "
@@ -165,31 +166,27 @@ def generate(
     if fmap_size is None and model.vae is None:
         raise ValueError("fmap_size: expected a number for a model without a vae, got None")
     size = model.vae.get_encoded_fmap_size(model.image_size) if fmap_size is None else fmap_size
-    was_training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     critic = None if force_not_use_token_critic else model.token_critic
     head = Head(model.transformer.to_logits, note, wanted=hidden_states)
     seeds = draw_seeds(len(texts), generator, device) if seeds is None else seeds
-    model.eval()
-    try:
-        with torch.no_grad():
-            given: dict[str, Any] = {"text_embeds": model.transformer.encode_text(texts)}
-            given["conditioning_token_ids"] = (
-                model.cond_vae.encode(cond_images)[1] if model.resize_image_for_cond_image else None
-            )
-            loop = _Loop(model, head, critic, given, cond_scale, float(critic_noise_scale))
-            loop.remask = can_remask_prev_masked
-            loop.filter = float(temperature), topk_filter_thres
-            ids = torch.full((len(texts), size**2), model.mask_id, device=device)
-            counts = _counts(model.noise_schedule, timesteps, size**2, device)
-            for step in range(timesteps):
-                numbers = {"mask_token_id": model.mask_id, "step": step, "num_steps": timesteps}
-                options = numbers | {"seeds": seeds, "backend": backend}
-                options["noise"] = None if noise is None else noise(step)
-                ids = loop.step(ids, counts[step + 1], options)
-            ids = ids.view(len(texts), size, size)
-            return ids if model.vae is None else model.vae.decode_from_ids(ids)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        given: dict[str, Any] = {"text_embeds": model.transformer.encode_text(texts)}
+        given["conditioning_token_ids"] = (
+            model.cond_vae.encode(cond_images)[1] if model.resize_image_for_cond_image else None
+        )
+        loop = _Loop(model, head, critic, given, cond_scale, float(critic_noise_scale))
+        loop.remask = can_remask_prev_masked
+        loop.filter = float(temperature), topk_filter_thres
+        ids = torch.full((len(texts), size**2), model.mask_id, device=device)
+        counts = _counts(model.noise_schedule, timesteps, size**2, device)
+        for step in range(timesteps):
+            numbers = {"mask_token_id": model.mask_id, "step": step, "num_steps": timesteps}
+            options = numbers | {"seeds": seeds, "backend": backend}
+            options["noise"] = None if noise is None else noise(step)
+            ids = loop.step(ids, counts[step + 1], options)
+        ids = ids.view(len(texts), size, size)
+        return ids if model.vae is None else model.vae.decode_from_ids(ids)
 
 
 def _counts(schedule: Callable[[Any], Any], steps: int, length: int, device: Any) -> list[int]:
@@ -287,6 +284,6 @@ class _Loop:
         scale = 1 if is_self else self.scale  # a SelfCritic drops the unconditional pass
         layer = self.model.transformer.to_logits  # whose logits are thrown away here
         skips = own and self.head.is_used
-        with replaced_forward(layer, lambda hidden: hidden) if skips else nullcontext():
+        with replaced(layer, "forward", lambda hidden: hidden) if skips else nullcontext():
             scores = self.critic.forward_with_cond_scale(filled, **self.given, cond_scale=scale)
         return scores.squeeze(-1).float()
