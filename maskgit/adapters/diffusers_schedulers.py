@@ -50,6 +50,9 @@ from .common import (
 from .diffusers_common import (
     DEFAULTS,
     backend_of,
+    giving,
+    next_call,
+    options_of,
     output_class,
     seeds_of,
     starting_again,
@@ -141,7 +144,7 @@ def install(
         report.note("the model's head sees the active block alone")
     if seeds is None:
         report.note("random numbers: seeds per sequence, drawn from the generator once per step")
-    new.maskgit_options = {"seeds": seeds, "backend": backend, "report": report, "calls": 0}
+    new.maskgit_options = {"seeds": seeds, "backend": backend, "report": report}
     handle = Handle(target, report)
     handle.replace("scheduler", new)
     if head is not None:
@@ -254,11 +257,10 @@ def block_refinement_step(
     `seeds`, `noise` (its token_gumbel) and `backend` are as in `amused_step`.  Without a mask token
     (uniform corruption, DiffusionGemma) the draw is ours and the selection diffusers'.
     """
-    options = self.maskgit_options
-    self.maskgit_options = options | {"noise": noise} | ({} if seeds is None else {"seeds": seeds})
-    self.maskgit_options["backend"] = backend_of(self, backend)
+    options = {"noise": noise, "backend": backend_of(self, backend), "number": next_call(self)}
+    options |= {} if seeds is None else {"seeds": seeds}
     draw = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "generator": generator}
-    try:
+    with giving(**options):
         if mask_token_id is None:
             return stock_class(type(self)).step(
                 self, model_output, timestep, sample, sampling_method=sampling_method,
@@ -271,8 +273,6 @@ def block_refinement_step(
             or (sampling_method == "auto" and temperature != 0.0),
             **draw,
         )
-    finally:
-        self.maskgit_options = options | {"calls": options["calls"] + 1}
     threshold = float(self.config.threshold) if threshold is None else threshold
     if editing_threshold is None:
         editing_threshold = self.config.editing_threshold
@@ -336,6 +336,8 @@ def _trimmable(pipe: Any) -> Any:
         raise AdapterError(f"trim_head: expected an LLaDA2Pipeline, got {kind}")
     head = output_layer(pipe.model)
     why = obstacle(head)
+    if not why and "forward" in vars(head):
+        why = "another thread is in a pass of it"
     if why:
         raise AdapterError(f"trim_head: expected a plain linear head, but {why}")
     return head
@@ -424,7 +426,7 @@ def _sample_from_logits(
     temperature = as_number("temperature", temperature)
     if temperature < 0:
         raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
-    options, seeds = self.maskgit_options, None
+    options, seeds = options_of(self), None
     is_drawn = temperature > 0 and use_multinomial
     top_k = None if top_k is None else int(top_k)
     top_p = None if top_p is None else float(top_p)
@@ -433,7 +435,7 @@ def _sample_from_logits(
     if is_drawn and noise is None:
         seeds = seeds_of(self, None, logits.shape[0], generator, logits.device)
     out = sample_tokens(
-        logits, rule=rule, seeds=seeds, step=options["calls"], noise=noise,
+        logits, rule=rule, seeds=seeds, step=options.get("number", 0), noise=noise,
         backend=options["backend"],
     )  # fmt: skip
     return out.candidate_tokens, out.confidence

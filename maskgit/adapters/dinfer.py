@@ -15,11 +15,13 @@ What differs: random numbers come from one 64-bit seed per sequence, drawn in ev
 generator: the same law, other tokens.  HierarchyDecoder takes batches; its probabilities are rounded
 once to the dtype of the logits, where theirs rounds their logarithms first.  The credits are kept as
 the few (token, credit) pairs that a block has had, not as a tensor of the size of the logits, and here,
-not on the decoder: they start anew with a patch and with its undo.
+not on the decoder: each thread has its own, and they start anew with a patch and with its undo.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -81,10 +83,11 @@ def install(
         )
     _check_version(target, kind)
     report = Report("dinfer", _CODEBASE, kind.__name__)
-    credits: dict[tuple[int, int], Any] = {}
+    numbers, of_thread = itertools.count(), threading.local()
 
     def call(decoder: Any, *args: Any, **kwargs: Any) -> None:
-        given = noise(report.calls - 1) if noise is not None else None
+        given = noise(next(numbers)) if noise is not None else None
+        credits = vars(of_thread).setdefault("credits", {})
         options = {"generator": generator, "noise": given, "backend": backend}
         function: Callable[..., None] = decode
         function(decoder, *args, **kwargs, credits=credits, **options)

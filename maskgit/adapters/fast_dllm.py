@@ -20,6 +20,7 @@ and torch.topk promise no order.  A row of logits without a finite value is neve
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -66,11 +67,11 @@ def install(
     report = Report("fast_dllm", _CODEBASE, version)
     report.note("works on logits: the loops, and the model's head in them, are theirs")
     report.note("random numbers: one seed per sequence and call, drawn from torch's generator")
-    handle = Handle(target, report)
+    handle, numbers = Handle(target, report), itertools.count()
 
     def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(_: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            given = noise(report.calls - 1) if noise is not None else None
+            given = noise(next(numbers)) if noise is not None else None
             options = {"generator": generator, "noise": given, "backend": backend}
             result: tuple[Any, Any] = function(*args, **kwargs, **options)
             return result

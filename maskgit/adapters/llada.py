@@ -136,7 +136,7 @@ def install(
     def replacement(*args: Any, seeds: Any = None, **kwargs: Any) -> Any:
         if not handle.is_active:  # called by a name from before
             return original(*args, **kwargs)
-        report.calls += 1
+        report.count()
         return generate(**signature.bind(*args, **kwargs).arguments, seeds=seeds, **options)
 
     replacement.__doc__, replacement.__name__ = generate.__doc__, "generate"
