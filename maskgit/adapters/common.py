@@ -323,6 +323,17 @@ def draw_seeds(batch: int, generator: Any, device: Any) -> Any:
     return seeds.to(device)
 
 
+def without_logits(logits: Any, unscored: Any) -> Any:
+    """(B, N) bool: where among the unscored positions all logits are -inf or NaN; None if nowhere.
+
+    Waits for the device, and reads the logits again only where something is unscored.
+    """
+    if not bool(unscored.any()):
+        return None
+    dead = unscored & ~(logits > -float("inf")).any(-1)
+    return dead if bool(dead.any()) else None
+
+
 def _name(target: Any) -> str:
     if isinstance(target, ModuleType):
         return f"the module {target.__name__}"

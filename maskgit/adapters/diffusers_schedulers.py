@@ -28,7 +28,8 @@ What differs:
       one draws from the logits.  The score is rounded in both.  Block refinement divides by the
       temperature in that precision; here that is float32 too.
     * A row of logits without a finite number commits nothing (without a mask token, it is replaced, or
-      stays).
+      stays).  In block refinement, whose loops end when nothing is masked, it commits id 0 before all
+      others, as diffusers' own does where it takes an argmax.
     * `DiscreteDDIMScheduler.step_correct` is diffusers' own.
     * A pipeline that is saved with one of these schedulers names diffusers' own.
 """
@@ -276,9 +277,9 @@ def block_refinement_step(
     threshold = float(self.config.threshold) if threshold is None else threshold
     if editing_threshold is None:
         editing_threshold = self.config.editing_threshold
-    active, finite = sample == mask_token_id, drawn >= 0
-    taken = _taken(self, active & finite, score, timestep, threshold)
-    edited = _edited(~active & finite & (drawn != sample), score, prompt_mask, editing_threshold)
+    active = sample == mask_token_id
+    taken = _taken(self, active, score, timestep, threshold)
+    edited = _edited(~active & (drawn != sample), score, prompt_mask, editing_threshold)
     after = drawn.where(taken | edited, sample)
     values = (after, taken, edited, drawn, score, model_output)
     names = _OUTPUT["BlockRefinementScheduler"].split(", ")
@@ -422,7 +423,10 @@ def _sample_from_logits(
     generator: Any,
     use_multinomial: bool,
 ) -> tuple[Any, Any]:
-    """(token, probability) of every row, as diffusers' own method of that name."""
+    """(token, probability) of every row, as diffusers' own method of that name.
+
+    A row without a finite logit gives 0 and NaN, which ranks before all numbers: a block's loop ends.
+    """
     temperature = as_number("temperature", temperature)
     if temperature < 0:
         raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
@@ -438,7 +442,8 @@ def _sample_from_logits(
         logits, rule=rule, seeds=seeds, step=options.get("number", 0), noise=noise,
         backend=options["backend"],
     )  # fmt: skip
-    return out.candidate_tokens, out.confidence
+    none = out.candidate_tokens < 0
+    return out.candidate_tokens.clamp(min=0), out.confidence.masked_fill(none, float("nan"))
 
 
 _GREEDY = StepRule(sample_temperature=0.0, score="prob")

@@ -15,7 +15,8 @@ recognised too.
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
 generator: the same law, other tokens.  Equal confidences keep the lower position, where torch.sort
-and torch.topk promise no order.  A row of logits without a finite value is never kept.
+and torch.topk promise no order.  A row of logits without a finite value keeps id 0 before all others, as
+theirs does, whose loops end when nothing is masked.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, commit_tokens, decode_step
-from .common import Handle, Report, check_signature, draw_seeds
+from .common import Handle, Report, check_signature, draw_seeds, without_logits
 
 _CODEBASE = "NVlabs/Fast-dLLM@5332e2fc0edad553a5ac4fae6d6ec7b8cefc410a llada/generate.py"
 _ARGUMENTS = "logits, temperature, remasking, mask_index, x, num_transfer_tokens"
@@ -194,6 +195,16 @@ def _step(
             num_commit=counts,
             seeds=seeds,
             noise=noise,
+            **common,
+        )
+    dead = without_logits(logits, mask_index & (result.confidence == -float("inf")))
+    if dead is not None:
+        result = commit_tokens(
+            result.candidate_tokens.masked_fill(dead, 0),
+            result.confidence.masked_fill(dead, float("inf")),
+            tokens,
+            rule=_with_score(rule, "given", rule.count),
+            num_commit=counts,
             **common,
         )
     kept = mask_index & (result.next_tokens != _MASKED)

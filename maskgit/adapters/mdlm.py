@@ -17,7 +17,8 @@ stays: the loops, `forward`, the schedule, and the greedy fill at the end, which
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from
 torch's generator: the same law, without the tail of the Gumbel variates that upstream's 1e-10 cuts
 off, and other tokens.  Both halves of a position's draw are independent there too.  The cached
-probabilities that `_ddpm_caching_update` returns first are None; given ones are used.
+probabilities that `_ddpm_caching_update` returns first are None; given ones are used.  A position without a
+finite logit stays masked until the fill at the end, where theirs takes id 0 at once.
 """
 
 from __future__ import annotations
@@ -237,8 +238,10 @@ def update(
     if rule is None:
         rule = StepRule(banned_ids=(int(model.mask_index),), score="logit")
     tokens, scores = draw_rows(rows, filled, rule, seeds, noise, step, backend)
-    after[filled] = tokens.to(x.dtype)
-    return after, filled, scores
+    is_drawn = tokens >= 0  # not where no logit is finite: such a position stays masked
+    filled = filled.masked_scatter(filled, is_drawn)
+    after[filled] = tokens[is_drawn].to(x.dtype)
+    return after, filled, scores[is_drawn]
 
 
 def fall(before: Any, after: Any) -> Any:

@@ -17,7 +17,8 @@ What differs: random numbers come from one 64-bit seed per sequence, drawn in ev
 generator: the same law, other tokens.  Scores are ranked as p, not 1 - p, which rounds; equal ones
 commit the lower position.  Known tokens are masked again only by critics and can_remask_prev_masked,
 whatever the schedule.  Critics are not run after the last step, nor the unconditional pass of a
-SelfCritic, since theirs drops the results.  There is no progress bar.  Negative prompts raise
+SelfCritic, since theirs drops the results.  A position without a finite logit takes id 0, as in theirs,
+at the end.  There is no progress bar.  Negative prompts raise
 ValueError: in theirs they end in a NameError.
 """
 
@@ -185,6 +186,7 @@ def generate(
             options = numbers | {"seeds": seeds, "backend": backend}
             options["noise"] = None if noise is None else noise(step)
             ids = loop.step(ids, counts[step + 1], options)
+        ids = ids.masked_fill(ids == model.mask_id, 0)  # left where no logit was finite
         ids = ids.view(len(texts), size, size)
         return ids if model.vae is None else model.vae.decode_from_ids(ids)
 
