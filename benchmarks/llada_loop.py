@@ -27,7 +27,7 @@ from torch import nn
 
 import maskgit
 from maskgit.adapters import llada
-from maskgit.adapters.head import replaced_forward
+from maskgit.adapters.switch import replaced
 
 VOCAB, MASK = 126464, 126336
 SETTINGS: dict[str, Any] = {"gen_length": 64, "block_length": 32, "steps": 32, "temperature": 1.0}
@@ -97,7 +97,7 @@ def by_chance(model: Model, prompt: torch.Tensor, positions_first: bool) -> torc
     """MDLM's rule on the same model: the head for the positions that change, or for all of them."""
 
     def forward(tokens: torch.Tensor) -> torch.Tensor:
-        leave = replaced_forward(model.head, lambda hidden: hidden)
+        leave = replaced(model.head, "forward", lambda hidden: hidden)
         with leave if positions_first else nullcontext():
             logits: torch.Tensor = model(tokens).logits
         return logits

@@ -17,9 +17,8 @@ from test_adapter_llada import Tiny, greedy  # noqa: E402
 
 from maskgit.adapters import llada, mdlm  # noqa: E402
 from maskgit.adapters.common import is_patched  # noqa: E402
-from maskgit.adapters.head import HIDDEN, Head  # noqa: E402
+from maskgit.adapters.head import CHANGED, HIDDEN, REMEMBERED, Head  # noqa: E402
 
-CHANGED = "works on logits: the model does more with them after its head"
 V, MASK = 60, 59
 
 
@@ -148,20 +147,109 @@ def test_looks_and_conversions_that_change_nothing_are_none():
     del prompt
 
 
-def test_a_model_that_remembers_its_logits():
-    """The stand-in of a pass must not be read in the next one."""
+KEEPS = {  # what models remember of a pass
+    "the logits": lambda logits: logits,
+    "the logits detached": lambda logits: logits.detach(),
+    "the logits converted to what they are": lambda logits: logits.float(),
+    "an output with them": lambda logits: types.SimpleNamespace(logits=logits),
+    "a list of outputs": lambda logits: [{"logits": logits}],
+}
 
-    class Remembers(Model):
-        last = None
 
+class Remembers(Model):
+    """A model that keeps something of every pass, and may mix in what it kept of the one before."""
+
+    def __init__(self, keep, mixes=False):
+        super().__init__()
+        self.keep, self.mixes, self.history = keep, mixes, []
+
+    def forward(self, tokens, attention_mask=None):
+        logits = super().forward(tokens, attention_mask).logits
+        before = self.remembered()[-1:] if self.mixes else []
+        self.history.append(self.keep(logits))
+        return types.SimpleNamespace(logits=logits + 0.5 * before[0] if before else logits)
+
+    def remembered(self):
+        """The logits of all passes."""
+        leaves = [getattr(kept, "logits", kept) for kept in self.history]
+        return [one[0]["logits"] if isinstance(one, list) else one for one in leaves]
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("cfg", [0.0, 1.0])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_model_that_remembers_its_logits_is_run_as_it_is(keep, cfg, mixes):
+    model, other = Remembers(KEEPS[keep], mixes), Remembers(KEEPS[keep], mixes)
+    _, out, notes = run(model, cfg)
+    assert torch.equal(out, run(other, cfg, hidden_states=False)[1])
+    assert notes == [REMEMBERED]
+    assert len(model.history) == len(other.history) > 3  # as many passes as without the patch
+    for one, two in zip(model.remembered(), other.remembered(), strict=True):
+        assert type(one) is torch.Tensor
+        assert not vars(one)
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_what_a_later_pass_keeps_are_logits_too(mode):
+    """Also where that pass ends in an error, in whatever mode."""
+    model, kept = Model(), []
+
+    def later(logits):
+        kept.append(logits if kept else None)  # of the first pass nothing
+        return logits
+
+    model.after = later
+    with mode():
+        _, out, notes = run(model)
+    assert torch.equal(out, run(Model(), hidden_states=False)[1])
+    assert notes == [HIDDEN]
+    assert len(kept) == 4
+
+    def breaks(logits):
+        kept.append(logits)
+        raise KeyError("broken")
+
+    model.after = breaks
+    with mode(), pytest.raises(KeyError, match="broken"):
+        run(model)
+    for one in kept[1:]:
+        assert type(one) is torch.Tensor
+        assert one.add(1).shape[2] == V
+
+
+def test_a_cycle_is_no_memory():
+    class Output:
+        def __init__(self, logits):
+            self.logits, self.me = logits, self
+
+    class Cyclic(Model):
         def forward(self, tokens, attention_mask=None):
-            before, self.last = self.last, super().forward(tokens, attention_mask).logits
-            if before is not None:
-                return types.SimpleNamespace(logits=self.last + 0.5 * before)
-            return types.SimpleNamespace(logits=self.last)
+            return Output(super().forward(tokens, attention_mask).logits)
 
-    with pytest.raises(adapters.AdapterError, match="hidden_states=False"):
-        run(Remembers())
+    assert run(Cyclic())[2] == [HIDDEN]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model_keeps_nothing_of_a_pass(fullgraph):
+    """What is compiled while a thread is in a pass is the model as it is, in one graph."""
+    model, other = Model(), Model()
+    hidden = torch.nn.Sequential(model.embed, model.head)
+    compiled = torch.compile(hidden, backend="eager", fullgraph=fullgraph)
+    model.forward = lambda tokens: types.SimpleNamespace(logits=compiled(tokens))
+    other.forward = lambda tokens: types.SimpleNamespace(logits=other.head(other.embed(tokens)))
+    assert torch.equal(run(model)[1], run(other, hidden_states=False)[1])
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(compiled(tokens), other(tokens).logits)
+
+
+def test_a_touched_pass_is_not_run_twice():
+    model, calls = Model(AFTER["a cap"]), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    run(model, 1.0)
+    assert len(calls) == 4
 
 
 def test_a_change_that_comes_later_is_an_error():

@@ -192,6 +192,90 @@ def test_layouts(layout, dtype):
     torch.testing.assert_close(got.confidence, want.confidence, rtol=1e-5, atol=1e-5)
 
 
+LAYOUTS = {  # (B, N, V) views of (2, 6, V + 8) numbers
+    "dense": lambda memory, vocab: memory[:, :, :vocab],
+    "odd offset": lambda memory, vocab: memory[:, :, 3 : 3 + vocab],
+    "odd stride": lambda memory, vocab: memory.flatten()[1 : 1 + 12 * (vocab + 2)].view(2, 6, -1)[
+        ..., :vocab
+    ],
+    "V-major": lambda memory, vocab: (
+        memory.flatten()[: 12 * vocab].view(2, vocab, 6).transpose(1, 2)
+    ),
+    "every second": lambda memory, vocab: memory.flatten()[: 12 * (vocab + 7)].view(2, 3, -1)[
+        ..., : 2 * vocab : 2
+    ],
+}
+READS = {  # each walks its rows in a way of its own
+    "maskgit": {},
+    "llada": {"sample_temperature": 0.0},
+    "dream-entropy": {"filters": ("temperature", "top_k", "top_p"), "top_k": 9, "top_p": 0.8},
+    "injected": {},
+}
+
+
+class Fences:
+    """The bytes of some tensors' storages that may be read: whole aligned 16 bytes of dense rows."""
+
+    def __init__(self, monkeypatch, *tensors):
+        from triton.runtime import interpreter
+
+        self.reads = 0
+        self.zones = []
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            places = torch.arange(storage.nbytes() // tensor.element_size())
+            places = places.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            first = storage.data_ptr() + places.flatten().numpy() * tensor.element_size()
+            grain = 16 if tensor.stride(-1) == 1 else tensor.element_size()
+            begin = storage.data_ptr() // grain * grain
+            allowed = np.zeros(storage.nbytes() // grain + 2, bool)
+            allowed[(first - begin) // grain] = True
+            self.zones.append((begin, storage.data_ptr() + storage.nbytes(), grain, allowed))
+        load = interpreter.InterpreterBuilder.create_masked_load
+
+        def watched(builder, ptrs, mask, *more):
+            self.check(np.asarray(ptrs.data)[np.asarray(mask.data, bool)])
+            return load(builder, ptrs, mask, *more)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", watched)
+
+    def check(self, pointers):
+        """That no pointer into a zone is at a byte that may not be read."""
+        for begin, end, grain, allowed in self.zones:
+            mine = pointers[(pointers >= begin) & (pointers < end)].astype(np.int64)
+            self.reads += mine.size
+            assert allowed[(mine - begin) // grain].all()
+
+
+@pytest.mark.skipif(not is_interpreting(), reason="looks into the interpreter")
+@pytest.mark.parametrize(
+    ("name", "guided"),
+    [("maskgit", False), ("maskgit", True), ("injected", True), ("llada", True),
+     pytest.param("dream-entropy", True, marks=pytest.mark.slow)],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_outside_the_rows_is_read(layout, guided, name, monkeypatch):
+    """Logits, unconditional ones and noise lie inside larger memory that a fault would be read from."""
+    vocab, rng = 137, torch.manual_seed(1)
+    memory = [torch.randn(2, 6, vocab + 8, generator=rng).bfloat16() * 3 for _ in range(2)]
+    logits, uncond = (LAYOUTS[layout](m, vocab) for m in memory)
+    noise = LAYOUTS[layout](torch.randn(2, 6, vocab + 8, generator=rng), vocab)
+    tokens = torch.zeros(logits.shape[:2], dtype=torch.long)
+    tokens[0, 0] = tokens[-1, -1] = vocab  # the ends of the memory
+    rule = StepRule.preset("maskgit" if name == "injected" else name)
+    options = {"mask_token_id": vocab, "step": 1, "num_steps": 4, "backend": "triton"}
+    options["rule"] = dataclasses.replace(rule, **READS[name])
+    if name == "injected":
+        options["noise"] = maskgit.StepNoise(noise, torch.randn(tokens.shape, generator=rng))
+    else:
+        options["seeds"] = torch.tensor([5, 6])
+    if guided:
+        options |= {"uncond_logits": uncond, "guidance_scale": 1.5}
+    fences = Fences(monkeypatch, logits, uncond, noise)
+    maskgit.decode_step(logits, tokens, **options)
+    assert fences.reads > 2 * vocab * (1 + guided)
+
+
 @pytest.mark.parametrize(
     ("layout", "alike"), [("twins", True), ("halves", False), ("a copy", False), ("V-major", False)]
 )
@@ -223,6 +307,28 @@ def test_layouts_of_guidance(layout, alike, dtype):
         assert torch.equal(got.candidate_tokens, want.candidate_tokens)
         assert torch.equal(got.candidate_tokens, reference.candidate_tokens)
         torch.testing.assert_close(got.confidence, want.confidence, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 257])
+def test_parts_of_the_temporary_are_aligned(rows, splits, wide):
+    """Kernels are compiled for pointers as they lie: these lie alike whatever the number of rows."""
+    drawn, score, parts = triton_cuda._temporary(rows, splits, wide, torch.device("cpu"))
+    for part in (drawn, score, parts):
+        assert part is None or (part.data_ptr() - drawn.data_ptr()) % 16 == 0
+    assert (len(drawn), len(score)) == (rows, rows)
+    assert splits == 1 or len(parts) == triton_cuda.NUM_PARTS * splits * rows
+
+
+def test_what_is_recorded_of_a_pointer_is_where_it_lies():
+    """As Triton's launcher sees it: an offset tensor is not promised to be aligned."""
+    from maskgit.benchmarks.profile_triton import _place
+
+    for device in ("cpu", "meta"):
+        memory = torch.empty(64, device=device)
+        assert [_place(memory[n:]) % 16 for n in (0, 1, 2, 4)] == [0, 4, 8, 0]
+    assert (_place(32), _place(33)) == (32, 33)
 
 
 def test_a_batch_does_not_change_a_sequence():

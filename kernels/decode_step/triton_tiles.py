@@ -145,28 +145,33 @@ def tile(source, at, leaf, chunks: tl.constexpr, S: tl.constexpr, safe: tl.const
     """
     leaves: tl.constexpr = S.leaves
     vec: tl.constexpr = S.vec
-    rows: tl.constexpr = S.rows
+    R: tl.constexpr = S.rows * leaves
     logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column = source
     row, uncond_row, shift, live = at
     leaf += vocab * 0  # a tensor in the interpreter too
-    within = tl.arange(0, rows * leaves) % leaves
-    chunk = (leaf + within)[:, None, None] * LEAF + (tl.arange(0, chunks) * vec)[None, :, None]
-    p = chunk + tl.arange(0, vec)[None, None, :]
-    index = p - shift
-    inside = live & (chunk < vocab + shift)
+    number = leaf + tl.arange(0, R) % leaves
+    chunk = number[:, None, None] * LEAF + (tl.arange(0, chunks) * vec)[None, :, None]
+    index = chunk + tl.arange(0, vec)[None, None, :] - shift
+    # [R, chunks * VEC] for the loads: with three axes Triton 3.6 gives neighbouring lanes other leaves
+    p = number[:, None] * LEAF + tl.arange(0, chunks * vec)[None, :]
+    row, uncond_row = tl.reshape(row, [R, 1]), tl.reshape(uncond_row, [R, 1])
+    begins, live = tl.reshape(shift, [R, 1]), tl.reshape(live, [R, 1])
+    place = p - begins
+    inside = live & (place < vocab)
     pointers = logits + (row + p.to(tl.int64) * stride_v)
-    if S.dense:  # each chunk starts at a multiple of 16 bytes
-        pointers = tl.multiple_of(pointers, [1, 1, 16])
+    if S.dense:  # each chunk starts at a multiple of 16 bytes, all of which are there
+        inside = live & (p // vec * vec < vocab + begins)
+        pointers = tl.multiple_of(pointers, [1, 16])
     raw = tl.load(pointers, mask=inside, other=-float("inf"))
-    x = raw.to(tl.float32)
+    x = tl.reshape(raw, [R, chunks, vec]).to(tl.float32)
     if S.guide > 0:
         if S.twin:
-            pointers = tl.multiple_of(uncond + (uncond_row - shift + p), [1, 1, 16])
+            pointers = tl.multiple_of(uncond + (uncond_row - begins + p), [1, 16])
         else:
-            pointers = uncond + (uncond_row + index.to(tl.int64) * uncond_stride_v)
+            pointers = uncond + (uncond_row + place.to(tl.int64) * uncond_stride_v)
             if S.ragged:
-                inside = inside & (index >= 0) & (index < vocab)
-        u = tl.load(pointers, mask=inside, other=0.0)
+                inside = inside & (place >= 0) & (place < vocab)
+        u = tl.reshape(tl.load(pointers, mask=inside, other=0.0), [R, chunks, vec])
         x = guided(x, u.to(tl.float32), guidance, raw.dtype, S)
     first, stop = leaf * LEAF, (leaf + leaves) * LEAF
     if S.ragged:

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import math
 import numbers
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -37,6 +38,7 @@ ADAPTERS = {
     "muse": "a MaskGit of lucidrains/muse-maskgit-pytorch",
 }
 _MARK = "_maskgit_handle"
+_LOCK = threading.RLock()  # of marks and reports, which threads share
 _SWITCHES = ("hidden_states", "trim_head", "fast", "fixed", "trust_version")
 
 
@@ -58,8 +60,15 @@ class Report:
 
     def note(self, sentence: str) -> None:
         """Add a sentence once."""
-        if sentence not in self.notes:
-            self.notes.append(sentence)
+        with _LOCK:
+            if sentence not in self.notes:
+                self.notes.append(sentence)
+
+    def count(self) -> int:
+        """Count a call; its number, from 0."""
+        with _LOCK:
+            self.calls += 1
+            return self.calls - 1
 
 
 class Handle:
@@ -70,9 +79,10 @@ class Handle:
         self.report = report
         self._saved: list[tuple[Any, str, bool, Any]] = []
         self._active = True
-        if is_patched(target):
-            raise AdapterError(f"target: {_name(target)} is patched already; undo that first")
-        self._set(target, _MARK, self)
+        self.thread = threading.get_ident()
+        with _LOCK:
+            _check_unpatched(target)
+            self._set(target, _MARK, self)
 
     def replace(self, name: str, value: Any, owner: Any = None) -> None:
         """Set an attribute of the target (or of an object inside it), remembering what it was."""
@@ -99,16 +109,17 @@ class Handle:
         return self._active
 
     def undo(self) -> None:
-        """Restore everything; AdapterError if that has been done."""
-        if not self._active:
-            raise AdapterError(f"target: {_name(self.target)} is not patched any more")
-        for owner, name, own, value in reversed(self._saved):
-            if own:
-                setattr(owner, name, value)
-            else:
-                delattr(owner, name)
-        self._saved.clear()
-        self._active = False
+        """Restore everything; AdapterError if that has been done.  Calls that run go on to their end."""
+        with _LOCK:
+            if not self._active:
+                raise AdapterError(f"target: {_name(self.target)} is not patched any more")
+            self._active = False
+            for owner, name, own, value in reversed(self._saved):
+                if own:
+                    setattr(owner, name, value)
+                else:
+                    delattr(owner, name)
+            self._saved.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies of the target do not carry its patch."""
@@ -139,7 +150,8 @@ class _Method:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._handle.is_active:
             return self._original(*args, **kwargs)
-        self._handle.report.calls += self._count
+        if self._count:
+            self._handle.report.count()
         return self._ours(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -157,6 +169,14 @@ def is_patched(target: Any) -> bool:
     """Whether a patch of the target is in place; a copy of a patched object is not patched."""
     handle = getattr(target, "__dict__", {}).get(_MARK)
     return handle is not None and handle.target is target
+
+
+def _check_unpatched(target: Any) -> None:
+    if is_patched(target):
+        raise AdapterError(
+            f"target: {_name(target)} is patched already, for all threads; undo that first, or put one "
+            "block around them all"
+        )
 
 
 def supported() -> dict[str, str]:
@@ -182,8 +202,7 @@ def patch(target: Any, adapter: str | None = None, **options: Any) -> Handle:
             option is wrong; the message says what was expected and the target is as it was.
         ValueError: `backend` is not a backend's name.
     """
-    if is_patched(target):
-        raise AdapterError(f"target: {_name(target)} is patched already; undo that first")
+    _check_unpatched(target)
     if adapter is not None and (not isinstance(adapter, str) or adapter not in ADAPTERS):
         raise AdapterError(f"adapter: expected one of {', '.join(ADAPTERS)}, got {adapter!r}")
     names = list(ADAPTERS) if adapter is None else [adapter]
@@ -205,8 +224,9 @@ def _install(module: ModuleType, target: Any, options: dict[str, Any]) -> Handle
     try:
         handle: Handle = module.install(target, **options)
     except BaseException:
-        if is_patched(target):
-            vars(target)[_MARK].undo()
+        ours = vars(target).get(_MARK) if is_patched(target) else None
+        if ours is not None and ours.thread == threading.get_ident():
+            ours.undo()
         raise
     return handle
 
@@ -251,8 +271,9 @@ def fast_sampler(target: Any, adapter: str | None = None, **options: Any) -> Ite
     try:
         yield handle
     finally:
-        if handle.is_active:  # not undone in the block
-            handle.undo()
+        with _LOCK:
+            if handle.is_active:  # not undone in the block
+                handle.undo()
 
 
 def as_count(name: str, value: Any) -> int:
@@ -284,6 +305,17 @@ def draw_seeds(batch: int, generator: Any, device: Any) -> Any:
     where = device if generator is None else generator.device
     seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator, device=where)
     return seeds.to(device)
+
+
+def without_logits(logits: Any, unscored: Any) -> Any:
+    """(B, N) bool: where among the unscored positions all logits are -inf or NaN; None if nowhere.
+
+    Waits for the device, and reads the logits again only where something is unscored.
+    """
+    if not bool(unscored.any()):
+        return None
+    dead = unscored & ~(logits > -float("inf")).any(-1)
+    return dead if bool(dead.any()) else None
 
 
 def _name(target: Any) -> str:

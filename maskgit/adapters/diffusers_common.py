@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .common import draw_seeds
 from .fingerprint import AdapterError, check_version
 
-# `calls` counts the steps since `set_timesteps`, which number the random numbers of a run.
-DEFAULTS: dict[str, Any] = {"seeds": None, "backend": "auto", "report": None, "calls": 0}
+DEFAULTS: dict[str, Any] = {"seeds": None, "backend": "auto", "report": None}
+
+
+class _Local(threading.local):
+    """What belongs to one thread's run, where threads share a scheduler.
+
+    calls: per scheduler, the steps since `set_timesteps`, which number the random numbers of a run.
+    given: the options of the call that is under way.
+    """
+
+    def __init__(self) -> None:
+        self.calls: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.given: dict[str, Any] = {}
+
+
+_LOCAL = _Local()
 
 _UNIFORM = {"set_timesteps": "7bf4c29b34094d57", "_sample_from_logits": "f8fc9ea58841aa4c"}
 _DIGESTS = {  # of the releases 0.39 to 0.42.1
@@ -68,14 +85,30 @@ def starting_again(stock: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(stock)  # pipelines look at its parameters
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
-        self.maskgit_options = self.maskgit_options | {"calls": 0}
+        _LOCAL.calls[self] = 0
 
     return set_timesteps
 
 
+@contextlib.contextmanager
+def giving(**options: Any) -> Iterator[None]:
+    """Inside, and in this thread, these options come before those of `install`."""
+    before, _LOCAL.given = _LOCAL.given, options
+    try:
+        yield
+    finally:
+        _LOCAL.given = before
+
+
+def options_of(self: Any) -> dict[str, Any]:
+    """The options of a call: its own, and those of `install`."""
+    options: dict[str, Any] = self.maskgit_options
+    return options | _LOCAL.given
+
+
 def seeds_of(self: Any, seeds: Any, batch: int, generator: Any, device: Any) -> Any:
     """(B,) seeds: the caller's, those of `install`, or drawn from the generator."""
-    seeds = self.maskgit_options["seeds"] if seeds is None else seeds
+    seeds = options_of(self)["seeds"] if seeds is None else seeds
     return draw_seeds(batch, generator, device) if seeds is None else seeds
 
 
@@ -83,14 +116,14 @@ def backend_of(self: Any, backend: str | None) -> str:
     """Count a step in the report; the backend to run it on."""
     report = self.maskgit_options["report"]
     if report is not None:
-        report.calls += 1
+        report.count()
     return str(self.maskgit_options["backend"] if backend is None else backend)
 
 
 def next_call(self: Any) -> int:
-    """The number of this step since `set_timesteps`."""
-    number = int(self.maskgit_options["calls"])
-    self.maskgit_options = self.maskgit_options | {"calls": number + 1}
+    """The number of this step since this thread's `set_timesteps`."""
+    number = _LOCAL.calls.get(self, 0)
+    _LOCAL.calls[self] = number + 1
     return number
 
 

@@ -30,7 +30,8 @@ What differs:
     * In half precision `EntropyBoundScheduler` accepts by entropies and sums that are rounded as diffusers'
       own are, which reads the logits again; the draw is the fused one.
     * A row of logits without a finite number commits nothing (without a mask token, it is replaced, or
-      stays).
+      stays).  In block refinement, whose loops end when nothing is masked, it commits id 0 before all
+      others, as diffusers' own does where it takes an argmax.
     * `DiscreteDDIMScheduler.step_correct` is diffusers' own.
     * A pipeline that is saved with one of these schedulers names diffusers' own.
 """
@@ -48,6 +49,9 @@ from .diffusers_common import (
     DEFAULTS,
     backend_of,
     check_code,
+    giving,
+    next_call,
+    options_of,
     output_class,
     seeds_of,
     starting_again,
@@ -156,7 +160,7 @@ def install(
         report.note("the model's head sees the active block alone")
     if seeds is None:
         report.note("random numbers: seeds per sequence, drawn from the generator once per step")
-    new.maskgit_options = {"seeds": seeds, "backend": backend, "report": report, "calls": 0}
+    new.maskgit_options = {"seeds": seeds, "backend": backend, "report": report}
     handle = Handle(target, report)
     handle.replace("scheduler", new)
     if head is not None:
@@ -285,11 +289,10 @@ def block_refinement_step(
     `seeds`, `noise` (its token_gumbel) and `backend` are as in `amused_step`.  Without a mask token
     (uniform corruption, DiffusionGemma) the draw is ours and the selection diffusers'.
     """
-    options = self.maskgit_options
-    self.maskgit_options = options | {"noise": noise} | ({} if seeds is None else {"seeds": seeds})
-    self.maskgit_options["backend"] = backend_of(self, backend)
+    options = {"noise": noise, "backend": backend_of(self, backend), "number": next_call(self)}
+    options |= {} if seeds is None else {"seeds": seeds}
     draw = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "generator": generator}
-    try:
+    with giving(**options):
         if mask_token_id is None:
             return stock_class(type(self)).step(
                 self, model_output, timestep, sample, sampling_method=sampling_method,
@@ -302,14 +305,12 @@ def block_refinement_step(
             or (sampling_method == "auto" and temperature != 0.0),
             **draw,
         )
-    finally:
-        self.maskgit_options = options | {"calls": options["calls"] + 1}
     threshold = float(self.config.threshold) if threshold is None else threshold
     if editing_threshold is None:
         editing_threshold = self.config.editing_threshold
-    active, finite = sample == mask_token_id, drawn >= 0
-    taken = _taken(self, active & finite, score, timestep, threshold)
-    edited = _edited(~active & finite & (drawn != sample), score, prompt_mask, editing_threshold)
+    active = sample == mask_token_id
+    taken = _taken(self, active, score, timestep, threshold)
+    edited = _edited(~active & (drawn != sample), score, prompt_mask, editing_threshold)
     after = drawn.where(taken | edited, sample)
     values = (after, taken, edited, drawn, score, model_output)
     names = _OUTPUT["BlockRefinementScheduler"].split(", ")
@@ -369,6 +370,8 @@ def _trimmable(pipe: Any, trusted: bool) -> Any:
     check_version(type(pipe), (), known, relied=("__call__",), what=kind, trusted=trusted)
     head = output_layer(pipe.model)
     why = obstacle(head)
+    if not why and "forward" in vars(head):
+        why = "another thread is in a pass of it"
     if why:
         raise AdapterError(f"trim_head: expected a plain linear head, but {why}")
     return head
@@ -453,11 +456,14 @@ def _sample_from_logits(
     generator: Any,
     use_multinomial: bool,
 ) -> tuple[Any, Any]:
-    """(token, probability) of every row, as diffusers' own method of that name."""
+    """(token, probability) of every row, as diffusers' own method of that name.
+
+    A row without a finite logit gives 0 and NaN, which ranks before all numbers: a block's loop ends.
+    """
     temperature = as_number("temperature", temperature)
     if temperature < 0:
         raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
-    options, seeds = self.maskgit_options, None
+    options, seeds = options_of(self), None
     is_drawn = temperature > 0 and use_multinomial
     top_k = None if top_k is None else int(top_k)
     top_p = None if top_p is None else float(top_p)
@@ -466,10 +472,11 @@ def _sample_from_logits(
     if is_drawn and noise is None:
         seeds = seeds_of(self, None, logits.shape[0], generator, logits.device)
     out = sample_tokens(
-        logits, rule=rule, seeds=seeds, step=options["calls"], noise=noise,
+        logits, rule=rule, seeds=seeds, step=options.get("number", 0), noise=noise,
         backend=options["backend"],
     )  # fmt: skip
-    return out.candidate_tokens, out.confidence
+    none = out.candidate_tokens < 0
+    return out.candidate_tokens.clamp(min=0), out.confidence.masked_fill(none, float("nan"))
 
 
 _GREEDY = StepRule(sample_temperature=0.0, score="prob")

@@ -13,19 +13,31 @@ in every call.  FixedParallelDecoder is not known: theirs uses names that do not
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
 generator: the same law, other tokens.  HierarchyDecoder takes batches; its probabilities are rounded
-once to the dtype of the logits, where theirs rounds their logarithms first.  The credits are kept as
+once to the dtype of the logits, where theirs rounds their logarithms first.  Positions without a finite
+logit take id 0 before all others, as in theirs, but in the threshold decoders too, whose loops such a
+position keeps from ending there.  The credits are kept as
 the few (token, credit) pairs that a block has had, not as a tensor of the size of the logits, and here,
-not on the decoder: they start anew with a patch and with its undo.
+not on the decoder: each thread has its own, and they start anew with a patch and with its undo.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from ..kernels.decode_step import StepNoise, StepRule, decode_step, sample_tokens
-from .common import Handle, Report, draw_seeds
+from ..kernels.decode_step import (
+    StepNoise,
+    StepResult,
+    StepRule,
+    commit_tokens,
+    decode_step,
+    sample_tokens,
+)
+from .common import Handle, Report, draw_seeds, without_logits
 from .fingerprint import AdapterError, check_attributes, check_signature, check_version
 
 _CODEBASE = (
@@ -99,10 +111,11 @@ def install(
         )
     version = _version_of(target, kind, trust_version)
     report = Report("dinfer", _CODEBASE, f"{kind.__name__} of {version}")
-    credits: dict[tuple[int, int], Any] = {}
+    numbers, of_thread = itertools.count(), threading.local()
 
     def call(decoder: Any, *args: Any, **kwargs: Any) -> None:
-        given = noise(report.calls - 1) if noise is not None else None
+        given = noise(next(numbers)) if noise is not None else None
+        credits = vars(of_thread).setdefault("credits", {})
         options = {"generator": generator, "noise": given, "backend": backend}
         function: Callable[..., None] = decode
         function(decoder, *args, **kwargs, credits=credits, **options)
@@ -191,11 +204,48 @@ def decode(
         noise=noise,
         backend=backend,
     )
-    x[:, block_start:block_end] = result.next_tokens
+    is_masked = tokens == mask_id
+    dead = without_logits(logits, is_masked & (result.confidence == -float("inf")))
+    after = result.next_tokens
+    if dead is not None:
+        after = _after_dead(rule, result, tokens, dead, mask_id, backend)
+        if rule.count == "runs":
+            sure = result.confidence.to(logits.dtype) > rule.threshold
+            after = after.masked_fill(is_masked & _beside(dead, is_masked) & ~sure, mask_id)
+    x[:, block_start:block_end] = after
     if kind.__name__ == "HierarchyDecoder":
         decoder.iter += 1
     if credits and not bool((getattr(x, "data", x) == mask_id).any()):
         credits.clear()
+
+
+def _after_dead(
+    rule: StepRule, result: StepResult, tokens: Any, dead: Any, mask_id: int, backend: str
+) -> Any:
+    """The tokens after a step in which positions without a finite logit take id 0 before all others."""
+    return commit_tokens(
+        result.candidate_tokens.masked_fill(dead, 0),
+        result.confidence.masked_fill(dead, float("inf")),
+        tokens,
+        rule=replace(rule, score="given"),
+        mask_token_id=mask_id,
+        step=0,
+        num_steps=1,
+        backend=backend,
+    ).next_tokens
+
+
+def _beside(dead: Any, is_masked: Any) -> Any:
+    """(B, L) bool: the runs of masked positions that hold a dead one, but for each row's first of these.
+
+    A dead position's NaN is its run's highest score, which equals none; the first one is the row's best.
+    """
+    import torch
+
+    starts = is_masked & ~torch.nn.functional.pad(is_masked, (1, -1))
+    runs = starts.long().cumsum(1)
+    has = runs.new_zeros(len(runs), runs.shape[1] + 1).scatter_reduce(1, runs, dead.long(), "amax")
+    return has.gather(1, runs).bool() & ~(dead & (dead.cumsum(1) == 1))
 
 
 def _rule_of(decoder: Any, kind: str, threshold: float | None) -> StepRule:

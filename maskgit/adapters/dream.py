@@ -23,8 +23,8 @@ generator: the same law, other tokens; they belong to a token's position in its 
 padding has moved it.  Filters and softmax are in float32, where theirs round to the dtype of the
 logits.  In rows of different lengths theirs can overwrite known tokens by masks, or leave masks, since
 all rows have the mean's count; here known tokens stay, and with `fixed=True` each row has its own count.
-Equal confidences commit the lower position.  Fast-dLLM's own alg="confidence_threshold" is
-refused with a ValueError.
+Equal confidences commit the lower position.  A position without a finite logit stays masked, where theirs
+takes id 0.  Fast-dLLM's own alg="confidence_threshold" is refused with a ValueError.
 """
 
 from __future__ import annotations

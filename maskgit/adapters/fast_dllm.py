@@ -15,11 +15,13 @@ evaluation/lm/generate.py are known by their code too; what a caller leaves out 
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
 generator: the same law, other tokens.  Equal confidences keep the lower position, where torch.sort
-and torch.topk promise no order.  A row of logits without a finite value is never kept.
+and torch.topk promise no order.  A row of logits without a finite value keeps id 0 before all others, as
+theirs does, whose loops end when nothing is masked.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -27,7 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from ..kernels.decode_step import StepNoise, StepRule, commit_tokens, decode_step
-from .common import Handle, Report, draw_seeds
+from .common import Handle, Report, draw_seeds, without_logits
 from .fingerprint import check_signature, check_version
 
 _CODEBASE = "NVlabs/Fast-dLLM@5332e2fc0edad553a5ac4fae6d6ec7b8cefc410a llada/generate.py"
@@ -77,11 +79,11 @@ def install(
     report = Report("fast_dllm", _CODEBASE, version)
     report.note("works on logits: the loops, and the model's head in them, are theirs")
     report.note("random numbers: one seed per sequence and call, drawn from torch's generator")
-    handle = Handle(target, report)
+    handle, numbers = Handle(target, report), itertools.count()
 
     def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(_: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            given = noise(report.calls - 1) if noise is not None else None
+            given = noise(next(numbers)) if noise is not None else None
             options = {"generator": generator, "noise": given, "backend": backend}
             result: tuple[Any, Any] = function(*args, **kwargs, **options)
             return result
@@ -204,6 +206,16 @@ def _step(
             num_commit=counts,
             seeds=seeds,
             noise=noise,
+            **common,
+        )
+    dead = without_logits(logits, mask_index & (result.confidence == -float("inf")))
+    if dead is not None:
+        result = commit_tokens(
+            result.candidate_tokens.masked_fill(dead, 0),
+            result.confidence.masked_fill(dead, float("inf")),
+            tokens,
+            rule=_with_score(rule, "given", rule.count),
+            num_commit=counts,
             **common,
         )
     kept = mask_index & (result.next_tokens != _MASKED)

@@ -3,26 +3,32 @@
 Nothing that a model says of itself tells that its head comes last: it may cut off a padded vocabulary,
 cap or scale its logits, ban tokens, convert them, remember them.  So in every pass the head gives a
 stand-in for the logits: a tensor of their shape and dtype without memory of its own, that may be looked at
-(shape, dtype, device) and passed on, and on which any operation is an error.  Where the model returns the
-stand-in itself its head comes last, and what went into the head is all that is needed.  Where it does not,
-the first pass is run again as it is, and the model's own logits are used from then on.
+(shape, dtype, device) and passed on.  Any other operation has the logits made and works on them, so that a
+pass is what it always was, whatever the model does.  Where the model returns the stand-in itself, untouched,
+its head comes last, and what went into the head is all that is needed.  Where it does not in the first
+pass, or keeps the stand-in, its own logits are used from then on.  A stand-in that anyone keeps is turned
+into the logits that it stands for.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from functools import cache
+import gc
+import weakref
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from ..kernels.decode_step import StepResult, decode_step
 from ..kernels.head_sample import decode_step_from_hidden
 from .fingerprint import AdapterError
+from .switch import is_own, replaced
 
 HIDDEN = "works on hidden states: the head is applied to the rows that are drawn alone"
+CHANGED = "works on logits: the model does more with them after its head"
+REMEMBERED = "works on logits: the model keeps them after its passes"
 Pass = Callable[[], Any]
-# Gets what goes into the head; returns the dtype of what comes out, None to refuse.
-Keep = Callable[[Any], Any]
+# Gets what goes into the head; returns what is needed of it and the dtype of what comes out, None to refuse.
+Keep = Callable[[Any], tuple[Any, Any]]
 # What may be asked of a stand-in, and what gives it back where that changes nothing of it.
 _LOOKS = {
     "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta",
@@ -42,10 +48,6 @@ _CONVERTS = {
     "detach",
     "contiguous",
 }
-
-
-class _TouchedError(Exception):
-    """The model has done something with its logits."""
 
 
 class Head:
@@ -81,36 +83,23 @@ class Head:
 
     def run(self, *passes: Pass) -> tuple[Any, ...]:
         """What goes into the head in each of these passes, or what they return where that differs."""
-        import torch
-
-        seen: list[Any] = []
-
-        def keep(hidden: Any) -> Any:
-            seen.append(hidden.detach())
-            plain = not torch.is_autocast_enabled(hidden.device.type)
-            return hidden.dtype if plain and hidden.dtype == self._layer.weight.dtype else None
-
-        if self._layer is not None and all(self._is_last_in(one, keep) for one in passes):
-            self._use_hidden()
-            return tuple(seen)
-        self._use_logits()
-        return tuple(forward() for forward in passes)
+        layer = self._layer
+        if layer is None:
+            return tuple(forward() for forward in passes)
+        return self._watched(layer, passes, partial(_input, layer))[1]
 
     def rows(self, forward: Pass, wanted: Any) -> Any:
         """(R, V): the wanted rows of the (B, N, V) logits that the pass makes."""
-        if self._layer is None:
+        layer = self._layer
+        if layer is None:
             return forward()[wanted].detach()
-        linear, rows = self._layer.forward, list[Any]()
 
-        def keep(hidden: Any) -> Any:
-            rows.append(linear(hidden[wanted]))
-            return rows[0].dtype
+        def keep(hidden: Any) -> tuple[Any, Any]:
+            rows = _linear(layer, hidden[wanted])
+            return rows, rows.dtype
 
-        if self._is_last_in(forward, keep):
-            self._use_hidden()
-            return rows[0].detach()
-        self._use_logits()
-        return forward()[wanted].detach()
+        is_hidden, (out,) = self._watched(layer, (forward,), keep)
+        return (out if is_hidden else out[wanted]).detach()
 
     def decode_step(self, out: Any, tokens: Any, uncond: Any = None, **options: Any) -> StepResult:
         """`maskgit.decode_step` on what `run` has returned."""
@@ -120,70 +109,158 @@ class Head:
             out, self.weight, tokens, head_bias=self.bias, uncond_hidden=uncond, **options
         )
 
-    def _is_last_in(self, forward: Pass, keep: Keep) -> bool:
-        """Whether a pass returns the very stand-in that its head gave, once."""
-        layer, given, usable = self._layer, list[Any](), list[bool]()
-
-        def stand_in(hidden: Any) -> Any:
-            dtype = keep(hidden)
-            usable.append(dtype is not None)
-            one = layer.weight.new_empty(1, dtype=dtype)
-            shape = (*hidden.shape[:-1], len(layer.weight))
-            given.append(one.expand(shape).as_subclass(_stand_in_class()))
-            return given[-1]
-
+    def _watched(
+        self, layer: Any, passes: tuple[Pass, ...], keep: Keep
+    ) -> tuple[bool, tuple[Any, ...]]:
+        """(True, what `keep` made of the head's inputs), or (False, the logits of all passes)."""
         try:
-            with replaced_forward(layer, stand_in):
-                out = forward()
-        except AdapterError:
-            raise
-        except Exception as error:  # of a touch, or of the model's own, which comes again without
-            if self._is_last and not isinstance(error, _TouchedError):
+            done = [_Watched(layer, forward, keep, not self._is_last) for forward in passes]
+        except Exception:  # of a stand-in, or the model's own, which comes again
+            if self._is_last:
                 raise
-            return False
-        return usable == [True] and out is given[0]
+            self._use_logits(CHANGED)
+            return False, tuple(forward() for forward in passes)
+        if all(one.is_last for one in done):
+            self._is_last = True
+            self._note(HIDDEN)
+            return True, tuple(one.kept for one in done)
+        self._use_logits(REMEMBERED if all(one.is_kept for one in done) else CHANGED)
+        return False, tuple(one.logits() for one in done)
 
-    def _use_hidden(self) -> None:
-        self._is_last = True
-        self._note(HIDDEN)
-
-    def _use_logits(self) -> None:
-        if self._layer is None:
-            return
+    def _use_logits(self, why: str) -> None:
         if self._is_last:
             raise AdapterError(
                 "target: expected the head to come last in every pass, got one that changes its "
                 "logits; patch with hidden_states=False"
             )
         self._layer = None
-        self._note("works on logits: the model does more with them after its head")
+        self._note(why)
+
+
+class _Watched:
+    """One pass in which the head gave stand-ins.
+
+    is_last: whether the pass returned the one that it got, untouched; in a first pass also whether nobody
+    has kept it.  kept: what `keep` made of what went into the head.
+    """
+
+    def __init__(self, layer: Any, forward: Pass, keep: Keep, is_first: bool) -> None:
+        self._layer, self._keep, self._given = layer, keep, list[Any]()
+        self.kept: Any = None
+        self.logits: Callable[[], Any]
+        self.is_last = self.is_kept = False
+        try:
+            with replaced(layer, "forward", self._stand_in):
+                out = forward()
+        except BaseException:
+            self._settle()
+            raise
+        if not self._came_last(out):
+            self._settle()
+            self.logits = partial(_itself, out)
+            return
+        self.logits, remains = out.logits, weakref.ref(out)
+        del out
+        self._given.clear()
+        if remains() is not None and is_first:
+            gc.collect()  # a cycle is nobody
+        self.is_kept = remains() is not None
+        if self.is_kept:
+            _settle(remains())
+        self.is_last = not (self.is_kept and is_first)
+
+    def _came_last(self, out: Any) -> bool:
+        given = self._given
+        return len(given) == 1 and given[0] is not None and out is given[0] and not out.is_touched()
+
+    def _stand_in(self, hidden: Any) -> Any:
+        self.kept, dtype = self._keep(hidden)
+        if dtype is None:
+            self._given.append(None)
+            return _linear(self._layer, hidden)
+        self._given.append(_stand_in_for(self._layer, hidden, dtype))
+        return self._given[-1]
+
+    def _settle(self) -> None:
+        for one in self._given:
+            if one is not None:
+                _settle(one)
+        self._given.clear()
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _linear(layer: Any, hidden: Any) -> Any:
+    """What the layer makes of it, whatever stands in the place of its method."""
+    return type(layer).forward(layer, hidden)
+
+
+def _input(layer: Any, hidden: Any) -> tuple[Any, Any]:
+    """What goes into the head, and the dtype of what comes out, None where they are not the same."""
+    import torch
+
+    plain = not torch.is_autocast_enabled(hidden.device.type)
+    return hidden.detach(), hidden.dtype if plain and hidden.dtype == layer.weight.dtype else None
+
+
+def _stand_in_for(layer: Any, hidden: Any, dtype: Any) -> Any:
+    """(..., V): a stand-in for what the layer makes of hidden states (..., D)."""
+    one = layer.weight.detach().new_empty(1, dtype=dtype)
+    out = one.expand((*hidden.shape[:-1], len(layer.weight))).as_subclass(_stand_in_class())
+    out.logits = cache(partial(_linear, layer, hidden))
+    return out
+
+
+def _settle(stand_in: Any) -> None:
+    """Turn a stand-in into the logits, for whoever holds it."""
+    import torch
+
+    with torch._C.DisableTorchFunctionSubclass():
+        stand_in.data = stand_in.logits().detach()
+    del stand_in.logits
+    stand_in.__class__ = torch.Tensor
 
 
 @cache
 def _stand_in_class() -> Any:
-    """The class of stand-ins: a tensor that may be looked at, and nothing else."""
+    """The class of stand-ins: tensors that may be looked at, and are the logits once they are touched."""
     import torch
+    from torch.utils._pytree import tree_map
 
     class StandIn(torch.Tensor):
+        logits: Any  # makes them, once
+
+        def is_touched(self) -> bool:
+            """Whether the logits have been made."""
+            return bool(self.logits.cache_info().currsize)
+
         @classmethod
         def __torch_function__(
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
+            kwargs = kwargs or {}
             name = getattr(func, "__name__", "")
             if name == "__get__":
                 name = getattr(func.__self__, "__name__", "")
-            own = args[0] if args else None
-            if name in _LOOKS:
+            own: Any = args[0] if args else None
+            is_fresh = isinstance(own, cls) and not own.is_touched()
+            if name == "__hash__" or (name in _LOOKS and is_fresh):
                 with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **(kwargs or {}))
-            if name in _CONVERTS and isinstance(own, cls):
+                    return func(*args, **kwargs)
+            if name in _CONVERTS and is_fresh:
                 with torch._C.DisableTorchFunctionSubclass():
                     probe = torch.empty(0, dtype=own.dtype, device=own.device)
-                    out = func(probe, *args[1:], **(kwargs or {}))
+                    out = func(probe, *args[1:], **kwargs)
                     same = getattr(out, "dtype", None) == own.dtype and out.device == own.device
-                if same and not (kwargs or {}).get("copy"):
+                if same and not kwargs.get("copy"):
                     return own
-            raise _TouchedError(name)
+            args, kwargs = tree_map(_made, (args, kwargs))
+            return func(*args, **kwargs)
+
+    def _made(value: Any) -> Any:
+        return value.logits() if isinstance(value, StandIn) else value
 
     return StandIn
 
@@ -200,20 +277,8 @@ def obstacle(layer: Any) -> str:
 
     if type(layer) is not torch.nn.Linear:
         return "the model has no plain linear head"
-    if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+    if not is_own(layer, "forward") or layer._forward_hooks or layer._forward_pre_hooks:
         return "the head is watched by hooks, or replaced"
     if torch.is_autocast_enabled(layer.weight.device.type):
         return "autocast is on"
     return ""
-
-
-@contextlib.contextmanager
-def replaced_forward(layer: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
-    """Inside, the layer does this instead."""
-    if "forward" in vars(layer):
-        raise AdapterError("target: expected the head's own forward, which is replaced already")
-    object.__setattr__(layer, "forward", forward)
-    try:
-        yield
-    finally:
-        object.__delattr__(layer, "forward")

@@ -27,6 +27,7 @@ What differs: random numbers come from one 64-bit seed per sequence, drawn in ev
 generator (or given as `seeds`): the same law, drawn exactly where theirs stops at 2^-24 or 2^-53;
 they belong to a token's place among the real tokens of its row, so that a left-padded row draws
 what it draws alone.  Equal confidences commit the lower position, where torch.topk's choice is open.
+A position without a finite logit stays masked, where theirs takes id 0 at once.
 A step with nothing left to fill does not call the model.  cfg_scale > 0 without an attention mask,
 which raises NameError there, works.
 """

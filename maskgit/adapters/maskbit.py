@@ -137,7 +137,8 @@ def sample(
         the rest: as theirs.
 
     Raises:
-        ValueError: an unknown schedule or annealing, labels of another number; as `decode_step`.
+        ValueError: an unknown schedule or annealing, labels of another number, a position that never
+            had a finite logit; as `decode_step`.
     """
     import torch
 
@@ -175,6 +176,9 @@ def sample(
             )
         x = result.next_tokens.view(shape)
         steps.append(result.candidate_tokens.view(shape))
+    left = int((steps[-1] == mask_token).sum()) if mask_token >= cond.shape[-1] else 0
+    if left:
+        raise ValueError(f"logits: expected a finite one at each position, got none at {left}")
     with torch.no_grad():
         images = vqgan_model.decode_tokens(_together(steps[-1], codebook_size))
     return images, steps

@@ -17,7 +17,8 @@ stays: the loops, `forward`, the schedule, and the greedy fill at the end, which
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from
 torch's generator: the same law, without the tail of the Gumbel variates that upstream's 1e-10 cuts
 off, and other tokens.  Both halves of a position's draw are independent there too.  The cached
-probabilities that `_ddpm_caching_update` returns first are None; given ones are used.
+probabilities that `_ddpm_caching_update` returns first are None; given ones are used.  A position without a
+finite logit stays masked until the fill at the end, where theirs takes id 0 at once.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ..kernels.decode_step.api import seeds_like
 from .common import Handle, Report, draw_seeds
 from .fingerprint import AdapterError, Known, check_attributes, check_signature, check_version
 from .head import Head
+from .switch import replaced
 
 _CODEBASE = "kuleshov-group/mdlm@c112c526d193436838c98d81455ee51f90309470 diffusion.py"
 _NEEDED = (
@@ -178,15 +180,9 @@ def head_of(model: Any, note: Callable[[str], None] = lambda sentence: None) -> 
 
 def logit_rows(model: Any, x: Any, sigma: Any, wanted: Any, head: Head | None = None) -> Any:
     """(R, V): the logits of the wanted rows of (B, N), in row-major order, without SUBS."""
-    head, saved = head or head_of(model), vars(model).get("_subs_parameterization")
-    object.__setattr__(model, "_subs_parameterization", lambda logits, xt: logits)
-    try:
+    head = head or head_of(model)
+    with replaced(model, "_subs_parameterization", lambda logits, xt: logits):
         return head.rows(lambda: model.forward(x, sigma), wanted)
-    finally:
-        if saved is None:
-            object.__delattr__(model, "_subs_parameterization")
-        else:
-            object.__setattr__(model, "_subs_parameterization", saved)
 
 
 def choice_gumbel(seeds: Any, shape: Any, step: int, device: Any) -> Any:
@@ -260,8 +256,10 @@ def update(
     if rule is None:
         rule = StepRule(banned_ids=(int(model.mask_index),), score="logit")
     tokens, scores = draw_rows(rows, filled, rule, seeds, noise, step, backend)
-    after[filled] = tokens.to(x.dtype)
-    return after, filled, scores
+    is_drawn = tokens >= 0  # not where no logit is finite: such a position stays masked
+    filled = filled.masked_scatter(filled, is_drawn)
+    after[filled] = tokens[is_drawn].to(x.dtype)
+    return after, filled, scores[is_drawn]
 
 
 def fall(before: Any, after: Any) -> Any:

@@ -17,7 +17,8 @@ What differs: random numbers come from one 64-bit seed per sequence, drawn in ev
 generator: the same law, other tokens.  Scores are ranked as p, not 1 - p, which rounds; equal ones
 commit the lower position.  Known tokens are masked again only by critics and can_remask_prev_masked,
 whatever the schedule.  Critics are not run after the last step, nor the unconditional pass of a
-SelfCritic, since theirs drops the results.  There is no progress bar.  Negative prompts raise
+SelfCritic, since theirs drops the results.  A position without a finite logit takes id 0, as in theirs,
+at the end.  There is no progress bar.  Negative prompts raise
 ValueError: in theirs they end in a NameError.
 """
 
@@ -32,8 +33,15 @@ from typing import Any
 
 from ..kernels.decode_step import StepNoise, StepResult, StepRule, commit_tokens
 from .common import Handle, Report, draw_seeds
-from .fingerprint import TRUSTED, check_attributes, check_signature, check_version, original_of
-from .head import Head, replaced_forward
+from .fingerprint import (
+    TRUSTED,
+    check_attributes,
+    check_signature,
+    check_version,
+    original_of,
+)
+from .head import Head
+from .switch import evaluating, replaced
 
 _CODEBASE = (
     "lucidrains/muse-maskgit-pytorch@6df7f33bcd33ba28a2f682d5bd293e4f8a513e6c "
@@ -183,31 +191,28 @@ def generate(
     if fmap_size is None and model.vae is None:
         raise ValueError("fmap_size: expected a number for a model without a vae, got None")
     size = model.vae.get_encoded_fmap_size(model.image_size) if fmap_size is None else fmap_size
-    was_training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     critic = None if force_not_use_token_critic else model.token_critic
     head = Head(model.transformer.to_logits, note, wanted=hidden_states)
     seeds = draw_seeds(len(texts), generator, device) if seeds is None else seeds
-    model.eval()
-    try:
-        with torch.no_grad():
-            given: dict[str, Any] = {"text_embeds": model.transformer.encode_text(texts)}
-            given["conditioning_token_ids"] = (
-                model.cond_vae.encode(cond_images)[1] if model.resize_image_for_cond_image else None
-            )
-            loop = _Loop(model, head, critic, given, cond_scale, float(critic_noise_scale))
-            loop.remask = can_remask_prev_masked
-            loop.filter = float(temperature), topk_filter_thres
-            ids = torch.full((len(texts), size**2), model.mask_id, device=device)
-            counts = _counts(model.noise_schedule, timesteps, size**2, device)
-            for step in range(timesteps):
-                numbers = {"mask_token_id": model.mask_id, "step": step, "num_steps": timesteps}
-                options = numbers | {"seeds": seeds, "backend": backend}
-                options["noise"] = None if noise is None else noise(step)
-                ids = loop.step(ids, counts[step + 1], options)
-            ids = ids.view(len(texts), size, size)
-            return ids if model.vae is None else model.vae.decode_from_ids(ids)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        given: dict[str, Any] = {"text_embeds": model.transformer.encode_text(texts)}
+        given["conditioning_token_ids"] = (
+            model.cond_vae.encode(cond_images)[1] if model.resize_image_for_cond_image else None
+        )
+        loop = _Loop(model, head, critic, given, cond_scale, float(critic_noise_scale))
+        loop.remask = can_remask_prev_masked
+        loop.filter = float(temperature), topk_filter_thres
+        ids = torch.full((len(texts), size**2), model.mask_id, device=device)
+        counts = _counts(model.noise_schedule, timesteps, size**2, device)
+        for step in range(timesteps):
+            numbers = {"mask_token_id": model.mask_id, "step": step, "num_steps": timesteps}
+            options = numbers | {"seeds": seeds, "backend": backend}
+            options["noise"] = None if noise is None else noise(step)
+            ids = loop.step(ids, counts[step + 1], options)
+        ids = ids.masked_fill(ids == model.mask_id, 0)  # left where no logit was finite
+        ids = ids.view(len(texts), size, size)
+        return ids if model.vae is None else model.vae.decode_from_ids(ids)
 
 
 def _counts(schedule: Callable[[Any], Any], steps: int, length: int, device: Any) -> list[int]:
@@ -305,6 +310,6 @@ class _Loop:
         scale = 1 if is_self else self.scale  # a SelfCritic drops the unconditional pass
         layer = self.model.transformer.to_logits  # whose logits are thrown away here
         skips = own and self.head.is_used
-        with replaced_forward(layer, lambda hidden: hidden) if skips else nullcontext():
+        with replaced(layer, "forward", lambda hidden: hidden) if skips else nullcontext():
             scores = self.critic.forward_with_cond_scale(filled, **self.given, cond_scale=scale)
         return scores.squeeze(-1).float()

@@ -14,7 +14,8 @@ says which.
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
 generator: the same law, other tokens (the network's own `rand_like` comes after it).  Guidance is in
 float32.  The unconditional pass is left out wherever its weight is 0, as at the first step of
-guidance_decay="power-cosine".  A row of logits without a finite value stays masked.
+guidance_decay="power-cosine".  A position without a finite logit takes id 0, as in theirs, at the
+end.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def generate(
         }
         with torch.no_grad():
             ids = _step(model, ids, condition, head, scale, options)
-    return ids
+    return ids.masked_fill(ids == mask_id, 0)  # left where no logit was finite
 
 
 @lru_cache(maxsize=256)
