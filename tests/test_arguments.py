@@ -191,6 +191,38 @@ def test_one_program_for_every_guidance_scale() -> None:
         assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("backend", HERE)
+def test_numbers_in_place_of_the_rules(backend: str) -> None:
+    kind = kind_for(backend, "float32")
+    for name, field in (("temperature", "sample_temperature"), ("threshold", "threshold")):
+        rule = StepRule(count="threshold", threshold=0.5, score="prob")
+        for value in (0.2, np.float32(0.75), np.array(1)):
+            changed = dataclasses.replace(rule, **{field: float(value)})
+            wanted = maskgit.decode_step(**problem(kind, changed), backend=backend)
+            got = maskgit.decode_step(**problem(kind, rule), **{name: value}, backend=backend)
+            same(wanted, got)
+        with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+            maskgit.decode_step(**problem(kind, rule), **{name: "1"}, backend=backend)
+
+
+def test_one_program_for_every_temperature_and_threshold() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    given = problem("torch", StepRule(count="threshold", score="prob"))
+    tensors = {k: given.pop(k) for k in ("logits", "tokens", "seeds", "num_masked_at_start")}
+    given.pop("positions")
+
+    def call(number: Any, **tensors: Any) -> Any:
+        return maskgit.decode_step(**tensors, **given, temperature=number, threshold=number / 4)
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for i in range(12):
+        same(call(1 + i / 3, **tensors), compiled(1 + i / 3, **tensors))
+    assert counter.frame_count <= 2
+
+
 def test_lists_under_torch_compile() -> None:
     given = problem("torch")
     for name in ("seeds", "num_masked_at_start", "positions"):

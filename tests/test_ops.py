@@ -35,7 +35,7 @@ def test_opcheck(rule, backend):
             4,
             torch.full((len(tokens),), 6),
             seeds,
-            *[None] * 8,
+            *[None] * 10,
             backend,
             False,
         ),

@@ -34,6 +34,8 @@ def decode_step(
     scores: Any = None,
     num_commit: Any = None,
     positions: Any = None,
+    temperature: Any = None,
+    threshold: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> StepResult:
@@ -59,6 +61,8 @@ def decode_step(
         positions: (B, N) integers, where in its sequence each token stands, for the random numbers
             alone; by default 0..N-1.  Left-padded rows draw as unpadded ones do when the padding
             does not count.
+        temperature, threshold: in place of the rule's `sample_temperature` and `threshold`: numbers or
+            arrays () as `guidance_scale`, not traced.  Under `torch.compile` one program serves all.
         backend: "auto", or by name: cpp, triton, pallas, torch, jax, reference.
         check: raise on a row without a finite logit (also with MASKGIT_CHECK=1); reads the result
             on the host.
@@ -95,13 +99,14 @@ def decode_step(
         out = decode_step_op(
             logits, tokens, step_rule.encoded, mask_token_id, step, num_steps,
             num_masked_at_start, seeds, token_gumbel, choice_gumbel, uncond_logits,
-            scale_tensor(guidance_scale), eligible, scores, num_commit, positions, backend, check,
+            scale_tensor(guidance_scale), eligible, scores, num_commit, positions,
+            scale_tensor(temperature, "temperature"), scale_tensor(threshold, "threshold"), backend, check,
         )  # fmt: skip
         return StepResult(*out)
     out = run.decode_step(
         logits, tokens, step_rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
         token_gumbel, choice_gumbel, uncond_logits, guidance_scale, eligible, scores, num_commit,
-        positions, backend, check,
+        positions, temperature, threshold, backend, check,
     )  # fmt: skip
     return StepResult(*out)
 
@@ -294,12 +299,12 @@ def check_op_arguments(logits: Any, arrays: dict[str, Any], numbers: dict[str, A
         check_integer(name, number)
 
 
-def scale_tensor(guidance_scale: Any) -> Any:
+def scale_tensor(number: Any, name: str = "guidance_scale") -> Any:
     """A number as the tensor () that the op takes: one that changes does not compile it anew."""
     import torch
 
-    if guidance_scale is None or isinstance(guidance_scale, torch.Tensor):
-        return guidance_scale
-    if isinstance(guidance_scale, (float, int)) and not isinstance(guidance_scale, bool):
-        return torch.full((), guidance_scale, dtype=torch.float64)
-    return torch.full((), as_scalar("guidance_scale", guidance_scale), dtype=torch.float64)
+    if number is None or isinstance(number, torch.Tensor):
+        return number
+    if isinstance(number, (float, int)) and not isinstance(number, bool):
+        return torch.full((), number, dtype=torch.float64)
+    return torch.full((), as_scalar(name, number), dtype=torch.float64)

@@ -19,8 +19,8 @@ _LIB.define(
     "decode_step(Tensor logits, Tensor tokens, str rule, SymInt mask_token_id, SymInt step, "
     "SymInt num_steps, Tensor? num_masked_at_start, Tensor? seeds, Tensor? token_gumbel, "
     "Tensor? choice_gumbel, Tensor? uncond_logits, Tensor? guidance_scale, Tensor? eligible, "
-    "Tensor? scores, Tensor? num_commit, Tensor? positions, str backend, bool check) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor? scores, Tensor? num_commit, Tensor? positions, Tensor? temperature, Tensor? threshold, "
+    "str backend, bool check) -> (Tensor, Tensor, Tensor)"
 )
 _LIB.define(
     "commit_tokens(Tensor candidate_tokens, Tensor scores, Tensor tokens, str rule, "

@@ -7,6 +7,7 @@ their public signatures, ops.py their torch.library form.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ from ..common.selection import (
 )
 from ..common.sharding import active
 from .checks import (
+    as_scalar,
     check_candidates,
     check_commit_arrays,
     check_commit_noise,
@@ -97,10 +99,13 @@ def decode_step(
     scores: Any = None,
     num_commit: Any = None,
     positions: Any = None,
+    temperature: Any = None,
+    threshold: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence) of one step; see `maskgit.decode_step`."""
+    rule = with_scalars(rule, temperature, threshold)
     _, _, vocab = check_logits(logits, 3)
     scale = check_guidance(logits, uncond_logits, guidance_scale)
     logits, uncond_logits = narrowed(logits), narrowed(uncond_logits)
@@ -119,6 +124,25 @@ def decode_step(
         suspects = eligible & (like(out[2], logits) == -np.inf)
         _raise_on_dead_rows(suspects, x, plan, logits, backend)
     return results(out, logits, tokens)
+
+
+def with_scalars(rule: StepRule, temperature: Any, threshold: Any) -> StepRule:
+    """The rule with the numbers that are given in place of its own."""
+    if temperature is None and threshold is None:
+        return rule
+    numbers = {"sample_temperature": temperature, "threshold": threshold}
+    for field, value in numbers.items():
+        name = field.removeprefix("sample_")
+        numbers[field] = None if value is None else as_scalar(name, value)
+        if is_traced(numbers[field]):
+            raise TypeError(f"{name}: expected a number, got one that the program computes")
+    return _replaced(rule, **numbers)
+
+
+@lru_cache(maxsize=256)
+def _replaced(rule: StepRule, **numbers: float | None) -> StepRule:
+    given: Any = {field: value for field, value in numbers.items() if value is not None}
+    return dataclasses.replace(rule, **given)
 
 
 def narrowed(logits: Any) -> Any:
