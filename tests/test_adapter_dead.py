@@ -3,6 +3,7 @@
 import types
 
 import pytest
+from helpers import on_toy, patch_toy
 
 from maskgit import adapters
 
@@ -61,7 +62,7 @@ def test_fast_dllm(options, places, nothing):
     other.get_transfer_index = theirs
     other.get_transfer_index_dynamic = lambda *a: theirs(*a[:5], None, factor=a[6])
     expected = other.generate(model, fast_dllm_test.prompt(), 8, 4, **options)
-    with adapters.fast_sampler(target):
+    with on_toy(target):
         got = target.generate(model, fast_dllm_test.prompt(), 8, 4, **options)
     assert torch.equal(got[0], expected[0])
     assert got[1] == expected[1]
@@ -111,7 +112,7 @@ def decoded(decoder, places, nothing):
 def test_dinfer_hierarchy(given, places, nothing):
     expected, passes = decoded(Hierarchy(**given), places, nothing)
     decoder = dinfer_test.HierarchyDecoder(**given)
-    with adapters.fast_sampler(decoder):
+    with on_toy(decoder):
         x, got = decoded(decoder, places, nothing)
     assert torch.equal(x, expected)
     assert got == passes
@@ -121,7 +122,7 @@ def test_dinfer_hierarchy(given, places, nothing):
 @pytest.mark.parametrize("kind", dinfer_test.KINDS[:2])
 def test_dinfer_thresholds_end_where_theirs_do_not(kind, nothing):
     decoder = kind(threshold=0.9)
-    with adapters.fast_sampler(decoder):
+    with on_toy(decoder):
         x, passes = decoded(decoder, (5, 9), nothing)
         whole = decoded(decoder, (), nothing)[1]
     assert x[:, [5, 9]].tolist() == [[0, 0]] * 2
@@ -149,7 +150,7 @@ def test_diffusers_block_refinement(threshold, editing, nothing):
     for patched in (False, True):
         model = Dead()
         pipe = diffusers_test.llada2(diffusers.BlockRefinementScheduler(block_length=8), model)
-        handle = adapters.patch(pipe) if patched else None
+        handle = patch_toy(pipe) if patched else None
         tokens = pipe(input_ids=prompt, **diffusers_test.LLADA2, **options).sequences
         runs.append((tokens.tolist(), model.passes))
         if handle is not None:
@@ -196,7 +197,7 @@ def test_mdlm(caching, nothing):
     model, seen = mdlm_test.Diffusion(), []
     dead_after(model.backbone.embed, nothing)
     model.backbone.embed.register_forward_pre_hook(lambda _, args: seen.append(args[0].min()))
-    with adapters.fast_sampler(model):
+    with on_toy(model):
         out = model._sample(8, caching=caching)
     assert min(seen) >= 0
     assert (out != mdlm_test.MASK).all()
@@ -210,7 +211,7 @@ def test_remdm(sampler, nothing):
     dead_after(model.backbone.embed, nothing)
     x = torch.full((2, mdlm_test.N), mdlm_test.MASK)
     conf = torch.full(x.shape, -torch.inf)
-    with adapters.fast_sampler(model), torch.no_grad():
+    with on_toy(model), torch.no_grad():
         for step in range(8):
             t = torch.full((2, 1), 1 - step / 8)
             _, x, conf = model._ddpm_caching_update(x, t, 1 / 8, conf=conf)
@@ -225,12 +226,12 @@ def test_remdm(sampler, nothing):
 def test_muse_and_titok_end_with_ids_of_their_codebooks(critic, nothing):
     model = muse_test.MaskGit(critic)
     dead_after(model.transformer.embed, nothing)
-    with adapters.fast_sampler(model):
+    with on_toy(model):
         out = model.generate(muse_test.TEXTS, fmap_size=muse_test.SIDE, timesteps=6)
     assert ((out >= 0) & (out < muse_test.V)).all()
     model = titok_test.Stub()
     dead_after(model.model, nothing)
-    with adapters.fast_sampler(model):
+    with on_toy(model):
         out = model.generate(titok_test.LABELS)
     assert ((out >= 0) & (out < titok_test.V)).all()
     assert (out[:, 4] == 0).all()
@@ -239,7 +240,7 @@ def test_muse_and_titok_end_with_ids_of_their_codebooks(critic, nothing):
 def test_maskbit_says_so_as_theirs():
     theirs, model = maskbit_test.module(), maskbit_test.Network()
     dead_after(model.embed, float("nan"))
-    with adapters.fast_sampler(theirs), pytest.raises(ValueError, match="logits: expected"):
+    with on_toy(theirs), pytest.raises(ValueError, match="logits: expected"):
         theirs.sample(model, maskbit_test.IMAGES, **maskbit_test.given())
 
 
@@ -259,7 +260,7 @@ def test_llada_and_dream_leave_that_position_alone(nothing):
     assert len(passes) == 8
     model = dream_test.Stub()
     dead_after(model.lm_head, nothing)
-    with adapters.fast_sampler(model):
+    with on_toy(model):
         out = model.diffusion_generate(dream_test.prompt(), dream_test.config())
     assert (out[:, 6:] != dream_test.MASK).all()
     assert (out[:, 5] == dream_test.MASK).all()

@@ -9,6 +9,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from helpers import patch_toy
 
 from maskgit import adapters
 
@@ -306,7 +307,7 @@ def test_threads_in_calls_of_one_patched_object(name):
     before = [dict(vars(owner)) for owner in one.owners]
     with torch.no_grad():
         was = None if one.plain is None else one.plain()
-        handle = adapters.patch(one.target, **options)
+        handle = patch_toy(one.target, **options)
         alone = [one.run(which) for which in range(3)]
         assert not torch.equal(alone[0], alone[1])
         calls = handle.report.calls
@@ -335,7 +336,7 @@ def test_an_undo_while_threads_are_inside(name):
     one, options = made(name)
     before = [dict(vars(owner)) for owner in one.owners]
     with torch.no_grad():
-        handle = adapters.patch(one.target, **options)
+        handle = patch_toy(one.target, **options)
         alone = [one.run(which) for which in range(2)]
         stops = [one.door.start(lambda w=which: one.run(w), 2) for which in range(2)]
         handle.undo()
@@ -391,7 +392,7 @@ def test_a_second_patch_from_another_thread_is_refused_and_the_first_stays():
     def work():
         together.wait(SECONDS)
         try:
-            results.append(adapters.patch(one.target))
+            results.append(patch_toy(one.target))
         except adapters.AdapterError as error:
             results.append(str(error))
 
@@ -413,18 +414,16 @@ def test_a_patch_that_fails_does_not_undo_the_one_that_came_between(monkeypatch)
     one, _ = made("llada")
     handles, check = [], adapters.llada.version_of
 
-    def slow(target):
+    def slow(target, trusted):
         if not handles:
             handles.append(None)
-            thread = threading.Thread(
-                target=lambda: handles.append(adapters.patch(target)), daemon=True
-            )
+            thread = threading.Thread(target=lambda: handles.append(patch_toy(target)), daemon=True)
             thread.start()
             thread.join(SECONDS)
-        return check(target)
+        return check(target, trusted)
 
     monkeypatch.setattr(adapters.llada, "version_of", slow)
     with pytest.raises(adapters.AdapterError, match=r"patched already|unknown version"):
-        adapters.patch(one.target)
+        patch_toy(one.target)
     assert handles[1].is_active
     handles[1].undo()

@@ -74,7 +74,7 @@ _DECODES = {
 _NEVER = 2.0  # above every probability
 _SLACK = 1e-5
 _TOP = StepRule(
-    name="dinfer-top",
+    name="dInfer top",
     sample_temperature=0.0,
     greedy_on="probs",
     score="prob",
@@ -261,7 +261,7 @@ def _rule_of(decoder: Any, kind: str, threshold: float | None) -> StepRule:
 @lru_cache(maxsize=256)
 def _threshold(temperature: float, threshold: float, use_float64: bool) -> StepRule:
     return StepRule(
-        name="dinfer-threshold",
+        name="dInfer threshold",
         source=_CODEBASE,
         count="threshold",
         threshold=threshold,
@@ -276,7 +276,7 @@ def _threshold(temperature: float, threshold: float, use_float64: bool) -> StepR
 @lru_cache(maxsize=256)
 def _runs(temperature: float, threshold: float, low_threshold: float) -> StepRule:
     return StepRule(
-        name="dinfer-hierarchy",
+        name="dInfer hierarchy",
         source=_CODEBASE,
         count="runs",
         threshold=threshold,
