@@ -197,7 +197,7 @@ EDIT_ERRORS = [
     (["--inpaint", "0,0,9,4"], "--inpaint: expected numbers in 0..8"),
     (["--inpaint", "4,4,4,6"], "the empty box"),
     (["--inpaint", "a,b,c,d"], "four whole numbers"),
-    (["--outpaint", "up"], "left, right, top, bottom; got 'up'"),
+    (["--outpaint", "up"], "left, right, top, bottom, got 'up'"),
     (["--swap-class", "3"], "--box"),
     (["--box", "0,0,4,4", "--inpaint", "0,0,4,4"], "--box"),
     (["--swap-class", "10", "--box", "0,0,4,4"], "--swap-class: expected a number 0 to 9"),

@@ -63,7 +63,7 @@ def test_outpaint_masks_the_other_half() -> None:
         masked = outpaint_mask(DIGITS, keep)
         assert not masked[kept].any()
         assert masked.sum() == 32
-    with pytest.raises(EditError, match="expected one of left, right, top, bottom; got 'up'"):
+    with pytest.raises(EditError, match="expected left, right, top, bottom, got 'up'"):
         outpaint_mask(DIGITS, "up")
 
 
