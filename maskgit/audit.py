@@ -266,10 +266,10 @@ def _prob_tie(row: F64, b: int, n: int, plan: ResolvedStep, kind: str) -> RowTie
     if plan.sample_temperature > 0 or plan.rule.greedy_on != "probs":
         return None
     probs, score_dtype = reference.softmax(row), plan.rule.score_dtype
-    rounded = reference.round_to(probs, score_dtype, kind)
+    rounded = round_to(probs, score_dtype, kind)
     error = 16 * EPS["float64" if score_dtype == "float64" else "float32"]
-    high = reference.round_to(probs * (1 + error), score_dtype, kind)
-    low = reference.round_to(np.array(probs.max() * (1 - error)), score_dtype, kind)
+    high = round_to(probs * (1 + error), score_dtype, kind)
+    low = round_to(np.array(probs.max() * (1 - error)), score_dtype, kind)
     return _tie_of("probs", rounded, high >= low, b, n, plan)
 
 
@@ -362,12 +362,12 @@ def _bounds(
         error = 16 * eps * (1 + np.abs(exact) if log_like else np.abs(exact))
         if rule.score == "margin":
             error = np.full_like(exact, 16 * eps)
-        bare = reference.round_to(exact, rule.score_dtype, kind)
+        bare = round_to(exact, rule.score_dtype, kind)
         noise = np.where(np.isfinite(bare), values - bare, 0.0)  # nothing, or the rule's
     slack = np.where(noise == 0, 0.0, 4 * EPS["float32"] * (np.abs(noise) + np.abs(bare)))
     if plan.choice_temperature == 0:
         noise, slack = 0 * slack, 0 * slack
-    ends = (reference.round_to(_plus(exact, s * error), rule.score_dtype, kind) for s in (-1, 1))
+    ends = (round_to(_plus(exact, s * error), rule.score_dtype, kind) for s in (-1, 1))
     low, high = (_plus(end, noise) for end in ends)
     return _plus(low, -slack), _plus(high, slack)
 

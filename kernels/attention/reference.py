@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..decode_step.reference import round_to
+from ..common.rounding import round_to
 
 
 def attention(q: Any, k: Any, v: Any, padding: Any, scale: float, dtype: str) -> Any:
