@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ..common.names import did_you_mean
 from .counts import check_schedule
 
 Anneal = Literal["constant", "linear", "linspace", "compound", "before"]
@@ -263,6 +264,7 @@ class StepRule:
         if name not in PRESETS:
             raise ValueError(
                 f"rule: expected a StepRule or one of {', '.join(PRESETS)}, got {name!r}"
+                f"{did_you_mean(PRESETS, name)}"
             )
         return PRESETS[name]
 
