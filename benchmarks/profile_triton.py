@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 import subprocess
 import tempfile
@@ -25,6 +26,7 @@ from .shapes import Shape
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 VARIANTS = ("seeds", "guided", "injected", "sample-tokens")  # of a step
+_LEAF, _LINE = 128, 128  # logits of a leaf, bytes of a line of the cache
 _BUDGET = 9.88  # instructions in which a byte arrives, see above
 _POINTERS = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "int64": "i64",
@@ -206,7 +208,61 @@ def compiled(launch: Launch, target: str) -> dict[str, Any]:
     per_thread = _logits_per_thread(launch, 64 if is_amd else 32)
     if per_thread and facts.get("loop"):
         facts["instructions_per_logit"] = round(facts["loop"] / per_thread, 2)
+    if launch.name == "sample_kernel":
+        spec, size = launch.spec, launch.arguments["logits"].element_size()
+        facts["lines_per_request"] = lines_per_request(
+            binary.asm["ttgir"], spec.rows * spec.leaves * _LEAF, size
+        )
     return {"kernel": launch.name, "target": target, "warps": options["num_warps"]} | facts
+
+
+def lines_per_request(ttgir: str, logits: int, size: int) -> int:
+    """Lines of 128 bytes that the lanes of a warp touch in one load of a tile of so many logits, at most.
+
+    By the layout of the pointers, of which each lane has 16 bytes; 4 where neighbours are neighbours.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ttgir, re.MULTILINE))
+    most = 0
+    for shape, layout in re.findall(
+        r"tt\.load .* : tensor<((?:\d+x)+)!tt\.ptr<\w+>, (#\w+)>", ttgir
+    ):
+        sizes = [int(n) for n in shape.split("x")[:-1]]
+        if math.prod(sizes) == logits:
+            places = _places_of_lanes(layouts[layout], sizes)
+            lines = {place * size // _LINE for place in (_at(place, sizes) for place in places)}
+            most = max(most, len(lines))
+    return most
+
+
+def _at(place: list[int], sizes: list[int]) -> int:
+    """Where in a row an element of a tile lies, whose first axis is leaves and whose others are a leaf."""
+    at = 0
+    for index, size in zip(place[1:], sizes[1:], strict=True):
+        at = at * size + index
+    return place[0] * _LEAF + at
+
+
+def _places_of_lanes(layout: str, sizes: list[int]) -> list[list[int]]:
+    """The first element of each of 32 lanes, by a blocked or a linear layout."""
+    if layout.startswith("#ttg.linear"):
+        found = re.search(r"lane = \[(.*?\])\]", layout)
+        bases = [[int(n) for n in b.split(",")] for b in re.findall(r"\[([\d, ]+)\]", found[1])]  # type: ignore[index]
+        lanes = [[0] * len(sizes)]
+        for base in bases:
+            lanes += [[a ^ b for a, b in zip(lane, base, strict=True)] for lane in lanes]
+        return lanes
+    each, threads, order = (
+        [int(n) for n in re.search(rf"{name} = \[([\d, ]+)\]", layout)[1].split(",")]  # type: ignore[index]
+        for name in ("sizePerThread", "threadsPerWarp", "order")
+    )
+    lanes = []
+    for lane in range(math.prod(threads)):
+        place = [0] * len(sizes)
+        for axis in order:
+            place[axis] = lane % threads[axis] * each[axis] % sizes[axis]
+            lane //= threads[axis]
+        lanes.append(place)
+    return lanes
 
 
 def _on(launch: Launch, target: str) -> Launch:

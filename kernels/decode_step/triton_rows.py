@@ -32,6 +32,9 @@ from .triton_tiles import BIG, FLOAT_MAX, LEAF, by_row, elements, rounded_to, sc
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Triton 3.6 and 3.7 make a leaf's variate in all lanes that share the leaf, unless its sum is moved to one
+# thread; 3.9 does so by itself, and its compiler aborts on this gather
+SCATTERS = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9))
 LEAST = tl.constexpr(-1000.0)  # exp of it is 0, and so is the product; with -inf it is NaN
 UNSPECIALIZED = [
     "step",
@@ -171,6 +174,8 @@ def _walk(
             else:
                 sums = tl.sum(tl.sum(w, 2), 1)
             mass += sums
+            if SCATTERS:
+                sums = tl.gather(sums, tl.arange(0, R), 0)
             ratio = over(sums, exponential(number, position, step, STREAM_LEAF, k0, k1))
             better = ratio > best
             best, best_leaf = tl.where(better, ratio, best), tl.where(better, number, best_leaf)
