@@ -7,7 +7,9 @@
 Needs a checkout, torch, triton, and for the tests pytest, scipy and hypothesis; nothing is installed, and
 pytest-xdist is used where it is there.  Every row is written to
 benchmarks/results/<device>/<name>.json as soon as it is measured, so that a run that is cut off keeps what
-it has; at the end all goals are printed with what was measured (gpu_goals.py).  How it times: gpu_timing.py.
+it has; at the end all goals are printed with what was measured (gpu_goals.py).  Each benchmark is a
+process of its own with a limit of time, so that a fault of the device or a hang takes no other with it.
+How it times: gpu_timing.py.
 
 --smoke does the benchmarks at toy sizes wherever it runs, to see that they run; its times mean nothing.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import importlib.util
 import json
 import os
@@ -36,7 +39,10 @@ TESTS = ["tests/test_cuda.py", "tests/test_triton.py", "tests/test_attention.py"
          "tests/test_given_scores.py"]  # fmt: skip
 CONTRACT = ["tests/test_contract.py", "tests/test_semantics.py", "-k", "triton"]
 # seconds that each gets at least
+GRACE = 30.0  # seconds beyond its own limit after which a benchmark is ended
 RESERVED = {"step": 60, "head": 40, "attention": 40, "maskgit": 60, "tokens": 15}
+# of tests: jax would take three quarters of the GPU's memory in each of their processes
+ALONE = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 TUNE_PROCESSES = 8  # that compile what is to be timed
 Row = dict[str, Any]
 
@@ -57,6 +63,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--tuned", type=Path, default=ROOT / "kernels", help="where tuned/ goes")
     parser.add_argument("--compile-share", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--seconds", type=float, help=argparse.SUPPRESS
+    )  # of the one benchmark here
     given = parser.parse_args()
     started = time.monotonic()
     import torch
@@ -77,24 +86,60 @@ def main() -> None:
     benches = (
         BENCHES | {"probe": bench_probe} | {n: tune for n, (_, tune) in gpu_tune.TUNERS.items()}
     )
+    if given.smoke or given.seconds is not None:  # here: toy sizes, or one benchmark of a whole run
+        for phase in [phase for phase in given.only if phase in benches]:
+            bench = Bench(device, given.smoke, time.monotonic() + (given.seconds or LIMIT))
+            rows, is_sound = measure(benches[phase](bench), folder, phase, about)
+            if phase in gpu_tune.TUNERS and is_sound and not bench.is_over():
+                print(gpu_tune.write(gpu_tune.TUNERS[phase][0], name, rows, given.tuned))
+        if given.seconds is None:
+            print(gpu_goals.table(folder))
+        return
     checks = {"tests": TESTS, "contract": CONTRACT}
+    script = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
     for phase in given.only:
         left = LIMIT - (time.monotonic() - started)
         if left < 20:
             print(f"{phase}: left out, the time is up")
-        elif phase in checks and not given.smoke:
+        elif phase in checks:
             save(folder, phase, about, [run_tests(staged, checks[phase], left)])
-        elif phase == "sanitizer" and not given.smoke:
+        elif phase == "sanitizer":
             save(folder, phase, about, run_sanitizer(left))
-        elif phase in benches:
-            if phase in gpu_tune.TUNERS and device == "cuda" and not given.smoke:
+        else:
+            if phase in gpu_tune.TUNERS:
                 compile_together(phase)
             later = sum(RESERVED.get(n, 0) for n in given.only[given.only.index(phase) + 1 :])
-            bench = Bench(device, given.smoke, time.monotonic() + max(20.0, left - later))
-            rows, is_sound = measure(benches[phase](bench), folder, phase, about)
-            if phase in gpu_tune.TUNERS and is_sound and not bench.is_over():
-                print(gpu_tune.write(gpu_tune.TUNERS[phase][0], name, rows, given.tuned))
+            seconds = max(20.0, left - later)
+            command = [*script, "--seconds", f"{seconds:.0f}", "--only", phase]
+            apart(command, seconds + GRACE, folder, phase, about)
     print(gpu_goals.table(folder))
+
+
+def apart(command: list[str], seconds: float, folder: Path, phase: str, about: Row) -> None:
+    """Run a benchmark in a process of its own; where that ends badly its file says so, beside its rows."""
+    file = folder / f"{phase}.json"
+    before = file.stat().st_mtime_ns if file.exists() else None
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        rc = process.wait(seconds)
+        error = f"ended with {rc}" if rc else ""
+    except subprocess.TimeoutExpired:
+        error = f"cut off after {seconds:.0f} s"
+    finally:
+        _kill(process)
+    if not error:
+        return
+    print(f"{phase}: {error}", flush=True)
+    is_new = file.exists() and file.stat().st_mtime_ns != before
+    kept = json.loads(file.read_text()) if is_new else {}
+    save(folder, phase, about | {"error": kept.get("error", error)}, kept.get("rows", []))
+
+
+def _kill(process: subprocess.Popen[Any]) -> None:
+    """End a process, and all that it has started, which would be in the way of timings."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def measure(found: Any, folder: Path, phase: str, about: Row) -> tuple[list[Row], bool]:
@@ -152,7 +197,9 @@ def run_tests(staged: Path, tests: list[str], left: float) -> Row:
     """
     spread = ["-v"]
     if importlib.util.find_spec("xdist"):
-        spread += ["-n", str(min(14, os.cpu_count() or 1)), "--maxfail", "30"]
+        spread += ["-n", str(min(14, os.cpu_count() or 1))]
+    if importlib.util.find_spec("pytest_timeout"):
+        spread += ["--timeout", "60"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *spread, *tests]
     return _timed(command, min(left - 10, 150 if tests is TESTS else LIMIT), staged)
 
@@ -193,15 +240,13 @@ def _timed(command: list[str], seconds: float, folder: Path = ROOT) -> Row:
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True, env=os.environ | ALONE,
         )  # fmt: skip
         try:
             rc = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # workers too, which would be in the way of timings
-            rc = process.wait() or -1
+            _kill(process)
+            rc = -1
             output.write(f"\ncut off after {seconds:.0f} s\n")
         output.seek(0)
         text = output.read()

@@ -151,6 +151,22 @@ def test_one_graph_for_the_whole_generation():
     assert torch.equal(again, run([3, 4], block_length=256))
 
 
+def test_a_graph_of_a_step_with_a_number_to_commit():
+    """And its table of counts stays where it is, whatever else is done in between."""
+    from maskgit.kernels.decode_step import triton_cuda
+
+    logits, given = torch.randn(2, 32, 500, device="cuda"), {"rule": StepRule(count="given")}
+    for options in (given | {"num_commit": 3}, given | {"num_commit": np.int64(3)}, {}):
+        want = step(logits, **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = step(logits, **options)
+        triton_cuda._device_table.cache_clear()
+        torch.full((1 << 16,), -1, device="cuda")  # would lie where a table was
+        graph.replay()
+        assert torch.equal(got.next_tokens, want.next_tokens)
+
+
 def test_what_a_graph_cannot_hold():
     run = loop()
     for options, message in (

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from maskgit.benchmarks import gpu_goals
+from maskgit.benchmarks import gpu, gpu_goals
 from maskgit.kernels.common import tuning
 
 pytest.importorskip("torch")
@@ -43,6 +43,50 @@ def test_it_runs_and_keeps_its_rows(tmp_path):
         "N 257, head 48: the best of torch's backends over auto | >= 0.97 x | not measured yet"
         in table
     )
+
+
+ENDS = {  # a benchmark that keeps a row and then, in a process of its own,
+    "hangs": "time.sleep(600)",
+    "leaves a process that hangs": (
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); time.sleep(600)"
+    ),
+    "is killed": "os.kill(os.getpid(), 9)",
+    "fails": "sys.exit(3)",
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_benchmark_that_does_not_end_takes_no_other_with_it(how, tmp_path):
+    gpu.save(tmp_path, "head", {}, [{"of": "an earlier run"}])
+    code = "import json, os, pathlib, subprocess, sys, time\n"
+    keep = f"pathlib.Path({str(tmp_path / 'step.json')!r}).write_text(json.dumps(dict(rows=[1])))\n"
+    for phase, last in (("step", keep + ENDS[how]), ("head", "sys.exit(4)"), ("graph", "pass")):
+        gpu.apart([sys.executable, "-c", code + last], 2.0, tmp_path, phase, {"device": "x"})
+    files = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert files["step"]["rows"] == [1]  # what it had measured stays
+    assert files["step"]["device"] == "x"
+    assert ("cut off" if "hang" in how else "ended with") in files["step"]["error"]
+    assert files["head"] == {"device": "x", "error": "ended with 4", "rows": []}
+    assert "graph" not in files
+
+
+def test_what_the_tests_are_run_with(monkeypatch, tmp_path):
+    """jax is kept from the GPU, and one failure, or thirty, from ending the others."""
+    seen = {}
+
+    class Process:
+        pid = -1
+
+        def __init__(self, command, env, **_):
+            seen.update(env, command=command)
+
+        def wait(self, seconds=None):
+            return 0
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    gpu.run_tests(tmp_path, gpu.TESTS, 100.0)
+    assert seen["JAX_PLATFORMS"] == "cpu"
+    assert "--maxfail" not in seen["command"]
 
 
 @pytest.mark.slow

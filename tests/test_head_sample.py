@@ -355,3 +355,29 @@ def test_no_product_is_larger_than_the_limit(backend, products):
     )  # fmt: skip
     assert sum(rows for rows, _ in products) >= length
     assert max(rows * v for rows, v in products) <= 2**23
+
+
+def test_rows_that_may_not_be_counted_take_no_numbers_from_the_host(monkeypatch):
+    """As on an accelerator: a copy of a row's number, or of a count, would break the capture of a graph."""
+    torch = pytest.importorskip("torch")
+    given = problem()
+    names = ("hidden", "weight", "tokens", "seeds")
+    hidden, weight, tokens, seeds = (torch.from_numpy(given[name]) for name in names)
+    options = {"mask_token_id": MASK, "step": 1, "num_steps": 4, "seeds": seeds, "backend": "torch"}
+    options["rule"] = dataclasses.replace(StepRule.preset("maskgit"), count="given")
+    want = maskgit.decode_step_from_hidden(hidden, weight, tokens, num_commit=2, **options)
+    monkeypatch.setattr(plain, "_row_numbers", lambda wanted: None)
+    monkeypatch.setattr(plain, "LOGITS_PER_CHUNK", 1500)
+    seen, call = [], plain.run.call
+
+    def watched(name, x, *more):
+        seen.extend([x.num_masked_at_start, x.positions] if name == "sample_tokens" else [])
+        return call(name, x, *more)
+
+    monkeypatch.setattr(plain.run, "call", watched)
+    monkeypatch.setattr(torch, "as_tensor", None)
+    got = maskgit.decode_step_from_hidden(hidden, weight, tokens, num_commit=2, **options)
+    assert torch.equal(got.next_tokens, want.next_tokens)
+    torch.testing.assert_close(got.confidence, want.confidence)
+    assert len(seen) > 4
+    assert all(isinstance(array, torch.Tensor) for array in seen)

@@ -272,6 +272,8 @@ def counts_tensor(counts: Any, logits: Any) -> Any:
         return counts
     import torch
 
+    if not isinstance(counts, (bool, list, tuple)):  # no copy from the host, which breaks a capture
+        return torch.full((logits.shape[0],), int(counts), device=logits.device)
     values = torch.as_tensor(counts, device=logits.device)
     return values.expand(logits.shape[0]) if values.ndim == 0 else values
 

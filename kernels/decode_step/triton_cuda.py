@@ -5,7 +5,7 @@ leaves a candidate and a score each; `commit_kernel` (triton_commit.py), one pro
 selects and re-masks.  Between them lies one temporary of two numbers a position, and where few long
 rows are shared between programs nine numbers a program, less than a thousandth of the logits.
 
-Nothing waits for the device, and nothing is computed on the host from its values.  Tables of counts
+Nothing waits for the device's work, and nothing is computed on the host from its values.  Tables of counts
 are copied once per rule, step and T, so that a step that has run before can be captured in a graph.
 
 With TRITON_INTERPRET=1 set before triton is imported the kernels run on CPU tensors, slowly, in
@@ -202,7 +202,7 @@ def _commit(
     together = 16 if _is_crowded(rows.spec) else 32  # rows whose leaf fits into registers
     finishing = dataclasses.replace(rows.spec, rows=min(block, together)) if shared else None
     pointers, strides, uncond_strides = rows.logits
-    table = _device_table(plan, str(x.tokens.device)) if plan.table.size else None
+    table = _table(plan, x.tokens.device) if plan.table.size else None
     commit_kernel[(batch,)](
         *pointers, x.tokens, as_bytes(x.eligible), seed_words(x.seeds), flat(x.positions), rows.drawn,
         rows.score, rows.parts, rows.num_rows, length, rows.vocab, *strides, *uncond_strides,
@@ -396,10 +396,28 @@ def seed_words(seeds: torch.Tensor | None) -> torch.Tensor | None:
     return (seeds.view(torch.int64) if seeds.dtype == torch.uint64 else seeds).contiguous()
 
 
+def _table(plan: ResolvedStep, device: torch.device) -> torch.Tensor:
+    """The table of counts on the device; one that a graph has read stays there for good."""
+    table = _device_table(plan, str(device))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[id(table)] = table
+    return table
+
+
+_captured: dict[int, torch.Tensor] = {}
+
+
 @lru_cache(maxsize=4096)
 def _device_table(plan: ResolvedStep, device: str) -> torch.Tensor:
-    """The table of counts on the device; copied without waiting, and once."""
+    """The table, copied once; this waits for that copy alone, after which every stream may read it."""
     table = torch.from_numpy(plan.table)
     if torch.device(device).type != "cuda":
         return table
-    return table.pin_memory().to(device, non_blocking=True)
+    with torch.cuda.stream(_copies(device)):
+        return table.to(device)
+
+
+@lru_cache(maxsize=16)
+def _copies(device: str) -> torch.cuda.Stream:
+    """A stream for copies from the host."""
+    return torch.cuda.Stream(device)

@@ -138,7 +138,8 @@ def _sample_chunk(
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """(candidates, scores, log_z), each (R, 1), of some rows."""
     length = x.tokens.shape[1]
-    number = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    number = _numbers(rows, flat) if isinstance(rows, slice) else rows
+    given = kind_of(x.positions) == kind_of(flat)  # by the caller; by default they are 0 .. N-1
 
     def pick(array: Any, index: Any = rows) -> Any:
         if array is None:
@@ -150,11 +151,9 @@ def _sample_chunk(
         logits=logits,
         tokens=pick(x.tokens),
         eligible=pick(wanted),
-        num_masked_at_start=np.zeros(len(number), np.int64),
+        num_masked_at_start=number * 0,
         seeds=None if x.seeds is None else x.seeds[number // length],
-        positions=pick(x.positions)
-        if x.positions is not None
-        else (number % length).astype(np.uint32)[:, None],
+        positions=pick(x.positions) if given else (number % length)[:, None],
         token_gumbel=pick(x.token_gumbel),
         choice_gumbel=None,
         uncond_logits=None,
@@ -163,6 +162,15 @@ def _sample_chunk(
     )
     out: tuple[Any, Any, Any] = run.call("sample_tokens", chunk, plan, logits, backend)
     return out
+
+
+def _numbers(rows: slice, flat: Any) -> Any:
+    """The numbers of some rows, beside them: a copy from the host would break the capture of a graph."""
+    if kind_of(flat) != "torch":
+        return np.arange(rows.start, rows.stop)
+    import torch
+
+    return torch.arange(rows.start, rows.stop, device=flat.device)
 
 
 def _product(rows: Any, weight: Any, bias: Any) -> Any:
