@@ -293,9 +293,17 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
             types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         else:
             types[parameter.name] = "*" + _POINTERS[str(value.dtype).removeprefix("torch.")]
-        if not plain and (not is_number or value % 16 == 0) and not isinstance(value, float):
+        if not plain and not isinstance(value, float) and _place(value) % 16 == 0:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return types, constants, attributes
+
+
+def _place(value: Any) -> int:
+    """What a launcher looks at: a number, or where a tensor lies; without memory, in its storage."""
+    if isinstance(value, int):
+        return value
+    is_meta = value.device.type == "meta"
+    return int(value.storage_offset() * value.element_size() if is_meta else value.data_ptr())
 
 
 def _logits_per_thread(launch: Launch, lanes: int) -> float:

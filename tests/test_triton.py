@@ -188,15 +188,15 @@ def test_layouts(layout, dtype):
 LAYOUTS = {  # (B, N, V) views of (2, 6, V + 8) numbers
     "dense": lambda memory, vocab: memory[:, :, :vocab],
     "odd offset": lambda memory, vocab: memory[:, :, 3 : 3 + vocab],
-    "odd stride": lambda memory, vocab: (
-        memory.flatten()[1 : 1 + 12 * (vocab + 2)].view(2, 6, -1)[..., :vocab]
-    ),
+    "odd stride": lambda memory, vocab: memory.flatten()[1 : 1 + 12 * (vocab + 2)].view(2, 6, -1)[
+        ..., :vocab
+    ],
     "V-major": lambda memory, vocab: (
         memory.flatten()[: 12 * vocab].view(2, vocab, 6).transpose(1, 2)
     ),
-    "every second": lambda memory, vocab: (
-        memory.flatten()[: 12 * (vocab + 7)].view(2, 3, -1)[..., : 2 * vocab : 2]
-    ),
+    "every second": lambda memory, vocab: memory.flatten()[: 12 * (vocab + 7)].view(2, 3, -1)[
+        ..., : 2 * vocab : 2
+    ],
 }
 READS = {  # each walks its rows in a way of its own
     "maskgit": {},
@@ -300,6 +300,28 @@ def test_layouts_of_guidance(layout, alike, dtype):
         assert torch.equal(got.candidate_tokens, want.candidate_tokens)
         assert torch.equal(got.candidate_tokens, reference.candidate_tokens)
         torch.testing.assert_close(got.confidence, want.confidence, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 257])
+def test_parts_of_the_temporary_are_aligned(rows, splits, wide):
+    """Kernels are compiled for pointers as they lie: these lie alike whatever the number of rows."""
+    drawn, score, parts = triton_cuda._temporary(rows, splits, wide, torch.device("cpu"))
+    for part in (drawn, score, parts):
+        assert part is None or (part.data_ptr() - drawn.data_ptr()) % 16 == 0
+    assert (len(drawn), len(score)) == (rows, rows)
+    assert splits == 1 or len(parts) == triton_cuda.NUM_PARTS * splits * rows
+
+
+def test_what_is_recorded_of_a_pointer_is_where_it_lies():
+    """As Triton's launcher sees it: an offset tensor is not promised to be aligned."""
+    from maskgit.benchmarks.profile_triton import _place
+
+    for device in ("cpu", "meta"):
+        memory = torch.empty(64, device=device)
+        assert [_place(memory[n:]) % 16 for n in (0, 1, 2, 4)] == [0, 4, 8, 0]
+    assert (_place(32), _place(33)) == (32, 33)
 
 
 def test_a_batch_does_not_change_a_sequence():

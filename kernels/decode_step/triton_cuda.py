@@ -371,9 +371,12 @@ def _temporary(rows: int, splits: int, wide: bool, device: torch.device) -> tupl
     """Candidates, scores and the shares of rows, in one allocation."""
     kind, integer = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
     shares = NUM_PARTS * splits if splits > 1 else 0
-    memory = torch.empty((2 + shares) * rows, dtype=kind, device=device)
-    parts = memory[2 * rows :] if shares else None
-    return memory[:rows].view(integer), memory[rows : 2 * rows], parts
+    each = (
+        -(-rows // 4) * 4
+    )  # all start at a multiple of 16 bytes, or other kernels would be compiled
+    memory = torch.empty(2 * each + shares * rows, dtype=kind, device=device)
+    parts = memory[2 * each :] if shares else None
+    return memory[:rows].view(integer), memory[each : each + rows], parts
 
 
 def as_bytes(x: torch.Tensor | None) -> torch.Tensor | None:
