@@ -18,6 +18,7 @@ import maskgit
 from maskgit import StepRule
 
 torch = pytest.importorskip("torch")
+tl = pytest.importorskip("triton.language")
 if maskgit.available_backends()["triton"] is not None:
     pytest.skip(maskgit.available_backends()["triton"], allow_module_level=True)
 
@@ -25,7 +26,7 @@ from maskgit.kernels.common.arrays import like  # noqa: E402
 from maskgit.kernels.common.selection import is_interpreting  # noqa: E402
 from maskgit.kernels.common.tuning import forced  # noqa: E402
 from maskgit.kernels.decode_step import run as run_module  # noqa: E402
-from maskgit.kernels.decode_step import triton_cuda  # noqa: E402
+from maskgit.kernels.decode_step import triton_commit, triton_cuda  # noqa: E402
 from maskgit.kernels.head_sample import plain  # noqa: E402
 
 QUICK = [
@@ -329,6 +330,78 @@ def test_what_is_recorded_of_a_pointer_is_where_it_lies():
         memory = torch.empty(64, device=device)
         assert [_place(memory[n:]) % 16 for n in (0, 1, 2, 4)] == [0, 4, 8, 0]
     assert (_place(32), _place(33)) == (32, 33)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["maskgit", "llada", "dream-margin", "llada-fp64"])
+def test_short_rows_have_a_warp_each(name, dtype, monkeypatch):
+    """As on a GPU, where one warp walks a row up to 16 leaves; the tokens are those of any tiling."""
+    monkeypatch.setattr(triton_cuda, "multiprocessors", lambda device: 132)
+    device = torch.device("cpu")
+    for vocab in (1, 128, 300, 1000, 2048):
+        got = triton_cuda.tiles(65536, vocab, True, False, dtype, device)
+        assert (got["rows"], got["warps"], got["splits"]) == (1, 1, 1)
+        assert got["leaves"] <= (8 if dtype == "float32" else 16)
+    assert triton_cuda.tiles(65536, 2049, True, False, dtype, device)["warps"] == 4
+    for vocab in (300, 1100):
+        check(make_case(StepRule.preset(name), vocab=vocab, length=4, dtype=dtype), "triton")
+
+
+CUTS = [
+    "maskgit",
+    "magvit",
+    "llada",
+    "titok",
+    "muse",
+    "threshold",
+    "dinfer-threshold",
+    "mdlm",
+    "llada-fp64",
+]
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("ties", [False, True])
+def test_selection_by_bisection_is_that_by_rank(name, ties, monkeypatch):
+    """At lengths where ranks are formed otherwise, and with scores of which many are equal."""
+    rule, rng = StepRule.preset(name), np.random.default_rng(3)
+    rule = dataclasses.replace(rule, score="given") if rule.score != "random" else rule
+    tokens = np.where(rng.random((3, 40)) < 0.7, 99, 5)
+    scores = rng.normal(size=tokens.shape).astype(np.float32)
+    scores = np.round(scores) if ties else scores
+    scores[0, :4], scores[1, 0] = -np.inf, np.nan
+    arguments = [torch.from_numpy(a).to(DEVICE) for a in (tokens * 0 + 7, scores, tokens)]
+    options = {"rule": rule, "mask_token_id": 99, "step": 2, "num_steps": 6}
+    options |= {"num_masked_at_start": torch.from_numpy((tokens == 99).sum(1)).to(DEVICE)}
+    options |= {"seeds": torch.arange(3, device=DEVICE)}
+    if rule.count == "given":
+        options["num_commit"] = torch.tensor([3, 0, 40], device=DEVICE)
+    by_rank = maskgit.commit_tokens(*arguments, backend="triton", **options)
+    monkeypatch.setattr(triton_commit, "RANKED", tl.constexpr(0))
+    triton_cuda._commit_spec.cache_clear()
+    by_bisection = maskgit.commit_tokens(*arguments, backend="triton", **options)
+    reference = maskgit.commit_tokens(*arguments, backend="reference", **options)
+    for a, b, c in zip(by_rank, by_bisection, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(b, c, rtol=1e-5, atol=1e-5)
+
+
+def test_long_sequences_have_few_warps():
+    """A commit is of one sequence: warps that wait for each other gain it nothing."""
+    for length, warps in (
+        (16, 1),
+        (128, 4),
+        (129, 1),
+        (512, 1),
+        (1024, 2),
+        (4096, 8),
+        (1 << 15, 16),
+    ):
+        block = max(16, 1 << (length - 1).bit_length())
+        spec = triton_commit.CommitSpec(block=block)
+        assert triton_cuda._commit_options(spec, False)["num_warps"] == warps
+    chance = triton_commit.CommitSpec(block=1024, count="bernoulli")  # which selects nothing
+    assert triton_cuda._commit_options(chance, False)["num_warps"] == 16
 
 
 def test_a_batch_does_not_change_a_sequence():

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -45,15 +44,16 @@ def profiled(*arguments):
 def audit(kernels):
     """Every kernel that spills, needs more instructions than memory leaves time for, or reads scattered.
 
-    A warp's load of 32 times 16 bytes touches 4 lines where they are neighbours.
+    A warp's load of 32 times 16 bytes touches 4 lines where they are neighbours, one of AMD's 64 lanes 8.
     """
     assert kernels
+    most = {k["target"]: 10 if k["target"].startswith("gfx") else 5 for k in kernels}
     return [
         k
         for k in kernels
         if k["spill_bytes"]
         or k.get("instructions_per_logit", 0) > k.get("budget", float("inf"))
-        or not 1 <= k.get("lines_per_request", 4) <= 5
+        or not 1 <= k.get("lines_per_request", 4) <= most[k["target"]]
     ]
 
 
@@ -96,18 +96,20 @@ def test_the_oldest_triton(variant):
 
 
 def test_the_committed_figures_are_those_of_the_documents():
-    """README: about 9 of a draw; docs/benchmarking.md: within the budget but in float64, 42 to 50."""
+    """README: 8.5 of a draw; docs/benchmarking.md: within the budget but in float64, 42 to 50."""
     file = Path(__file__).parent.parent / "benchmarks" / "results" / "compiler" / "sm_90.json"
     report = json.loads(file.read_text())
     walks = [k for k in report["kernels"] if k["kernel"] == "sample_kernel"]
     found = {(k["rule"], k["shape"]): k["instructions_per_logit"] for k in walks}
-    assert 8.5 < found["maskgit", "amused-512"] < 9.5
+    assert report["triton"] == OLDEST
+    assert 8.45 < found["maskgit", "amused-512"] < 8.55
     wide = [value for (rule, _), value in found.items() if rule == "llada-fp64"]
     assert 41.5 < min(wide) <= max(wide) < 50.5
     assert [k for k in audit(report["kernels"]) if k["rule"] != "llada-fp64"] == []
-    if version("triton") == report["triton"]:
-        fresh = profiled(*options("op", ["decode-step"]), *options("shape", ["amused-512"]))
-        assert fresh[0]["instructions_per_logit"] == found["maskgit", "amused-512"]
+    if OLDEST_FOLDER.is_dir():
+        arguments = *options("op", ["decode-step"]), *options("shape", ["amused-512"])
+        fresh = reported(*arguments, folder=OLDEST_FOLDER)["kernels"]
+        assert fresh == report["kernels"][: len(fresh)]
 
 
 def test_other_targets():

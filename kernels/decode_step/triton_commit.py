@@ -4,7 +4,7 @@ Where rows were shared between programs (triton_rows.py), each is finished here 
 gets its noise and becomes the confidence, and the rule's count and cut say what is committed:
 
     by rank       position i is committed where fewer than c surer ones compete, ties by position:
-                  N^2 comparisons, for N up to 1024 and for counts that depend on the sorted values
+                  N^2 comparisons, for N up to 128 and for counts that depend on the sorted values
     by bisection  the c-th largest confidence is found bit by bit, ties by a prefix sum
 
 Confidences go to memory once, as the result; ranks read them from there after a barrier.
@@ -25,7 +25,7 @@ from .triton_rows import UNSPECIALIZED, finish, merged, offsets, stream_of, taki
 from .triton_tiles import rounded_to, scalar
 
 MOST_POSITIONS = 1 << 15
-RANKED = tl.constexpr(1024)  # longest sequence whose cut is found by rank
+RANKED = tl.constexpr(128)  # longest sequence whose cut is found by rank
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from .triton_tiles import RowSpec
 _LOG2E = 1.4426950408889634
 _FILTERS = {"top_k": 1, "top_p": 2, "min_p": 3, "typical_p": 4}
 _OTHERS = {"factor": 13, "entropy_bound": 12}  # log2 of places of a comparison; more would spill
+_SHORT = 16  # leaves of a row that one warp takes
 _NEEDS_NO_Z = ("logit", "random", "given")
 
 
@@ -210,8 +211,20 @@ def _commit(
         flat(x.num_masked_at_start), flat(x.num_commit), table, plan.table.size, batch,
         plan.choice_temperature, float(np.float32(plan.commit_fraction)), plan.commit_below,
         gumbel_below(plan.remask_chance), plan.remask_chance, F=finishing, S=spec,
-        **options(8 if shared else max(1, min(16, block // 32)), 255 if shared else 128),
+        **_commit_options(spec, shared),
     )  # fmt: skip
+
+
+def _commit_options(spec: CommitSpec, shared: bool) -> dict[str, int]:
+    """Few warps where ranks are found by bisection: each of its sums is exchanged between all."""
+    if shared:
+        return options(8, 255)
+    if spec.ranks or spec.count in ("all", "bernoulli"):
+        return options(max(1, min(16, spec.block // 32)), 128)
+    each = (
+        256 if spec.count == "runs" or spec.wide else 512
+    )  # positions of a warp that do not spill
+    return options(max(1, min(16, spec.block // each)), 255)
 
 
 def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, guided: bool, wants_z: bool) -> RowSpec:
@@ -329,18 +342,22 @@ def tiles(
 
     A tile has 16 KB, in 16 bits 64 logits a thread: few enough for registers, and enough that each
     thread has no more than one leaf's variate to make.  Half of it where a walk keeps more (`heavy`)
-    and where a tile holds several short rows.  Few long rows are shared until every multiprocessor
-    has some programs.
+    and where a tile holds several short rows.  Short rows have a warp each, which waits for no other, where
+    nothing else has been measured.  Few long rows are shared until every multiprocessor has some programs.
     """
     leaves = -(-vocab // reference.LEAF)
     fields = {"rows": 1, "leaves": 32 if dtype == "float32" else 64, "splits": 1, "warps": 4,
               "programs": 4, "registers": 168}  # fmt: skip
-    fields |= tuned("decode_step", device, {"dtype": dtype, "leaves": leaves})
+    chosen = tuned("decode_step", device, {"dtype": dtype, "leaves": leaves})
+    fields |= chosen
     if heavy:
         fields["leaves"] = max(1, fields["leaves"] // 2)
     wanted = fields.pop("programs") * multiprocessors(device)
     if not dense:  # V-major: neighbouring positions are neighbours in memory
         return fields | {"rows": 32, "leaves": 1, "warps": 4, "registers": 168}
+    if leaves <= _SHORT and not chosen and multiprocessors(device) > 1:
+        own = min(fields["leaves"] // fields["warps"], 1 << (leaves - 1).bit_length())
+        return fields | {"rows": 1, "leaves": max(1, own), "warps": 1, "splits": 1}
     size = fields["rows"] * fields["leaves"]
     fields["leaves"] = min(fields["leaves"], 1 << (leaves - 1).bit_length())
     rows = size // fields["leaves"]
@@ -394,6 +411,17 @@ def seed_words(seeds: torch.Tensor | None) -> torch.Tensor | None:
         words = seeds.to(torch.int64)
         return (words[:, 0] & 0xFFFFFFFF) | (words[:, 1] << 32)
     return (seeds.view(torch.int64) if seeds.dtype == torch.uint64 else seeds.long()).contiguous()
+
+
+def _table(plan: ResolvedStep, device: torch.device) -> torch.Tensor:
+    """The table of counts on the device; one that a graph has read stays there for good."""
+    table = _device_table(plan, str(device))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[id(table)] = table
+    return table
+
+
+_captured: dict[int, torch.Tensor] = {}
 
 
 def _table(plan: ResolvedStep, device: torch.device) -> torch.Tensor:
