@@ -424,17 +424,6 @@ def _table(plan: ResolvedStep, device: torch.device) -> torch.Tensor:
 _captured: dict[int, torch.Tensor] = {}
 
 
-def _table(plan: ResolvedStep, device: torch.device) -> torch.Tensor:
-    """The table of counts on the device; one that a graph has read stays there for good."""
-    table = _device_table(plan, str(device))
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured[id(table)] = table
-    return table
-
-
-_captured: dict[int, torch.Tensor] = {}
-
-
 @lru_cache(maxsize=4096)
 def _device_table(plan: ResolvedStep, device: str) -> torch.Tensor:
     """The table, copied once; this waits for that copy alone, after which every stream may read it."""
