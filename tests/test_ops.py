@@ -159,3 +159,34 @@ def test_device_mix_names_the_argument():
             logits, tokens, rule="amused", mask_token_id=19, step=0, num_steps=2, seeds=seeds,
             noise=noise,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("temperature", "most"), [(0.0, 1), (1.0, 2), (0.7, 3)])
+def test_the_plain_backend_makes_few_arrays_of_the_size_of_the_logits(temperature, most, dtype):
+    """One softmax for greedy tokens; a difference and its exponential, and a division, for drawn ones."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            views = (
+                "view",
+                "unsafe_view",
+                "_reshape_alias",
+                "split",
+                "detach",
+                "alias",
+                "unflatten",
+            )
+            if isinstance(out, torch.Tensor) and out.numel() >= size:
+                name = func.__name__.split(".")[0]
+                names.extend([name] if name not in views else [])
+            return out
+
+    size, names = 8 * 4096, []
+    logits = torch.randn(1, 8, 4096).to(dtype)
+    rule = StepRule(sample_temperature=temperature, score_temperature=temperature or 1.0)
+    with Counter():
+        maskgit.sample_tokens(logits, rule=rule, seeds=[1], backend="torch")
+    assert len(names) <= most, names
