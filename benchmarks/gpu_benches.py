@@ -339,6 +339,7 @@ def bench_tokens(bench: Bench) -> Iterator[Row]:
                 maskgit.decode_step(
                     logits.to(device), tokens.to(device), rule=rule, mask_token_id=vocab, step=1,
                     num_steps=8, seeds=torch.arange(batch, device=device), backend=backend,
+                    num_masked_at_start=length,
                 )
                 for device, backend in ((bench.device, "auto"), ("cpu", "torch"))
             ]  # fmt: skip
@@ -362,6 +363,7 @@ def bench_probe(bench: Bench) -> Iterator[Row]:
             logits = bench.rand(2, length, vocab + 8, dtype=dtype)[..., offset : offset + vocab]
             tokens = torch.full((2, length), vocab, device=bench.device)
             options: Row = {"rule": rule, "mask_token_id": vocab, "step": 1, "num_steps": 4,
+                            "num_masked_at_start": length,
                             "seeds": torch.arange(2, device=bench.device)}  # fmt: skip
             if maskgit.StepRule.preset(rule).score == "given":
                 options["scores"] = bench.rand(2, length, dtype="float32")
@@ -374,11 +376,19 @@ def bench_probe(bench: Bench) -> Iterator[Row]:
     tokens = torch.full((1, 130), 300, device=bench.device)
     options = {"rule": "maskgit", "mask_token_id": 300, "step": 1, "num_steps": 4, "seeds": [1]}
     for rows in (40, 8, bench.size(130, 9)):
+        options["num_masked_at_start"] = rows
         maskgit.decode_step_from_hidden(hidden[:, :rows], weight, tokens[:, :rows], **options)
     long = torch.randint(0, 9, (1, bench.size(1100, 20)), device=bench.device)
     given = maskgit.StepRule(score="given", cut="strict", choice_temperature=0.0)
     maskgit.commit_tokens(
-        long, long.float(), long * 0 + 9, rule=given, mask_token_id=9, step=1, num_steps=4
+        long,
+        long.float(),
+        long * 0 + 9,
+        rule=given,
+        mask_token_id=9,
+        step=1,
+        num_steps=4,
+        num_masked_at_start=long.shape[1],
     )
     q = bench.rand(2, 33, 3, 2, 48, dtype=dtype)
     out = maskgit.attention(*q.unbind(2), backend="triton")

@@ -124,6 +124,7 @@ def test_the_loop_never_waits_for_the_device():
     weight, tokens = torch.randn(500, 64, device="cuda"), torch.full((2, 32), 500, device="cuda")
     seeds = torch.arange(2, device="cuda")
     options = {"mask_token_id": 500, "step": 1, "num_steps": 4, "seeds": seeds}
+    options["num_masked_at_start"] = torch.full((2,), 32, device="cuda")
 
     def calls():
         run(seeds)

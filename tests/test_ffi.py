@@ -149,6 +149,7 @@ def test_every_type_that_may_come() -> None:
     """Tokens of any integers, 16-bit noise, keys for seeds: what the core reads is converted first."""
     case = make_case(StepRule.preset("maskgit"), length=8, vocab=50, mask_token_id=50, masked=0.7)
     options = {"rule": "maskgit", "mask_token_id": 50, "step": 1, "num_steps": 8, "backend": "cpp"}
+    options["num_masked_at_start"] = 8
     logits, words = jnp.asarray(case.logits), native_seeds(case.seeds, "jax")
     wanted = maskgit.decode_step(
         logits, jnp.asarray(case.tokens, jnp.int32), seeds=words, **options
@@ -177,7 +178,7 @@ def test_the_step_from_hidden_states(is_traced: bool) -> None:
     def step(hidden: Any, backend: str) -> Any:
         return maskgit.decode_step_from_hidden(
             hidden, weight, tokens, rule="maskgit", mask_token_id=50, step=1, num_steps=4, seeds=seeds,
-            backend=backend,
+            num_masked_at_start=5, backend=backend,
         ).next_tokens  # fmt: skip
 
     got = jax.jit(step, static_argnums=1)(hidden, "cpp") if is_traced else step(hidden, "cpp")
@@ -190,7 +191,7 @@ def test_rows_without_a_logit_stay_masked_in_tokens_without_a_sign(backend: str)
     logits = jnp.asarray(case.logits).at[0].set(-jnp.inf)
     out = maskgit.decode_step(
         logits, jnp.asarray(case.tokens, jnp.uint8), rule="maskgit", mask_token_id=50, step=7,
-        num_steps=8, seeds=native_seeds(case.seeds, "jax"), backend=backend,
+        num_steps=8, seeds=native_seeds(case.seeds, "jax"), num_masked_at_start=8, backend=backend,
     )  # fmt: skip
     assert (np.asarray(out.next_tokens)[0] == 50).all()
 

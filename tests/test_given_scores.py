@@ -136,6 +136,7 @@ def test_padding_takes_no_share_of_the_chance_to_be_masked_again(backend):
         ]
         return maskgit.decode_step(
             arrays[0], arrays[1], rule=rule, mask_token_id=20, step=6, num_steps=8, scores=arrays[2],
+            num_masked_at_start=arrays[1].shape[1],
             noise=StepNoise(*arrays[3:]), eligible=eligible, backend=backend,
         )  # fmt: skip
 

@@ -54,7 +54,7 @@ def both(p, rule, backend, guidance=None, bias=True, injected=False):
         "rule": rule, "mask_token_id": MASK, "step": 1, "num_steps": 4, "noise": noise,
         "seeds": None if injected else native_seeds(p["seeds"], kind), "eligible": x["eligible"],
         "scores": x["scores"] if rule.score == "given" else None, "backend": backend,
-        "guidance_scale": guidance,
+        "guidance_scale": guidance, "num_masked_at_start": x["tokens"].shape[1],
     }  # fmt: skip
     hidden = maskgit.decode_step_from_hidden(
         x["hidden"], x["weight"], x["tokens"], head_bias=x["bias"] if bias else None,
@@ -213,13 +213,13 @@ def test_jax_traces():
     def call(hidden, weight, tokens, seeds):
         return maskgit.decode_step_from_hidden(
             hidden, weight, tokens, rule="maskgit", mask_token_id=MASK, step=1, num_steps=4,
-            seeds=seeds, backend="jax",
+            seeds=seeds, num_masked_at_start=tokens.shape[1], backend="jax",
         )  # fmt: skip
 
     got = call(x["hidden"], x["weight"], x["tokens"], words)
     want = maskgit.decode_step_from_hidden(
         p["hidden"], p["weight"], p["tokens"], rule="maskgit", mask_token_id=MASK, step=1,
-        num_steps=4, seeds=p["seeds"], backend="reference",
+        num_steps=4, seeds=p["seeds"], num_masked_at_start=p["tokens"].shape[1], backend="reference",
     )  # fmt: skip
     np.testing.assert_array_equal(np.asarray(got.next_tokens), want.next_tokens)
 

@@ -342,6 +342,7 @@ def hidden_case(
     rule = dataclasses.replace(StepRule.preset(preset), greedy_on="logits", **changes)
     seeds = jnp.asarray(rng.integers(0, 2**31, (batch, 2)), jnp.uint32)
     options = {"rule": rule, "mask_token_id": vocab - 1, "step": 2, "num_steps": 8, "seeds": seeds}
+    options["num_masked_at_start"] = length
     return hidden * 0.3, weight, bias, jnp.asarray(tokens), options
 
 

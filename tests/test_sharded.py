@@ -171,7 +171,7 @@ def compiled_step(devices: np.ndarray, batch: int, length: int, vocab: int, pres
     def step(logits: Any, tokens: Any, seeds: Any) -> Any:
         return maskgit.decode_step(
             logits, tokens, rule=rule, mask_token_id=vocab - 1, step=3, num_steps=8, seeds=seeds,
-            backend="jax",
+            num_masked_at_start=tokens.shape[1], backend="jax",
         )  # fmt: skip
 
     def of(shape: tuple[int, ...], kind: Any, spec: P) -> Any:

@@ -141,9 +141,10 @@ def test_nothing_comes_from_the_host(rule, monkeypatch):
     tokens = torch.full((2, 6), 140, device=DEVICE)
     options = {"rule": rule, "mask_token_id": 140, "num_steps": 3, "backend": "triton"}
     options["seeds"] = torch.arange(2, device=DEVICE)
-    maskgit.decode_step(logits, tokens, step=1, **options)
+    maskgit.decode_step(logits, tokens, step=1, num_masked_at_start=6, **options)
     hidden = logits[..., :16].contiguous()
-    maskgit.decode_step_from_hidden(hidden, weight, tokens, step=1, **options)
+    once = options | {"step": 1, "num_masked_at_start": 6}
+    maskgit.decode_step_from_hidden(hidden, weight, tokens, **once)
     maskgit.generate(lambda x: logits, tokens, **options)
     if StepRule.preset(rule).score != "random":
         maskgit.sample_tokens(logits, rule=rule, seeds=options["seeds"], backend="triton")
@@ -184,6 +185,7 @@ def test_layouts(layout, dtype):
     }[layout]()
     tokens = torch.full(logits.shape[:2], vocab, device=DEVICE)
     options = {"rule": "maskgit", "mask_token_id": vocab, "step": 1, "num_steps": 4}
+    options["num_masked_at_start"] = 6
     options |= {"seeds": torch.tensor([5, 6], device=DEVICE), "backend": "triton"}
     got = maskgit.decode_step(logits, tokens, **options)
     want = maskgit.decode_step(logits.contiguous(), tokens, **options)
@@ -265,6 +267,7 @@ def test_nothing_outside_the_rows_is_read(layout, guided, name, monkeypatch):
     tokens[0, 0] = tokens[-1, -1] = vocab  # the ends of the memory
     rule = StepRule.preset("maskgit" if name == "injected" else name)
     options = {"mask_token_id": vocab, "step": 1, "num_steps": 4, "backend": "triton"}
+    options["num_masked_at_start"] = 6
     options["rule"] = dataclasses.replace(rule, **READS[name])
     if name == "injected":
         options["noise"] = maskgit.StepNoise(noise, torch.randn(tokens.shape, generator=rng))
@@ -296,6 +299,7 @@ def test_layouts_of_guidance(layout, alike, dtype):
     assert triton_cuda._lie_alike(logits, uncond) == alike
     tokens = torch.full(logits.shape[:2], vocab, device=DEVICE)
     options = {"mask_token_id": vocab, "step": 1, "num_steps": 4, "guidance_scale": 2.5}
+    options["num_masked_at_start"] = tokens.shape[1]
     options |= {"seeds": torch.arange(len(tokens), device=DEVICE), "backend": "triton"}
     for rule in ("maskgit", "llada"):
         got, want, reference = (
@@ -456,6 +460,7 @@ def test_the_fused_head(name, rows, use, monkeypatch):
     tokens = np.where(rng.random(hidden.shape[:2]) < 0.6, vocab, 1)
     eligible, seeds = rng.random(tokens.shape) < 0.9, np.array([3, -4])
     options = {"rule": rule, "mask_token_id": vocab, "step": 1, "num_steps": 4}
+    options["num_masked_at_start"] = tokens.shape[1]
     mixed = uncond + 1.5 * (hidden - uncond)
     logits = (mixed.astype(np.float64) @ weight.T + bias).astype(np.float32)
     want = maskgit.decode_step(
@@ -488,6 +493,7 @@ def test_a_dead_row_of_the_fused_head():
         "mask_token_id": 40,
         "step": 3,
         "num_steps": 4,
+        "num_masked_at_start": 4,
         "backend": "triton",
     }
     options["seeds"] = torch.tensor([1], device=DEVICE)
