@@ -153,6 +153,11 @@ class Pipeline:
         if order not in ORDERS:
             raise ValueError(unknown("order", ORDERS, order))
         if order == "confidence":
+            if rule.score == "given" and (rule.count not in COUNTED or rule.touches_known):
+                raise ValueError(
+                    f"rule: {rule.name!r} takes its scores from a model beside this one (a critic), which "
+                    "no order replaces; expected another rule, or maskgit.generate(scores=...)"
+                )
             if rule.score == "given":
                 raise ValueError(
                     f"order: rule {rule.name!r} has no confidences of its own, its scores are given; "

@@ -326,6 +326,36 @@ def test_a_wrapper_of_somebody_else_is_refused(monkeypatch, tmp_path):
     patch_toy(target).undo()
 
 
+AROUND = """
+import functools
+def flipped(f):
+    @functools.wraps(f)
+    def inner(*args, **kwargs):
+        return -f(*args, **kwargs)
+    return inner
+"""
+OTHERS = {
+    "wrapped in its own module": f"{AROUND}generate = flipped(generate)",
+    "a helper wrapped": f"{AROUND}add_gumbel_noise = flipped(add_gumbel_noise)",
+    "a class for F": "class Other:\n    softmax = staticmethod(min)\nF = Other",
+    "another module for F": "import math as F",
+    "another module for torch": "import math as torch",
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_stands_around_the_code_counts_too(what, monkeypatch, tmp_path):
+    (tmp_path / "a").mkdir()
+    code = LLADA.replace("logits + temperature", "F.relu(logits) + torch.tensor(temperature)")
+    plain = "import torch.nn.functional as F\n" + code
+    known = fingerprint.digests(module(plain, tmp_path / "a"), ("generate",), ids_in="generate")
+    monkeypatch.setattr(llada, "VERSIONS", {"toy": known})
+    code = f"{plain}\n{OTHERS[what]}\n"
+    (tmp_path / "b").mkdir()
+    with pytest.raises(AdapterError, match=r"is wrapped by flipped|stands for .* in it"):
+        adapters.patch(module(code, tmp_path / "b"))
+
+
 class Value:
     """A default that nothing else is."""
 

@@ -223,6 +223,24 @@ def test_one_program_for_every_temperature_and_threshold() -> None:
     assert counter.frame_count <= 2
 
 
+def test_lists_that_change_under_torch_compile() -> None:
+    given = problem("torch", "llada")
+    logits, tokens = given.pop("logits"), given.pop("tokens")
+    for name in ("seeds", "num_masked_at_start", "positions"):
+        given.pop(name)
+
+    def call(logits: Any, tokens: Any, counts: Any) -> Any:
+        return maskgit.decode_step(logits, tokens, **given, num_masked_at_start=counts)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    tokens = torch.full_like(tokens, MASK)
+    tokens[:, 1:] = 1
+    for i in range(1, 7):
+        for j in range(1, 7):
+            same(call(logits, tokens, [i, j]), compiled(logits, tokens, [i, j]))
+
+
 def test_lists_under_torch_compile() -> None:
     given = problem("torch")
     for name in ("seeds", "num_masked_at_start", "positions"):

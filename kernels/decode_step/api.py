@@ -286,6 +286,8 @@ def counts_tensor(counts: Any, logits: Any) -> Any:
 
     if not isinstance(counts, (bool, list, tuple)):  # no copy from the host, which breaks a capture
         return torch.full((logits.shape[0],), int(counts), device=logits.device)
+    if isinstance(counts, (list, tuple)) and all(type(count) is int for count in counts):
+        return torch.tensor(counts, dtype=torch.int64, device=logits.device)
     values = torch.as_tensor(counts, device=logits.device)
     return values.expand(logits.shape[0]) if values.ndim == 0 else values
 

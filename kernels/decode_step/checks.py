@@ -105,6 +105,11 @@ def check_integer(name: str, value: Any) -> None:
     is_symbol = type(value).__name__ == "SymInt"
     if is_symbol or (isinstance(value, (int, np.integer)) and not isinstance(value, bool)):
         return
+    if is_traced(value):  # tables and temperatures of a step are made when a program is traced
+        raise TypeError(
+            f"{name}: expected an integer that is known outside the program (a Python loop over the "
+            f"steps, or jax.lax.switch over them), got {value!r}"
+        )
     raise TypeError(f"{name}: expected an integer, got {value!r}")
 
 

@@ -279,11 +279,14 @@ def plan_masked_counts(
         raise ValueError(
             f"num_positions: expected at least the {largest} masked positions, got {num_positions}"
         )
-    now, counts = start.astype(np.int64), []
+    now = start.astype(np.int64)
+    counts = np.zeros((num_steps, len(start)), np.int64)
     if step_rule.count_base == "block":
         start = np.full_like(start, size)
     for step in range(num_steps):
         width = table_size(step_rule, len(start), size)
         now = next_masked_counts(resolve(step_rule, step, num_steps, width), start, now)
-        counts.append(now)
-    return np.stack(counts)
+        counts[step] = now
+        if not now.any():
+            break
+    return counts

@@ -98,6 +98,8 @@ def check_num_steps(num_steps: object) -> None:
     whole = isinstance(num_steps, (int, np.integer)) and not isinstance(num_steps, bool)
     if not whole or num_steps < 1:  # type: ignore[operator]
         raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
+    if num_steps > 2**32:  # type: ignore[operator]
+        raise ValueError(f"num_steps: expected at most 2^32, got {num_steps}")
 
 
 @lru_cache(maxsize=1024)

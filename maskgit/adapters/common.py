@@ -6,8 +6,6 @@ import contextlib
 import functools
 import importlib
 import inspect
-import math
-import numbers
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +17,7 @@ import numpy as np
 from ..kernels.common.arrays import kind_of
 from ..kernels.common.selection import check_name, why_missing
 from ..kernels.decode_step.api import seeds_like
-from ..kernels.decode_step.checks import as_index, check_integers
+from ..kernels.decode_step.checks import as_index, as_scalar, check_integers
 from .fingerprint import AdapterError, signature_of, with_their_defaults
 
 # One line per adapter: the module, and what `target` is.
@@ -286,9 +284,10 @@ def as_count(name: str, value: Any) -> int:
 
 def as_number(name: str, value: Any) -> float:
     """A real number of any library as Python's; ValueError unless it is one, and finite."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value)
+    try:
+        return float(as_scalar(name, value))
+    except TypeError:
+        raise ValueError(f"{name}: expected a finite number, got {value!r}") from None
 
 
 def nucleus(top_p: Any) -> float | None:

@@ -17,6 +17,7 @@ import ast
 import hashlib
 import inspect
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -29,6 +30,10 @@ _HARMLESS = (
     *("staticmethod", "classmethod", "replace_example_docstring"),
 )
 _DECORATORS = ("torch", "jax", "jaxlib", "beartype", "builtins")  # whose wrappers are seen through
+_LIBRARIES = {  # what these names must stand for, since their code is not looked at
+    "torch": "torch", "F": "torch.nn.functional", "nn": "torch.nn", "np": "numpy", "math": "math",
+    "jax": "jax", "jnp": "jax.numpy", "lax": "jax.lax",
+}  # fmt: skip
 _LEFT_OUT = ("ctx", "kind", "type_comment", "type_params")
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 _LEAST_ID, _ID = 1000, "<id>"  # integers from there on are token ids where an adapter reads those
@@ -239,6 +244,7 @@ def _named(function: FunctionType, names: tuple[str, ...], home: Any) -> Iterato
     for name in names:
         first, *rest = name.split(".")
         value: Any = function.__globals__.get(first, _named)
+        _check_library(first, value)
         for attribute in rest:
             is_module = isinstance(value, ModuleType) and _is_beside(value.__name__, value, home)
             value = getattr(value, attribute, _named) if is_module else _named
@@ -250,6 +256,16 @@ def _named(function: FunctionType, names: tuple[str, ...], home: Any) -> Iterato
             inner = original_of(value)
             if isinstance(inner, FunctionType) and _is_beside(inner.__module__, inner, home):
                 yield name, value
+
+
+def _check_library(name: str, value: Any) -> None:
+    """Refuse something else under the usual name of a library."""
+    wanted = _LIBRARIES.get(name)
+    if wanted is None or value is _named:
+        return
+    got = value.__name__ if isinstance(value, ModuleType) else repr(value)
+    if got != wanted:
+        raise _Unreadable(f"{name} stands for {got} in it, not for {wanted}")
 
 
 def _is_constant(value: Any) -> bool:
@@ -308,10 +324,24 @@ def _check_layers(name: str, function: Any) -> None:
     original, inner = original_of(function), _inside(function)
     while inner is not None:
         where = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
-        ours = where.partition(".")[0] in _DECORATORS or _is_beside(where, function, original)
-        if not ours:
-            raise _Unreadable(f"{name} is wrapped by a function of {where}")
+        if where.partition(".")[0] not in _DECORATORS:
+            made_by = getattr(getattr(function, "__code__", None), "co_qualname", "").split(".")[0]
+            if not _is_beside(where, function, original):
+                raise _Unreadable(f"{name} is wrapped by a function of {where}")
+            if made_by not in _decorators(original):  # those of its definition are digested with it
+                raise _Unreadable(
+                    f"{name} is wrapped by {made_by}, which its definition does not name"
+                )
         function, inner = inner, _inside(inner)
+
+
+def _decorators(function: Any) -> set[str]:
+    """The names of the decorators in a function's source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return set()
+    return {_dotted(d).rpartition(".")[2] for d in getattr(tree, "decorator_list", [])}
 
 
 def signature_of(function: Any) -> inspect.Signature:
