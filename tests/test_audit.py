@@ -321,7 +321,7 @@ def write(name, data):
 def test_command_refuses_bad_files(run):
     np.save("objects.npy", np.array([{}], object), allow_pickle=True)
     np.savez("unnamed.npz", a=np.zeros(3), b=np.zeros(3))
-    np.save("wide.npy", np.zeros((1, 2, 3)))
+    np.save("whole.npy", np.zeros((1, 2, 3), int))
     np.save("flat.npy", np.zeros(3, np.float32))
     write("cut.npy", b"\x93NUMPY\x01\x00")
     write("not.npz", b"PK\x03\x04 no")
@@ -338,7 +338,7 @@ def test_command_refuses_bad_files(run):
         ("logits.pt", "expected a file .npy, .npz, .safetensors"),
         ("objects.npy", "not a readable .npy file"),
         ("unnamed.npz", "expected an array 'logits', got a, b"),
-        ("wide.npy", "logits: expected dtype float16, bfloat16, float32, got float64"),
+        ("whole.npy", "logits: expected dtype float16, bfloat16, float32, float64, got int64"),
         ("flat.npy", "logits: expected shape (B, N, V)"),
         ("cut.npy", "not a readable .npy file"),
         ("not.npz", "not a readable .npz file"),

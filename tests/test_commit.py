@@ -31,8 +31,15 @@ def problem(seed, batch=3, length=20, vocab=60, masked=0.6):
     }
 
 
+def starts(p):
+    """Of a loop that begins here."""
+    return (p["eligible"] & (p["tokens"] == MASK)).sum(1)
+
+
 def step(backend, p, rule, *, dtype="float32", scores=False, at=2, **changes):
     kind = kind_for(backend, dtype)
+    if not rule.touches_known:
+        changes = {"num_masked_at_start": native(starts(p), kind)} | changes
     out = maskgit.decode_step(
         native(p["logits"], kind, dtype),
         native(p["tokens"], kind),
@@ -138,6 +145,7 @@ def test_two_halves_make_a_step(backend, name):
     out = maskgit.commit_tokens(
         stats.candidate_tokens, stats.confidence, native(p["tokens"], kind), rule=rule,
         mask_token_id=MASK, step=2, num_steps=6, seeds=seeds,
+        num_masked_at_start=native(starts(p), kind),
         eligible=native(p["eligible"], kind), backend=backend,
     )  # fmt: skip
     for a, b in zip(out, whole, strict=True):

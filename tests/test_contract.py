@@ -247,17 +247,11 @@ def test_uneven_rows_and_eligibility(backend: str, preset: str) -> None:
         for b, count in enumerate((0, 1, 15, 30)):
             tokens[b] = np.where(np.arange(30) < count, 50, 7)
         eligible = rng.random(tokens.shape) < 0.6
-        for start in (None, np.array([30, 0, 5, 30])):
-            check(
-                dataclasses.replace(
-                    case, tokens=tokens, eligible=eligible, num_masked_at_start=start
-                ),
-                backend,
-            )
-            check(
-                dataclasses.replace(case, tokens=tokens[::-1].copy(), num_masked_at_start=start),
-                backend,
-            )
+        for some, who in ((tokens, eligible), (tokens[::-1].copy(), None)):
+            now = ((some == 50) & (True if who is None else who)).sum(1)
+            for start in (now if step else None, np.maximum(now, [30, 0, 5, 30])):
+                given = {"tokens": some, "eligible": who, "num_masked_at_start": start}
+                check(dataclasses.replace(case, **given), backend)
 
 
 @pytest.mark.parametrize("backend", SLOW_ON_JAX)

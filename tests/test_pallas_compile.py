@@ -115,7 +115,7 @@ def test_cycles_of_the_schedule() -> None:
     command = [
         sys.executable,
         "-c",
-        "from maskgit.cli import main; main()",
+        "from maskgit.__main__ import main; main()",
         "profile",
         "--target",
         "tpu-v5e",

@@ -66,6 +66,7 @@ def test_make_bench_collects_its_cases():
     done = subprocess.run(
         [sys.executable, *shlex.split(recipe[1]), "--collect-only", "-q"],
         cwd=ROOT, capture_output=True, text=True, check=False,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     collected = int(re.search(r"(\d+) tests collected", done.stdout)[1])

@@ -30,7 +30,7 @@ def reported(*arguments, folder=None):
     if folder is not None:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), env.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-m", "maskgit.cli", "profile", "--json", *arguments],
+        [sys.executable, "-m", "maskgit", "profile", "--json", *arguments],
         capture_output=True, text=True, env=env, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -206,7 +206,7 @@ def test_what_is_refused():
         (["--variant", "sample-tokens", "--op", "decode-step", "--rule", "mdlm"], "op: expected"),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "maskgit.cli", "profile", *arguments],
+            [sys.executable, "-m", "maskgit", "profile", *arguments],
             capture_output=True, text=True, check=False,
             env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         )  # fmt: skip

@@ -334,7 +334,7 @@ def check_start(rule: StepRule, plan: ResolvedStep, x: StepInputs, step: int) ->
     if not plan.table.size or plan.count_base != "masked_at_start" or plan.commit_all:
         return
     start = x.num_masked_at_start
-    if start is None and step > 0:
+    if start is None and step > 0 and not rule.touches_known:  # whose base is all that is eligible
         raise ValueError(
             "num_masked_at_start: expected the (B,) numbers of positions masked before step 0, from "
             f"which rule {rule.name!r} counts at step {step}, got None"

@@ -13,8 +13,8 @@ from .spec import Score, StepRule
 def drawing(rule: StepRule) -> StepRule:
     """The same candidates and confidences, whatever is committed."""
     return dataclasses.replace(
-        rule, count="quota", count_rows="each", min_commit="one", threshold_slack=None,
-        remask="none", skip_mask_token=False,
+        rule, count="quota", count_rows="each", count_base="positions", min_commit="one",
+        threshold_slack=None, remask="none", skip_mask_token=False,
     )  # fmt: skip
 
 

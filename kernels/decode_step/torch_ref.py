@@ -13,7 +13,6 @@ so that it may be compiled and captured in a graph.
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -173,20 +172,30 @@ def _cleared(row: torch.Tensor, plan: ResolvedStep) -> tuple[torch.Tensor, torch
     return row, finite, None
 
 
+def _once(method: Any) -> Any:
+    """A property that is formed once; functools.cached_property has a lock, which cannot be traced."""
+
+    def get(self: Any) -> Any:
+        if method.__name__ not in self.kept:
+            self.kept[method.__name__] = method(self)
+        return self.kept[method.__name__]
+
+    return property(get, doc=method.__doc__)
+
+
 class Exponentials:
     """exp((row - its maximum) / temperature) and what is read off them, each formed when asked for."""
 
     def __init__(self, row: torch.Tensor, temperature: float, dtype: torch.dtype, best: Any = None):
         self.row, self.temperature, self.dtype = row, temperature, dtype
-        if best is not None:
-            self.best = best
+        self.kept: dict[str, Any] = {} if best is None else {"best": best}
 
-    @cached_property
+    @_once
     def best(self) -> Any:
         """The largest logits (B, N) and where they are, the lowest of equals."""
         return self.row.max(-1)
 
-    @cached_property
+    @_once
     def top(self) -> torch.Tensor:
         """(B, N, 1), 0 where nothing is finite."""
         top = self.best.values[..., None].to(self.dtype)
@@ -197,22 +206,22 @@ class Exponentials:
         shifted = row - self.top
         return shifted if self.temperature == 1 else shifted.div_(self.temperature)
 
-    @cached_property
+    @_once
     def exps(self) -> torch.Tensor:
         """(B, N, V), padded with 0 to whole leaves."""
         after = -self.row.shape[-1] % LEAF
         exps = self.scaled(self.row).exp_()
         return F.pad(exps, (0, after)) if after else exps
 
-    @cached_property
+    @_once
     def leaf_sums(self) -> torch.Tensor:
         """(B, N, leaves)."""
         return self.exps.unflatten(-1, (-1, LEAF)).sum(-1)
 
-    @cached_property
+    @_once
     def total(self) -> torch.Tensor:
         """(B, N); where nothing else is asked for from one softmax, in which the maximum has 1 / total."""
-        if "exps" in vars(self):
+        if "exps" in self.kept:
             return self.leaf_sums.sum(-1)
         row = self.row if self.temperature == 1 else self.scaled(self.row)
         row, at = row.flatten(0, -2), self.best.indices.flatten()[:, None]
