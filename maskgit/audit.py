@@ -193,6 +193,7 @@ def _inputs(
     if tokens is None:
         mask_token_id = -1 if mask_token_id is None else mask_token_id
         tokens = np.full((batch, length), mask_token_id, np.int64)
+        num_masked_at_start = length if num_masked_at_start is None else num_masked_at_start
     elif mask_token_id is None:
         raise ValueError("mask_token_id: expected an integer together with tokens, got None")
     has_noise = token_gumbel is not None or choice_gumbel is not None

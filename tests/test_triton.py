@@ -185,7 +185,7 @@ def test_layouts(layout, dtype):
     }[layout]()
     tokens = torch.full(logits.shape[:2], vocab, device=DEVICE)
     options = {"rule": "maskgit", "mask_token_id": vocab, "step": 1, "num_steps": 4}
-    options["num_masked_at_start"] = 6
+    options["num_masked_at_start"] = tokens.shape[1]
     options |= {"seeds": torch.tensor([5, 6], device=DEVICE), "backend": "triton"}
     got = maskgit.decode_step(logits, tokens, **options)
     want = maskgit.decode_step(logits.contiguous(), tokens, **options)
@@ -267,7 +267,7 @@ def test_nothing_outside_the_rows_is_read(layout, guided, name, monkeypatch):
     tokens[0, 0] = tokens[-1, -1] = vocab  # the ends of the memory
     rule = StepRule.preset("maskgit" if name == "injected" else name)
     options = {"mask_token_id": vocab, "step": 1, "num_steps": 4, "backend": "triton"}
-    options["num_masked_at_start"] = 6
+    options["num_masked_at_start"] = tokens.shape[1]
     options["rule"] = dataclasses.replace(rule, **READS[name])
     if name == "injected":
         options["noise"] = maskgit.StepNoise(noise, torch.randn(tokens.shape, generator=rng))

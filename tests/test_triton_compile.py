@@ -210,6 +210,6 @@ def test_what_is_refused():
             capture_output=True, text=True, check=False,
             env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         )  # fmt: skip
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert message in done.stderr
         assert done.stdout == ""
