@@ -159,7 +159,7 @@ def test_bad_arguments():
     bad = {
         "hidden: expected a torch": ({"hidden": [[1.0]]}, {}),
         r"hidden: expected shape \(B, N, D\)": ({"hidden": p["hidden"][0]}, {}),
-        "hidden: expected dtype": ({"hidden": p["hidden"].astype(np.float64)}, {}),
+        "hidden: expected dtype": ({"hidden": p["hidden"].astype(np.int64)}, {}),
         r"head_weight: expected shape \(V, 8\)": ({"weight": p["weight"][:, :5]}, {}),
         "head_weight: expected dtype float32": ({"weight": p["weight"].astype(np.float16)}, {}),
         r"head_bias: expected shape \(300,\)": ({}, {"head_bias": p["bias"][:4]}),

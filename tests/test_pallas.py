@@ -81,6 +81,7 @@ def test_unsigned_tokens_hold_any_mask_id(mask: int) -> None:
         out = maskgit.decode_step(
             jnp.asarray(case.logits), tokens, rule=case.rule, mask_token_id=mask, step=case.step,
             num_steps=case.num_steps, seeds=native_seeds(case.seeds, "jax"), backend="pallas",
+            num_masked_at_start=jnp.asarray(case.num_masked_at_start),
         )  # fmt: skip
         expected = run(case, "reference")
         assert out.next_tokens.dtype == jnp.uint32

@@ -61,7 +61,8 @@ def step_of(case: Any, mesh: Mesh | None) -> tuple[np.ndarray, ...]:
     out = maskgit.decode_step(
         logits, put(case.tokens.astype(np.int32), rows), rule=case.rule,
         mask_token_id=case.mask_token_id, step=case.step, num_steps=case.num_steps, seeds=seeds,
-        noise=noise, uncond_logits=uncond, guidance_scale=case.guidance_scale, backend="jax",
+        num_masked_at_start=put(case.num_masked_at_start, P("data")), noise=noise,
+        uncond_logits=uncond, guidance_scale=case.guidance_scale, backend="jax",
     )  # fmt: skip
     return tuple(np.asarray(a) for a in out)
 
