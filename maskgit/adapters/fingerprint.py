@@ -31,7 +31,7 @@ _HARMLESS = (
 )
 _DECORATORS = ("torch", "jax", "jaxlib", "beartype", "builtins")  # whose wrappers are seen through
 _LIBRARIES = {  # what these names must stand for, since their code is not looked at
-    "torch": "torch", "F": "torch.nn.functional", "nn": "torch.nn", "np": "numpy", "math": "math",
+    "torch": "torch", "F": "torch.nn.functional", "np": "numpy", "math": "math",
     "jax": "jax", "jnp": "jax.numpy", "lax": "jax.lax",
 }  # fmt: skip
 _LEFT_OUT = ("ctx", "kind", "type_comment", "type_params")
@@ -324,7 +324,7 @@ def _check_layers(name: str, function: Any) -> None:
     original, inner = original_of(function), _inside(function)
     while inner is not None:
         where = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
-        if where.partition(".")[0] not in _DECORATORS:
+        if not inspect.ismethod(function) and where.partition(".")[0] not in _DECORATORS:
             made_by = getattr(getattr(function, "__code__", None), "co_qualname", "").split(".")[0]
             if not _is_beside(where, function, original):
                 raise _Unreadable(f"{name} is wrapped by a function of {where}")
