@@ -42,7 +42,8 @@ def decode_step(
     """One step of masked-token decoding: guide, filter, draw, score, count, select, re-mask.
 
     Args:
-        logits: (B, N, V) float16, bfloat16 or float32, any strides, never copied to be contiguous.
+        logits: (B, N, V) float16, bfloat16 or float32, any strides, never copied to be contiguous;
+            float64 is rounded to float32 first.
         tokens: (B, N) integers on the same device; `mask_token_id` marks what is still masked.
         rule: a `StepRule` or the name of a preset.
         mask_token_id: the id of the mask token; it may lie outside the V columns, or be -1.
