@@ -529,9 +529,8 @@ def key_words(seeds: Any, batch: int) -> Any:
         import jax.numpy as jnp
 
         if jnp.issubdtype(seeds.dtype, jax.dtypes.prng_key):
-            words = jax.random.key_data(seeds).astype(
-                jnp.uint32
-            )  # of rbg keys the second half repeats
+            # of rbg keys, four words, the second half repeats the first
+            words = jax.random.key_data(seeds).astype(jnp.uint32)
             return jnp.pad(words, ((0, 0), (0, max(0, 2 - words.shape[1]))))[:, :2]
         if seeds.ndim == 2:
             return seeds.astype(jnp.uint32)
