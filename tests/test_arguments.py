@@ -8,6 +8,7 @@ import fractions
 import pickle
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,20 @@ def test_guided_logits_that_overflow_are_infinite(backend: str) -> None:
         assert np.isfinite(confidence[0][masked[0]]).all()
 
 
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30])
+@pytest.mark.parametrize("kind", ["numpy", "torch", "jax"])
+def test_integers_beyond_64_bits(kind: str, number: int) -> None:
+    for name in ("mask_token_id", "step", "num_steps"):
+        with pytest.raises(ValueError, match=f"{name}: expected a 64-bit integer, got {number}"):
+            maskgit.decode_step(**problem(kind) | {name: number})
+    given = problem(kind)
+    for field in ("vocab_slice", "banned_ids", "score_banned_ids", "top_k"):
+        with pytest.raises(ValueError, match=f"StepRule.{field}: expected"):
+            StepRule(**{field: True if field == "top_k" else (True, 5)})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"step: expected an integer in \[0, 2\^32\)|64-bit"):
+        maskgit.sample_tokens(given["logits"], rule="maskgit", seeds=given["seeds"], step=number)
+
+
 def test_one_program_for_every_guidance_scale() -> None:
     from torch._dynamo.testing import CompileCounter
 
@@ -182,44 +197,64 @@ def test_one_program_for_every_guidance_scale() -> None:
             logits, **more, **given, uncond_logits=logits * 0.5, guidance_scale=scale
         )
 
-    for of in (float, torch.tensor):
+    for of in (float, torch.tensor, np.float32, np.float64):
         torch._dynamo.reset()
         counter = CompileCounter()
         compiled = torch.compile(call, fullgraph=True, backend=counter)
         for i in range(12):
-            same(call(1 + i / 3, **tensors), compiled(of(1 + i / 3), **tensors))
+            same(call(1 + i / 4, **tensors), compiled(of(1 + i / 4), **tensors))
         assert counter.frame_count <= 2
 
 
+def each_op(given: dict[str, Any]) -> dict[str, tuple[Any, tuple[str, ...]]]:
+    """The public functions as calls of (rule, **numbers), with the numbers that each of them takes."""
+    given = dict(given)
+    del given["rule"]
+    logits = given.pop("logits")
+    rows = {"seeds": given["seeds"], "positions": given["positions"]}
+    head = logits[0, :5] * 0.03  # (V, D) = (5, VOCAB)
+    candidates, scores = given["tokens"] * 0 + 1, logits[..., 0] * 0.2 + 0.5
+    both = ("temperature", "threshold")
+    return {
+        "decode_step": (partial(maskgit.decode_step, logits, **given), both),
+        "from_hidden": (partial(maskgit.decode_step_from_hidden, logits, head, **given), both),
+        "sample_tokens": (partial(maskgit.sample_tokens, logits, **rows), both[:1]),
+        "commit_tokens": (partial(maskgit.commit_tokens, candidates, scores, **given), both[1:]),
+    }
+
+
+@pytest.mark.parametrize("op", ["decode_step", "from_hidden", "sample_tokens", "commit_tokens"])
 @pytest.mark.parametrize("backend", HERE)
-def test_numbers_in_place_of_the_rules(backend: str) -> None:
-    kind = kind_for(backend, "float32")
-    for name, field in (("temperature", "sample_temperature"), ("threshold", "threshold")):
-        rule = StepRule(count="threshold", threshold=0.5, score="prob")
+def test_numbers_in_place_of_the_rules(backend: str, op: str) -> None:
+    rule = StepRule(count="threshold", threshold=0.5, score="prob")
+    call, names = each_op(problem(kind_for(backend, "float32"), rule))[op]
+    outs = []
+    for name in names:
+        field = {"temperature": "sample_temperature"}.get(name, name)
         for value in (0.2, np.float32(0.75), np.array(1)):
             changed = dataclasses.replace(rule, **{field: float(value)})
-            wanted = maskgit.decode_step(**problem(kind, changed), backend=backend)
-            got = maskgit.decode_step(**problem(kind, rule), **{name: value}, backend=backend)
-            same(wanted, got)
+            outs.append(call(rule=rule, **{name: value}, backend=backend))
+            same(call(rule=changed, backend=backend), outs[-1])
         with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
-            maskgit.decode_step(**problem(kind, rule), **{name: "1"}, backend=backend)
+            call(rule=rule, **{name: "1"}, backend=backend)
+    assert any((np.asarray(outs[0][0]) != np.asarray(out[0])).any() for out in outs)
 
 
-def test_one_program_for_every_temperature_and_threshold() -> None:
+@pytest.mark.parametrize("op", ["decode_step", "from_hidden", "sample_tokens", "commit_tokens"])
+def test_one_program_for_every_temperature_and_threshold(op: str) -> None:
     from torch._dynamo.testing import CompileCounter
 
-    given = problem("torch", StepRule(count="threshold", score="prob"))
-    tensors = {k: given.pop(k) for k in ("logits", "tokens", "seeds", "num_masked_at_start")}
-    given.pop("positions")
+    rule = StepRule(count="threshold", score="prob")
+    call, names = each_op(problem("torch", rule))[op]
 
-    def call(number: Any, **tensors: Any) -> Any:
-        return maskgit.decode_step(**tensors, **given, temperature=number, threshold=number / 4)
+    def with_number(number: Any) -> Any:
+        return call(rule=rule, **dict.fromkeys(names, number / 4))
 
     torch._dynamo.reset()
     counter = CompileCounter()
-    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    compiled = torch.compile(with_number, fullgraph=True, backend=counter)
     for i in range(12):
-        same(call(1 + i / 3, **tensors), compiled(1 + i / 3, **tensors))
+        same(with_number(1 + i / 3), compiled(1 + i / 3))
     assert counter.frame_count <= 2
 
 

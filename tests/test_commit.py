@@ -247,7 +247,7 @@ def test_commit_is_one_node_of_a_compiled_graph():
     from maskgit.kernels.decode_step.ops import commit_tokens_op
 
     encoded = StepRule.preset("llada").encoded
-    full = (*args, encoded, 9, 0, 3, *[None] * 6, "auto")
+    full = (*args, encoded, 9, 0, 3, *[None] * 7, "auto")
     torch.library.opcheck(commit_tokens_op, full)
 
 

@@ -109,6 +109,87 @@ def test_a_traced_guidance_scale(backend: str) -> None:
     assert guided._cache_size() == 1
 
 
+def loops(one: Any, num_steps: int, tokens: Any) -> tuple[Any, Any]:
+    """The end of a loop of Python's, and of one inside a program, whose step is traced."""
+    told = tokens
+    for step in range(num_steps):
+        told = one(step, told)
+    return told, jax.jit(lambda tokens: jax.lax.fori_loop(0, num_steps, one, tokens))(tokens)
+
+
+@pytest.mark.parametrize(
+    ("backend", "rule"),
+    [
+        pytest.param(
+            backend, rule, marks=[pytest.mark.slow] if (backend, i > 1) == ("jax", True) else []
+        )
+        for backend in HERE
+        for i, rule in enumerate(RULES)
+    ],
+)
+def test_a_traced_step(backend: str, rule: str) -> None:
+    given = arguments()
+    tokens, by_step = (
+        given.pop("tokens"),
+        given["logits"][None] * jnp.arange(1, 4)[:, None, None, None],
+    )
+
+    def one(step: Any, tokens: Any) -> Any:
+        now = given | {"logits": by_step[step], "tokens": tokens}
+        numbers: dict[str, Any] = {"mask_token_id": 50, "step": step, "num_steps": 3}
+        return maskgit.decode_step(**now, rule=rule, **numbers, backend=backend).next_tokens
+
+    np.testing.assert_array_equal(*loops(one, 3, tokens))
+
+
+def test_a_traced_step_of_the_other_ops() -> None:
+    given = arguments()
+    tokens, rng = given.pop("tokens"), np.random.default_rng(3)
+    hidden, head = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 8, 4), (50, 4)))
+    numbers: dict[str, Any] = {"mask_token_id": 50, "num_steps": 3, "num_masked_at_start": 8}
+    numbers |= {"seeds": given["seeds"]}
+
+    def from_hidden(step: Any, tokens: Any) -> Any:
+        out = maskgit.decode_step_from_hidden(
+            hidden, head, tokens, rule="maskgit", step=step, **numbers
+        )
+        return out.next_tokens
+
+    def commit(step: Any, tokens: Any) -> Any:
+        return maskgit.commit_tokens(
+            tokens * 0 + step, hidden[..., 0], tokens, rule="amused", step=step, **numbers
+        ).next_tokens
+
+    for one in (from_hidden, commit):
+        np.testing.assert_array_equal(*loops(one, 3, tokens))
+
+
+def test_what_a_traced_step_cannot_be() -> None:
+    given = arguments()
+
+    def call_at(num_steps: Any) -> Any:
+        numbers: dict[str, Any] = {"mask_token_id": 50, "num_steps": num_steps}
+        return lambda step: maskgit.decode_step(**given, rule="maskgit", step=step, **numbers)
+
+    whole = call_at(4)(jnp.asarray(2))  # with its value: as an integer
+    same(whole, call_at(4)(2))
+    for bad in (jnp.asarray(1.0), jnp.asarray(True), jnp.arange(2)):
+        for call in (call_at(4), jax.jit(call_at(4))):
+            with pytest.raises(TypeError, match="step: expected an integer"):
+                call(bad)
+    with pytest.raises(ValueError, match="num_steps: expected 1 to 256 with a traced step"):
+        jax.jit(call_at(257))(1)
+    with pytest.raises(TypeError, match="num_steps: expected an integer"):
+        jax.jit(lambda n: call_at(n)(0))(4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_backends_that_need_values_say_so_in_a_program(backend: str) -> None:
+    given = arguments()
+    with pytest.raises(ValueError, match="works on arrays with values"):
+        jax.jit(lambda x: call("maskgit", backend, given | {"logits": x}))(given["logits"])
+
+
 @pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
 @pytest.mark.parametrize("backend", HERE)
 def test_every_kind_of_key(backend: str, kind: str) -> None:
@@ -132,13 +213,3 @@ def test_every_kind_of_key(backend: str, kind: str) -> None:
     assert len({tuple(row) for row in np.asarray(jax.random.key_data(keys)).tolist()}) == 3
     with pytest.raises(ValueError, match="seeds: expected shape"):
         call("maskgit", backend, given | {"seeds": keys[:, None]})
-
-
-def test_a_traced_step_is_refused_in_words() -> None:
-    given = arguments()
-    with pytest.raises(TypeError, match="step: expected an integer"):
-        jax.jit(
-            lambda step: maskgit.decode_step(
-                **given, rule="maskgit", mask_token_id=50, step=step, num_steps=4
-            )
-        )(1)

@@ -40,7 +40,9 @@ def test_opcheck(rule, backend):
             False,
         ),
     )
-    torch.library.opcheck(sample_tokens_op, (logits, encoded, seeds, None, 0, None, backend, False))
+    torch.library.opcheck(
+        sample_tokens_op, (logits, encoded, seeds, None, 0, None, None, backend, False)
+    )
 
 
 def test_compiles_without_a_graph_break():

@@ -166,9 +166,10 @@ def _say_slower(first: str, chosen: str, kind: str) -> None:
     )
 
 
-def _able(names: tuple[str, ...], kind: str) -> str:
-    """Those of the names that can run, and the reference, for a message."""
-    return ", ".join(dict.fromkeys([*(n for n in names if _can(n, kind)), "reference"]))
+def _able(names: tuple[str, ...], kind: str, device: str) -> str:
+    """Those of the names that can run, and the reference where there are values, for a message."""
+    able = [name for name in names if _can(name, kind)]
+    return ", ".join(dict.fromkeys(able if device == TRACED else [*able, "reference"]))
 
 
 def check_name(backend: str) -> str:
@@ -198,24 +199,26 @@ def choose(backend: str, kind: str, device: str) -> str:
         place = "cuda"
     if kind == "jax" and place == "other" and _has_tpu():
         place = "tpu"
+    if _in_jax_on_cpu(kind, device):
+        place = "cpu"
     if backend == "auto":
         forced = os.environ.get("MASKGIT_BACKEND", "auto")
         if forced not in ("", "auto"):
             if forced not in BACKENDS:
                 raise ValueError(unknown("MASKGIT_BACKEND", ("auto", *BACKENDS), forced))
             return choose(forced, kind, device)
-        if _in_jax_on_cpu(kind, device):
-            place = "cpu"
         names = _AUTO[kind, place]
         chosen = next(name for name in names if _can(name, kind))
         if chosen != names[0]:
             _say_slower(names[0], chosen, kind)
         return chosen
     reason = why_missing(backend)
-    if reason is None and backend == "cpp" and place != "cpu" and not _in_jax_on_cpu(kind, device):
+    if reason is None and backend == "cpp" and place != "cpu":
         reason = f"it works on CPU arrays, not on {device}"
+    if reason is None and kind == "jax" and device == TRACED and backend in ("torch", "reference"):
+        reason = f"it works on arrays with values, not on {device}"
     if reason is not None:
         raise ValueError(
-            f"backend: {backend!r} cannot run: {reason}; available: {_able(_AUTO[kind, place], kind)}"
+            f"backend: {backend!r} cannot run: {reason}; available: {_able(_AUTO[kind, place], kind, device)}"
         )
     return backend

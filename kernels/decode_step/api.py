@@ -47,7 +47,8 @@ def decode_step(
         tokens: (B, N) integers on the same device; `mask_token_id` marks what is still masked.
         rule: a `StepRule` or the name of a preset.
         mask_token_id: the id of the mask token; it may lie outside the V columns, or be -1.
-        step, num_steps: this step, from 0, and how many there are.
+        step, num_steps: this step, from 0, and how many there are.  In jax `step` may be traced: the
+            program then holds every step there is (256 at most), and one beyond them is the last.
         num_masked_at_start: (B,) masked positions before step 0 (or one number for all); by
             default those of `tokens`, which is right at step 0 only.
         seeds: (B,) 64-bit integers, one per sequence (or (B, 2) uint32 words; in jax also keys).
@@ -104,12 +105,15 @@ def decode_step(
             scale_tensor(temperature, "temperature"), scale_tensor(threshold, "threshold"), backend, check,
         )  # fmt: skip
         return StepResult(*out)
-    out = run.decode_step(
-        logits, tokens, step_rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
-        token_gumbel, choice_gumbel, uncond_logits, guidance_scale, eligible, scores, num_commit,
-        positions, temperature, threshold, backend, check,
-    )  # fmt: skip
-    return StepResult(*out)
+
+    def at(step: int) -> Any:
+        return run.decode_step(
+            logits, tokens, step_rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
+            token_gumbel, choice_gumbel, uncond_logits, guidance_scale, eligible, scores, num_commit,
+            positions, temperature, threshold, backend, check,
+        )  # fmt: skip
+
+    return StepResult(*run.at_step(at, step, num_steps))
 
 
 def commit_tokens(
@@ -127,6 +131,7 @@ def commit_tokens(
     eligible: Any = None,
     num_commit: Any = None,
     positions: Any = None,
+    threshold: Any = None,
     backend: str = "auto",
 ) -> StepResult:
     """Count, select and re-mask given candidates: the second half of `decode_step`.
@@ -140,7 +145,7 @@ def commit_tokens(
         tokens: (B, N), the sequence before the step.
         choice_gumbel: (B, N) standard Gumbel noise in place of the seeds'.
         rule, mask_token_id, step, num_steps, num_masked_at_start, seeds, eligible, num_commit,
-            positions, backend: as in `decode_step`.  Of the rule only the choice noise, the count
+            positions, threshold, backend: as in `decode_step`.  Of the rule only the choice noise, the count
             and the cut matter.
 
     Returns, raises and semantics: as `decode_step`; a NaN score is -inf.
@@ -148,11 +153,15 @@ def commit_tokens(
     step_rule, _, _ = rule_and_noise(rule, None, backend)
     seeds = seeds_like(seeds, scores)
     if kind_of(scores) != "torch":
-        out = run.commit_tokens(
-            candidate_tokens, scores, tokens, step_rule, mask_token_id, step, num_steps,
-            num_masked_at_start, seeds, choice_gumbel, eligible, num_commit, positions, backend,
-        )  # fmt: skip
-        return StepResult(*out)
+
+        def at(step: int) -> Any:
+            return run.commit_tokens(
+                candidate_tokens, scores, tokens, step_rule, mask_token_id, step, num_steps,
+                num_masked_at_start, seeds, choice_gumbel, eligible, num_commit, positions, threshold,
+                backend,
+            )  # fmt: skip
+
+        return StepResult(*run.at_step(at, step, num_steps))
     from .ops import commit_tokens_op
 
     num_masked_at_start = counts_tensor(num_masked_at_start, scores)
@@ -165,7 +174,8 @@ def commit_tokens(
     check_op_arguments(scores, arrays, numbers)
     out = commit_tokens_op(
         candidate_tokens, scores, tokens, step_rule.encoded, mask_token_id, step, num_steps,
-        num_masked_at_start, seeds, choice_gumbel, eligible, num_commit, positions, backend,
+        num_masked_at_start, seeds, choice_gumbel, eligible, num_commit, positions,
+        scale_tensor(threshold, "threshold"), backend,
     )  # fmt: skip
     return StepResult(*out)
 
@@ -178,6 +188,7 @@ def sample_tokens(
     positions: Any = None,
     step: int = 0,
     noise: StepNoise | None = None,
+    temperature: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> TokenStats:
@@ -191,7 +202,7 @@ def sample_tokens(
             0..N-1, and 0 for gathered rows.
         step: the step whose random numbers are used.
         noise: `StepNoise(token_gumbel)` of the shape of `logits`.
-        backend, check: as in `decode_step`.
+        temperature, backend, check: as in `decode_step`.
 
     Returns:
         `TokenStats(candidate_tokens, confidence, log_z)` of the shape of `logits` without V.
@@ -219,11 +230,12 @@ def sample_tokens(
         arrays = {"seeds": seeds, "positions": positions, "noise.token_gumbel": token_gumbel}
         check_op_arguments(logits, arrays, {"step": step})
         out = sample_tokens_op(
-            logits, step_rule.encoded, seeds, positions, step, token_gumbel, backend, check
-        )
+            logits, step_rule.encoded, seeds, positions, step, token_gumbel,
+            scale_tensor(temperature, "temperature"), backend, check,
+        )  # fmt: skip
     else:
         out = run.sample_tokens(
-            logits, step_rule, seeds, positions, step, token_gumbel, backend, check
+            logits, step_rule, seeds, positions, step, token_gumbel, temperature, backend, check
         )
     return TokenStats(*(array[:, 0] for array in out)) if rows_only else TokenStats(*out)
 
@@ -310,4 +322,6 @@ def scale_tensor(number: Any, name: str = "guidance_scale") -> Any:
         return number
     if isinstance(number, (float, int)) and not isinstance(number, bool):
         return torch.full((), number, dtype=torch.float64)
+    if torch.compiler.is_compiling() and isinstance(number, np.ndarray):  # or a scalar of NumPy's
+        return torch.as_tensor(number)
     return torch.full((), as_scalar(name, number), dtype=torch.float64)

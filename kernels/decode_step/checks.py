@@ -102,13 +102,15 @@ def as_scalar(name: str, value: Any) -> Any:
 
 def check_integer(name: str, value: Any) -> None:
     """TypeError unless `value` is an integer, symbolic ones of a traced program included."""
-    is_symbol = type(value).__name__ == "SymInt"
-    if is_symbol or (isinstance(value, (int, np.integer)) and not isinstance(value, bool)):
+    if type(value).__name__ == "SymInt":
         return
-    if is_traced(value):  # tables and temperatures of a step are made when a program is traced
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
+        return
+    if is_traced(value):
         raise TypeError(
-            f"{name}: expected an integer that is known outside the program (a Python loop over the "
-            f"steps, or jax.lax.switch over them), got {value!r}"
+            f"{name}: expected an integer that is known outside the program, got {value!r}"
         )
     raise TypeError(f"{name}: expected an integer, got {value!r}")
 

@@ -26,12 +26,11 @@ _LIB.define(
     "commit_tokens(Tensor candidate_tokens, Tensor scores, Tensor tokens, str rule, "
     "SymInt mask_token_id, SymInt step, SymInt num_steps, Tensor? num_masked_at_start, "
     "Tensor? seeds, Tensor? choice_gumbel, Tensor? eligible, Tensor? num_commit, "
-    "Tensor? positions, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor? positions, Tensor? threshold, str backend) -> (Tensor, Tensor, Tensor)"
 )
 _LIB.define(
     "sample_tokens(Tensor logits, str rule, Tensor? seeds, Tensor? positions, SymInt step, "
-    "Tensor? token_gumbel, str backend, bool check) -> (Tensor, Tensor, Tensor)"
+    "Tensor? token_gumbel, Tensor? temperature, str backend, bool check) -> (Tensor, Tensor, Tensor)"
 )
 
 

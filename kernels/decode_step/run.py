@@ -10,8 +10,8 @@ import contextlib
 import dataclasses
 import importlib
 import os
-from collections.abc import Iterator
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +41,7 @@ from ..common.selection import (
 )
 from ..common.sharding import active
 from .checks import (
+    as_index,
     as_scalar,
     check_candidates,
     check_commit_arrays,
@@ -73,6 +74,7 @@ _MODULES = {
     "reference": ".reference",
 }
 _UNSIGNED = ("uint16", "uint32", "uint64")
+MOST_TRACED_STEPS = 256
 _SCALARS = ("guidance_scale", "mask_token_id")
 
 
@@ -124,6 +126,25 @@ def decode_step(
         suspects = eligible & (like(out[2], logits) == -np.inf)
         _raise_on_dead_rows(suspects, x, plan, logits, backend)
     return results(out, logits, tokens)
+
+
+def at_step(call: Callable[[int], Any], step: Any, num_steps: Any) -> Any:
+    """`call(step)`; with a traced step a program of all the steps' calls that runs the one it says."""
+    if kind_of(step) is None:
+        return call(step)
+    if not is_traced(step):
+        return call(as_index("step", step))
+    check_integer("num_steps", num_steps)
+    if tuple(step.shape) or not dtype_name(step).startswith(("int", "uint")):
+        raise TypeError(f"step: expected an integer, got {step!r}")
+    if not 1 <= num_steps <= MOST_TRACED_STEPS:
+        raise ValueError(
+            f"num_steps: expected 1 to {MOST_TRACED_STEPS} with a traced step, whose program holds them all; "
+            f"got {num_steps}"
+        )
+    import jax
+
+    return jax.lax.switch(step, [partial(call, s) for s in range(int(num_steps))])
 
 
 def with_scalars(rule: StepRule, temperature: Any, threshold: Any) -> StepRule:
@@ -265,9 +286,11 @@ def commit_tokens(
     eligible: Any = None,
     num_commit: Any = None,
     positions: Any = None,
+    threshold: Any = None,
     backend: str = "auto",
 ) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence); see `maskgit.commit_tokens`."""
+    rule = with_scalars(rule, None, threshold)
     batch, length = check_candidates(candidate_tokens, scores)
     plan = _plan(rule, mask_token_id, step, num_steps, scores)
     check_positions(positions, scores)
@@ -326,10 +349,12 @@ def sample_tokens(
     positions: Any = None,
     step: int = 0,
     token_gumbel: Any = None,
+    temperature: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> tuple[Any, Any, Any]:
     """(candidate_tokens, confidence, log_z) of (B, N, V) logits; see `maskgit.sample_tokens`."""
+    rule = with_scalars(rule, temperature, None)
     _, _, vocab = check_logits(logits, 3)
     logits = narrowed(logits)
     plan = constant_plan(rule, step)

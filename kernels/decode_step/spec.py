@@ -321,6 +321,10 @@ def _is_number(value: object) -> bool:
     return is_real and math.isfinite(value)  # type: ignore[arg-type]
 
 
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _plain(value: Any, is_float: bool) -> Any:
     """A number of any library as Python's, so that equal rules have one hash; else the value itself."""
     if isinstance(value, (tuple, list)):
@@ -369,14 +373,14 @@ def _check_numbers(rule: StepRule) -> None:
     _check_combinations(rule)
     piece = rule.vocab_slice
     if piece is not None and not (
-        len(piece) == 2 and all(isinstance(i, int) for i in piece) and 0 <= piece[0] < piece[1]
+        len(piece) == 2 and all(map(_is_index, piece)) and 0 <= piece[0] < piece[1]
     ):
         raise ValueError(
             f"StepRule.vocab_slice: expected None or (start, stop) with 0 <= start < stop, got {piece!r}"
         )
     for field in ("banned_ids", "score_banned_ids"):
         ids = getattr(rule, field)
-        if not all(isinstance(i, int) and i >= 0 for i in ids):
+        if not all(_is_index(i) and i >= 0 for i in ids):
             raise ValueError(f"StepRule.{field}: expected integers >= 0, got {ids!r}")
 
 
@@ -438,7 +442,7 @@ def _check_filters(rule: StepRule) -> None:
         if value is None:
             continue
         if field == "top_k":
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_index(value) or value < 1:
                 raise ValueError(f"StepRule.top_k: expected an integer >= 1, got {value!r}")
         elif not _is_number(value) or not 0 < value <= 1:
             raise ValueError(f"StepRule.{field}: expected a number in (0, 1], got {value!r}")

@@ -37,7 +37,7 @@ def decode_step_from_hidden(
     num_steps: int,
     head_bias: Any = None,
     uncond_hidden: Any = None,
-    guidance_scale: float | None = None,
+    guidance_scale: Any = None,
     num_masked_at_start: Any = None,
     seeds: Any = None,
     noise: StepNoise | None = None,
@@ -45,6 +45,8 @@ def decode_step_from_hidden(
     scores: Any = None,
     num_commit: Any = None,
     positions: Any = None,
+    temperature: Any = None,
+    threshold: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> StepResult:
@@ -77,12 +79,16 @@ def decode_step_from_hidden(
     head_weight, head_bias = _detached(head_weight), _detached(head_bias)
     seeds = seeds_like(seeds, hidden)
     if kind_of(hidden) != "torch":
-        out = decode(
-            hidden, head_weight, tokens, step_rule, mask_token_id, step, num_steps, head_bias,
-            uncond_hidden, guidance_scale, num_masked_at_start, seeds, token_gumbel, choice_gumbel,
-            eligible, scores, num_commit, positions, backend, check,
-        )  # fmt: skip
-        return StepResult(*out)
+
+        def at(step: int) -> Any:
+            return decode(
+                hidden, head_weight, tokens, step_rule, mask_token_id, step, num_steps, head_bias,
+                uncond_hidden, guidance_scale, num_masked_at_start, seeds, token_gumbel,
+                choice_gumbel, eligible, scores, num_commit, positions, temperature, threshold,
+                backend, check,
+            )  # fmt: skip
+
+        return StepResult(*run.at_step(at, step, num_steps))
     from .ops import decode_step_from_hidden_op
 
     num_masked_at_start = counts_tensor(num_masked_at_start, hidden)
@@ -97,7 +103,8 @@ def decode_step_from_hidden(
     out = decode_step_from_hidden_op(
         hidden, head_weight, tokens, step_rule.encoded, mask_token_id, step, num_steps, head_bias,
         uncond_hidden, scale_tensor(guidance_scale), num_masked_at_start, seeds, token_gumbel,
-        choice_gumbel, eligible, scores, num_commit, positions, backend, check,
+        choice_gumbel, eligible, scores, num_commit, positions,
+        scale_tensor(temperature, "temperature"), scale_tensor(threshold, "threshold"), backend, check,
     )  # fmt: skip
     return StepResult(*out)
 
@@ -106,12 +113,14 @@ def decode(
     hidden: Any, head_weight: Any, tokens: Any, rule: StepRule, mask_token_id: int, step: int,
     num_steps: int, head_bias: Any, uncond_hidden: Any, guidance_scale: Any,
     num_masked_at_start: Any, seeds: Any, token_gumbel: Any, choice_gumbel: Any, eligible: Any,
-    scores: Any, num_commit: Any, positions: Any, backend: str, check: bool,
+    scores: Any, num_commit: Any, positions: Any, temperature: Any, threshold: Any, backend: str,
+    check: bool,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """The checked call on arrays of one kind; what the op runs."""
     from . import plain
 
     check_name(backend)
+    rule = run.with_scalars(rule, temperature, threshold)
     check_head(hidden, head_weight, head_bias)
     scale = check_guidance(hidden, uncond_hidden, guidance_scale, "uncond_hidden", "hidden")
     x, plan = run.inputs(

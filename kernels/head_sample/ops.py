@@ -15,7 +15,8 @@ _LIB.define(
     "SymInt mask_token_id, SymInt step, SymInt num_steps, Tensor? head_bias, "
     "Tensor? uncond_hidden, Tensor? guidance_scale, Tensor? num_masked_at_start, Tensor? seeds, "
     "Tensor? token_gumbel, Tensor? choice_gumbel, Tensor? eligible, Tensor? scores, "
-    "Tensor? num_commit, Tensor? positions, str backend, bool check) -> (Tensor, Tensor, Tensor)"
+    "Tensor? num_commit, Tensor? positions, Tensor? temperature, Tensor? threshold, "
+    "str backend, bool check) -> (Tensor, Tensor, Tensor)"
 )
 
 
