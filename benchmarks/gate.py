@@ -86,7 +86,7 @@ def _sigmas(log_p: Any, own: Any) -> float:
 def _check_ours(
     mode: str, x: Inputs, where: Any, logits: Any, values: Any, own: Any, tokens: Any, out: Any
 ) -> Verdict:
-    rule, plan = RULES[mode], resolve(RULES[mode], STEP, NUM_STEPS, x.tokens.shape[1])
+    rule, plan = RULES[mode], resolve(RULES[mode], STEP, NUM_STEPS, tuple(x.tokens.shape))
     seeds, positions = x.seeds[where[0]], x.tokens.new_tensor(where[1])
     expected = maskgit.sample_tokens(
         logits, rule=rule, seeds=seeds if rule.needs_seeds else None, positions=positions,
@@ -104,8 +104,8 @@ def _check_ours(
     if mode == "step":
         words = key[0][:, None], key[1][:, None]
         noise = philox.gumbel(words, 0, np.arange(x.tokens.shape[1]), STEP, philox.STREAM_CHOICE)
-        wanted = wanted + plan.choice_temperature * noise[where]
-        scale = scale + plan.choice_temperature * (1 + np.abs(noise[where]))
+        wanted = wanted + plan.numbers.choice_temperature * noise[where]
+        scale = scale + plan.numbers.choice_temperature * (1 + np.abs(noise[where]))
     error = np.abs(out[-1][where] - wanted)
     if (error > 32 * _EPS * scale + 1e-37).any():
         worst = int(np.argmax(error / scale))
@@ -114,7 +114,7 @@ def _check_ours(
     if mode == "step":
         eligible = (x.tokens == x.mask_token_id).numpy()
         counts: Any = SimpleNamespace(num_masked_at_start=eligible.sum(1), num_commit=None)
-        commit = reference.select(out[2], eligible, counts, None, plan, "float32")
+        commit = reference.select(out[2], eligible, counts, None, plan)
         if not np.array_equal(np.where(commit, out[1], x.tokens.numpy()), out[0]):
             return Verdict(False, "the committed positions differ", len(tokens), len(differ))
     return Verdict(True, "tokens, confidences equal the reference's", len(tokens), len(differ))
@@ -155,7 +155,7 @@ def _check_eager(mode: str, x: Inputs, values: Any, own: Any, where: Any, out: A
         if (np.abs(out[-1][where] - wanted) > tolerance).any():
             return Verdict(False, "a confidence is not the probability of its token")
         return Verdict(True, f"tokens and probabilities agree to {dtype} rounding", len(own))
-    plan = resolve(RULES[mode], STEP, NUM_STEPS, x.tokens.shape[1])
+    plan = resolve(RULES[mode], STEP, NUM_STEPS, tuple(x.tokens.shape))
     full = np.full(x.tokens.shape[0], x.tokens.shape[1])
     masked = (out[0] == x.mask_token_id).sum(1)
     slack = 0.0 if dtype == "float32" else 0.1 * x.tokens.shape[1]  # ties at the cut

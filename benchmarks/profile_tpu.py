@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from maskgit.kernels.attention import pallas_tpu as attention
 from maskgit.kernels.common.simulation import compiling
 from maskgit.kernels.decode_step import jax_ref, pallas_tpu, run
-from maskgit.kernels.decode_step.plan import resolve, table_size
+from maskgit.kernels.decode_step.plan import resolve
 from maskgit.kernels.decode_step.spec import StepInputs
 from maskgit.kernels.head_sample import pallas_tpu as head
 
@@ -58,7 +58,7 @@ def step_inputs(rule: StepRule, arrays: tuple[Any, ...], mask_token_id: int) -> 
 
 def fused_step(rule: StepRule, shape: Shape, dtype: str) -> Callable[..., Any]:
     """One decode step by the kernels."""
-    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, shape.batch, shape.length))
+    plan = resolve(rule, STEP, NUM_STEPS, (shape.batch, shape.length), dtype)
 
     def step(*arrays: Any) -> Any:
         return pallas_tpu.decode_step(step_inputs(rule, arrays, shape.vocab - 1), plan, dtype)
@@ -68,7 +68,7 @@ def fused_step(rule: StepRule, shape: Shape, dtype: str) -> Callable[..., Any]:
 
 def kernels(rule: StepRule, shape: Shape, dtype: str) -> list[tuple[Any, Callable[..., Any], Any]]:
     """(what it is compiled for, function of arrays, their shapes) of both kernels of a step."""
-    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, shape.batch, shape.length))
+    plan = resolve(rule, STEP, NUM_STEPS, (shape.batch, shape.length), dtype)
     arrays = step_arrays(shape, dtype)
     x, mask = step_inputs(rule, arrays, shape.vocab - 1), shape.vocab - 1
 
@@ -88,11 +88,11 @@ def kernels(rule: StepRule, shape: Shape, dtype: str) -> list[tuple[Any, Callabl
 
 def plain_step(rule: StepRule, shape: Shape, dtype: str) -> Callable[..., Any]:
     """The same step in jax.numpy; for MaskGIT's rule as the original writes it."""
-    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, shape.batch, shape.length))
+    plan = resolve(rule, STEP, NUM_STEPS, (shape.batch, shape.length), dtype)
     mask = shape.vocab - 1
 
     def step(*arrays: Any) -> Any:
-        x = run.complete(step_inputs(rule, arrays, mask), rule)
+        x = run.complete(step_inputs(rule, arrays, mask), plan)
         return jax_ref.decode_step(x, plan, dtype)
 
     def original(logits: Any, tokens: Any, seeds: Any, *_: Any) -> Any:
@@ -103,8 +103,10 @@ def plain_step(rule: StepRule, shape: Shape, dtype: str) -> Callable[..., Any]:
         chosen = jnp.take_along_axis(probs, drawn[..., None], -1)[..., 0]
         chosen = jnp.where(unknown, chosen, jnp.inf)
         noise = jax.random.gumbel(choose, chosen.shape)
-        confidence = jnp.log(chosen) + plan.choice_temperature * noise
-        left = jnp.maximum(1, jnp.minimum(unknown.sum(-1, keepdims=True) - 1, int(plan.table[-1])))
+        confidence = jnp.log(chosen) + plan.numbers.choice_temperature * noise
+        left = jnp.maximum(
+            1, jnp.minimum(unknown.sum(-1, keepdims=True) - 1, int(plan.numbers.table[-1]))
+        )
         cut = jnp.take_along_axis(jnp.sort(confidence, axis=-1), left, axis=-1)
         return jnp.where(confidence < cut, mask, drawn), drawn, confidence
 
@@ -127,7 +129,7 @@ def fused_facts(
     clear(folder)
     program = compiled(fused_step(rule, shape, dtype), arrays, target)
     x = step_inputs(rule, arrays, shape.vocab - 1)
-    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, shape.batch, shape.length))
+    plan = resolve(rule, STEP, NUM_STEPS, (shape.batch, shape.length), dtype)
     spec = pallas_tpu.row_spec(x, plan, dtype, has_log_z=False)
     commit = pallas_tpu.commit_spec(x, plan, dtype)
     logits, width = shape.num_bytes(dtype), spec.rows * spec.width * ITEM_SIZES[dtype]
@@ -195,15 +197,15 @@ def head_arrays(rows: int, width: int, vocab: int, dtype: str) -> tuple[Any, ...
     )  # fmt: skip
 
 
-def fused_head(rule: StepRule, rows: int, vocab: int) -> Callable[..., Any]:
+def fused_head(rule: StepRule, rows: int, vocab: int, dtype: str) -> Callable[..., Any]:
     """Candidates, scores and log Z from hidden rows by the fused head."""
-    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, 1, rows))
+    plan = resolve(rule, STEP, NUM_STEPS, (1, rows), dtype)
 
     def draw(hidden: Any, weight: Any, bias: Any, tokens: Any, seeds: Any) -> Any:
         x = StepInputs(
             None, tokens, None, None, seeds, None, None, None, None, 0.0, vocab - 1
         )  # fmt: skip
-        x = run.complete(x, rule)
+        x = run.complete(x, plan)
         return head.sample_rows(x, hidden, weight, bias, x.eligible, plan)
 
     return draw
@@ -215,9 +217,9 @@ def head_facts(
     """Of the fused head: cycles, temporaries, and the product's own cycles."""
     arrays = head_arrays(rows, width, vocab, dtype)
     clear(folder)
-    program = compiled(fused_head(rule, rows, vocab), arrays, target)
+    program = compiled(fused_head(rule, rows, vocab, dtype), arrays, target)
     x = StepInputs(None, arrays[3], None, None, arrays[4], None, None, None, None, 0.0, vocab - 1)
-    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, 1, rows))
+    plan = resolve(rule, STEP, NUM_STEPS, (1, rows), dtype)
     spec = head.head_spec(x, plan, arrays[0], arrays[1], True)
     steps = -(-rows // spec.rows) * -(-vocab // spec.tile) * (width // spec.depth)
     labels = {"op": "head", "rule": rule.name, "shape": f"{rows}x{width}x{vocab}", "dtype": dtype}
@@ -305,7 +307,7 @@ def head_fuses(rule: StepRule) -> bool:
     """Whether the fused head serves a rule."""
     of = jax.ShapeDtypeStruct
     x = step_inputs(rule, step_arrays(parse_shape("1x1x128"), "bfloat16"), 127)
-    plan = resolve(rule, STEP, NUM_STEPS, table_size(rule, 1, 1))
+    plan = resolve(rule, STEP, NUM_STEPS, (1, 1), "bfloat16")
     return head.fuses(x, plan, of((1, 1, 128), "bfloat16"), None)
 
 

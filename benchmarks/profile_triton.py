@@ -105,7 +105,7 @@ def step_launches(rule: Any, shape: Shape, dtype: str, variant: str = "seeds") -
     """
     import torch
     from maskgit.kernels.decode_step import triton_cuda
-    from maskgit.kernels.decode_step.plan import resolve, table_size
+    from maskgit.kernels.decode_step.plan import resolve
     from maskgit.kernels.decode_step.spec import StepInputs
 
     def empty(*sizes: int, kind: Any = torch.int64) -> Any:
@@ -115,9 +115,9 @@ def step_launches(rule: Any, shape: Shape, dtype: str, variant: str = "seeds") -
     if alone and rule.score in ("random", "given"):
         return []
     sizes, kind = (shape.batch, shape.length), getattr(torch, dtype)
-    plan = resolve(rule, 1, 8, table_size(rule, *sizes))
+    plan = resolve(rule, 1, 8, sizes, dtype)
     injected = variant == "injected"
-    noisy = injected and plan.sample_temperature > 0
+    noisy = injected and plan.row.draws
     x = StepInputs(
         logits=empty(*sizes, shape.vocab, kind=kind),
         tokens=None if alone else empty(*sizes), eligible=None, num_masked_at_start=empty(shape.batch),
@@ -138,14 +138,14 @@ def step_launches(rule: Any, shape: Shape, dtype: str, variant: str = "seeds") -
 def head_launches(rule: Any, rows: int, width: int, vocab: int, dtype: str) -> list[Launch]:
     """The launches of the fused head on (1, rows, width) hidden states; none for rules it leaves."""
     import torch
-    from maskgit.kernels.decode_step.plan import resolve, table_size
+    from maskgit.kernels.decode_step.plan import resolve
     from maskgit.kernels.decode_step.spec import StepInputs
     from maskgit.kernels.head_sample import triton_cuda
 
     kind = getattr(torch, dtype)
     hidden = torch.empty((1, rows, width), dtype=kind, device="meta")
     weight = torch.empty((vocab, width), dtype=kind, device="meta")
-    plan = resolve(rule, 1, 8, table_size(rule, 1, rows))
+    plan = resolve(rule, 1, 8, (1, rows), dtype)
     x = StepInputs(
         logits=None, tokens=torch.empty((1, rows), dtype=torch.int64, device="meta"), eligible=None,
         num_masked_at_start=None, seeds=torch.empty(1, dtype=torch.int64, device="meta"),

@@ -1,7 +1,7 @@
 // The core as XLA FFI handlers, so that jitted JAX programs on the CPU call it on their own buffers.
 //
-// A handler gets the parameters that depend on the rule alone as the bytes of a StepParams (without its
-// pointers), and the arrays by name.  Logits and noise are read where XLA has them; what the core wants in
+// A handler gets the parameters that are no arrays as the bytes of a StepParams (without its pointers), in
+// the first of its arguments, and the arrays by name after it.  Logits and noise are read where XLA has them; what the core wants in
 // another integer or floating type, all of it (B, N) or smaller, is converted here.
 #include "ffi.h"
 
@@ -135,7 +135,6 @@ bool set(std::string_view name, const ffi::Buffer& x, StepParams& p, Converted& 
 // The attributes of a call.
 struct Call {
   std::string_view names;  // of the arrays, with commas between
-  const ffi::Array* params = nullptr;
   int64_t num_threads = 0;
 };
 
@@ -146,28 +145,27 @@ bool read(const ffi::Attributes& given, Call& call) {
     if (name == "names" && given.kinds[i] == ffi::kString) {
       const auto* text = static_cast<const ffi::Text*>(value);
       call.names = {text->data, text->size};
-    } else if (name == "params" && given.kinds[i] == ffi::kArray) {
-      call.params = static_cast<const ffi::Array*>(value);
     } else if (name == "threads" && given.kinds[i] == ffi::kScalar) {
       const auto* number = static_cast<const ffi::Scalar*>(value);
       if (number->dtype == ffi::DataType::S64) call.num_threads = *static_cast<const int64_t*>(number->value);
     }
   }
-  return call.params != nullptr && call.params->dtype == ffi::DataType::U8 && call.num_threads > 0;
+  return call.num_threads > 0;
 }
 
 // Runs a call; what is wrong with it, or nothing.
 std::string run(bool is_step, const ffi::Buffers& args, const ffi::Buffers& rets, const Call& call) {
   StepParams p;
-  if (call.params->size != sizeof(StepParams)) return "parameters of another build";
-  std::memcpy(static_cast<void*>(&p), call.params->data, sizeof(StepParams));
+  const bool fits = args.size > 0 && args.kinds[0] == ffi::kBuffer && args.each[0]->dtype == ffi::DataType::U8;
+  if (!fits || args.each[0]->element_count() != sizeof(StepParams)) return "parameters of another build";
+  std::memcpy(static_cast<void*>(&p), args.each[0]->data, sizeof(StepParams));
   const size_t count = static_cast<size_t>(args.size);
   Converted own;
   own.integers.reserve(count), own.numbers.reserve(count);
   std::vector<int64_t> candidates, next;
   std::vector<double> confidence, noise, log_z;
   std::string_view names = call.names;
-  for (size_t i = 0; i < count; ++i) {
+  for (size_t i = 1; i < count; ++i) {
     const size_t end = names.find(',');
     const std::string_view name = names.substr(0, end);
     if (args.kinds[i] != ffi::kBuffer || !is_read(name, args.each[i]->dtype))
@@ -219,7 +217,7 @@ ffi::Error* handle(ffi::CallFrame* frame) {
   try {
     Call call;
     if (frame->stage != ffi::kExecute || !read(frame->attributes, call))
-      return error(*frame, "names, params and threads expected, in a call to be executed", ffi::kInvalidArgument);
+      return error(*frame, "names and threads expected, in a call to be executed", ffi::kInvalidArgument);
     const std::string wrong = run(is_step, frame->args, frame->rets, call);
     return wrong.empty() ? nullptr : error(*frame, wrong, ffi::kInvalidArgument);
   } catch (const std::exception& caught) {

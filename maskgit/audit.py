@@ -20,7 +20,7 @@ from .kernels.common.rounding import round_to, rounded
 from .kernels.decode_step import StepNoise, StepRule, reference
 from .kernels.decode_step.api import rule_and_noise
 from .kernels.decode_step.checks import LOGIT_DTYPES, check_guidance, check_logits, columns
-from .kernels.decode_step.plan import ResolvedStep, in_score_dtype
+from .kernels.decode_step.plan import StepPlan
 from .kernels.decode_step.run import complete, inputs, narrowed
 from .kernels.decode_step.spec import StepInputs
 
@@ -182,7 +182,7 @@ def _inputs(
     num_masked_at_start: Any, seeds: Any, token_gumbel: Any, choice_gumbel: Any,
     uncond_logits: Any, guidance_scale: Any, eligible: Any, scores: Any, num_commit: Any,
     positions: Any, dtype: str | None,
-) -> tuple[StepInputs, ResolvedStep, str]:  # fmt: skip
+) -> tuple[StepInputs, StepPlan, str]:  # fmt: skip
     """The checked inputs of the step in NumPy, the rule at it, and the dtype of the logits."""
     batch, length, vocab = check_logits(logits, 3)
     scale = check_guidance(logits, uncond_logits, guidance_scale)
@@ -205,7 +205,7 @@ def _inputs(
         _host(num_masked_at_start), _host(seeds), _host(token_gumbel), _host(choice_gumbel),
         _host(eligible), _host(scores), _host(num_commit), _host(positions),
     )  # fmt: skip
-    x = complete(x, rule)._replace(
+    x = complete(x, plan)._replace(
         logits=columns(model, rule),
         uncond_logits=columns(_host(uncond_logits), rule),
         guidance_scale=scale,
@@ -220,26 +220,21 @@ def _host(x: Any) -> Any:
     return widen(to_numpy(x), dtype_name(x))
 
 
-def _filtered(x: StepInputs, b: int, n: int, plan: ResolvedStep, kind: str) -> F64 | None:
+def _filtered(x: StepInputs, b: int, n: int, plan: StepPlan, kind: str) -> F64 | None:
     """The guided, banned and filtered row that candidates are taken from; None without a finite logit."""
     row = reference.guided(x, b, n, plan, kind)
-    rule = plan.rule
-    banned = rule.banned_ids + ((x.mask_token_id,) if rule.ban_mask_token else ())
-    start = rule.vocab_slice[0] if rule.vocab_slice else 0
-    row[[i - start for i in banned if 0 <= i - start < row.size]] = -np.inf
+    row[[i for i in plan.row.banned_columns(x.mask_token_id) if i < row.size]] = -np.inf
     if not np.isfinite(row).any():
         return None
     row = np.minimum(row, float(np.finfo(np.float32).max))
     return np.where(reference.keep_mask(row, plan), row, -np.inf)
 
 
-def _key_tie(
-    row: F64, x: StepInputs, b: int, n: int, plan: ResolvedStep, kind: str
-) -> RowTie | None:
+def _key_tie(row: F64, x: StepInputs, b: int, n: int, plan: StepPlan, kind: str) -> RowTie | None:
     """A tie of the largest logits, or of logits with injected noise; None for draws from seeds."""
-    temperature = plan.sample_temperature
-    if temperature == 0:
-        if plan.rule.greedy_on == "probs":
+    temperature = plan.numbers.sample_temperature
+    if not plan.row.draws:
+        if plan.row.greedy_on_probs:
             return None  # rounded probabilities decide: see _prob_tie
         sizes = np.abs(row) if x.uncond_logits is None else _guided_sizes(row, x, b, n)
         return _row_tie("logits", row, EPS[kind] * sizes / 2, b, n, plan)
@@ -262,20 +257,20 @@ def _guided_sizes(row: F64, x: StepInputs, b: int, n: int) -> F64:
     return np.asarray(np.nanmax(np.abs([row, uncond, step]), axis=0))
 
 
-def _prob_tie(row: F64, b: int, n: int, plan: ResolvedStep, kind: str) -> RowTie | None:
+def _prob_tie(row: F64, b: int, n: int, plan: StepPlan, kind: str) -> RowTie | None:
     """A tie of the largest probabilities after rounding, for rules whose argmax is over them."""
-    if plan.sample_temperature > 0 or plan.rule.greedy_on != "probs":
+    if not plan.row.greedy_on_probs:
         return None
-    probs, score_dtype = reference.softmax(row), plan.rule.score_dtype
-    rounded = round_to(probs, score_dtype, kind)
+    probs, score_dtype = reference.softmax(row), plan.row.score_dtype
+    rounded = round_to(probs, score_dtype)
     error = 16 * EPS["float64" if score_dtype == "float64" else "float32"]
-    high = round_to(probs * (1 + error), score_dtype, kind)
-    low = round_to(np.array(probs.max() * (1 - error)), score_dtype, kind)
+    high = round_to(probs * (1 + error), score_dtype)
+    low = round_to(np.array(probs.max() * (1 - error)), score_dtype)
     return _tie_of("probs", rounded, high >= low, b, n, plan)
 
 
 def _row_tie(
-    what: Literal["logits", "keys"], values: F64, errors: F64, b: int, n: int, plan: ResolvedStep
+    what: Literal["logits", "keys"], values: F64, errors: F64, b: int, n: int, plan: StepPlan
 ) -> RowTie | None:
     """A tie of values that may each be off by `errors`."""
     best = int(np.argmax(values))
@@ -286,7 +281,7 @@ def _row_tie(
 
 def _tie_of(
     what: Literal["logits", "probs", "keys"], values: F64, near: npt.NDArray[np.bool_], b: int,
-    n: int, plan: ResolvedStep,
+    n: int, plan: StepPlan,
 ) -> RowTie | None:  # fmt: skip
     """What the entries that equal the largest, or else those near it, amount to."""
     top = values.max()
@@ -294,7 +289,7 @@ def _tie_of(
     tied = np.flatnonzero(equal if equal.sum() > 1 else near | equal)
     if tied.size < 2:
         return None
-    start = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
+    start = plan.row.vocab_start
     ids = [int(i) + start for i in tied]
     first, second = np.sort(values)[::-1][:2]
     return RowTie(
@@ -308,27 +303,27 @@ def _tie_of(
 # the cut
 
 
-def _cut_ties(x: StepInputs, plan: ResolvedStep, kind: str) -> list[CutTie]:
+def _cut_ties(x: StepInputs, plan: StepPlan, kind: str) -> list[CutTie]:
     """Ties of confidences, one sequence after the other."""
-    rule = plan.rule
-    if plan.commit_all or plan.count == "bernoulli":
+    how = plan.commit
+    if how.count in ("all", "bernoulli"):
         return []  # everything is committed, or each position by its own chance
     _, _, confidence = reference.decode_step(x, plan, kind)
     low, high = _bounds(x, plan, kind, confidence)
-    eligible = x.eligible & ((x.tokens == x.mask_token_id) | (rule.revise != "no"))
-    if rule.skip_mask_token:
+    eligible = x.eligible & ((x.tokens == x.mask_token_id) | how.revises)
+    if how.skips_mask:
         eligible = eligible & ~np.isneginf(confidence)
     found: list[CutTie] = []
     for b in np.flatnonzero(eligible.sum(1)):
         one = _Ranked(int(b), confidence[b], low[b], high[b], eligible[b])
-        if plan.count == "runs":
-            found += _run_ties(one, plan, kind)
+        if how.count == "runs":
+            found += _run_ties(one, plan)
             continue
-        commits = _commits(one, x, plan, confidence, eligible, kind)
+        commits = _commits(one, x, plan, confidence, eligible)
         tie = _boundary_tie(one, commits)
         if tie is not None:
             found.append(tie)
-        found += _threshold_ties(one, plan, kind)
+        found += _threshold_ties(one, plan)
     return found
 
 
@@ -344,31 +339,32 @@ class _Ranked:
 
 
 def _bounds(
-    x: StepInputs, plan: ResolvedStep, kind: str, confidence: npt.NDArray[Any]
+    x: StepInputs, plan: StepPlan, kind: str, confidence: npt.NDArray[Any]
 ) -> tuple[F64, F64]:
     """The least and the largest confidence that the float32 error of a softmax and of noise gives."""
-    rule = plan.rule
+    row, how = plan.row, plan.commit
     values = confidence.astype(np.float64)
-    eps = EPS["float64" if rule.score_dtype == "float64" else "float32"]
-    if rule.score in ("random", "given"):
-        error = 8 * eps * np.abs(values) if rule.score == "random" else 0 * values
+    eps = EPS["float64" if row.is_wide else "float32"]
+    if row.score in ("random", "given"):
+        error = 8 * eps * np.abs(values) if row.score == "random" else 0 * values
         return _plus(values, -error), _plus(values, error)
-    wide = dataclasses.replace(rule, score_dtype="float64")
-    if rule.choice_temperature > 0:  # the noise comes after the rounding
-        wide = dataclasses.replace(wide, choice_temperature=0.0)
-    exact_plan = dataclasses.replace(plan, rule=wide, choice_temperature=0.0)
+    exact_plan = StepPlan(  # the noise comes after the rounding
+        dataclasses.replace(row, score_dtype="float64"),
+        dataclasses.replace(how, is_wide=True, adds_noise=False),
+        plan.numbers,
+    )
     exact = reference.decode_step(x, exact_plan, kind)[2].astype(np.float64)
-    log_like = rule.score in ("log_prob", "neg_entropy", "logit")
+    log_like = row.score in ("log_prob", "neg_entropy", "logit")
     with np.errstate(invalid="ignore"):
         error = 16 * eps * (1 + np.abs(exact) if log_like else np.abs(exact))
-        if rule.score == "margin":
+        if row.score == "margin":
             error = np.full_like(exact, 16 * eps)
-        bare = round_to(exact, rule.score_dtype, kind)
+        bare = round_to(exact, row.score_dtype)
         noise = np.where(np.isfinite(bare), values - bare, 0.0)  # nothing, or the rule's
     slack = np.where(noise == 0, 0.0, 4 * EPS["float32"] * (np.abs(noise) + np.abs(bare)))
-    if plan.choice_temperature == 0:
+    if not how.adds_noise:
         noise, slack = 0 * slack, 0 * slack
-    ends = (round_to(_plus(exact, s * error), rule.score_dtype, kind) for s in (-1, 1))
+    ends = (round_to(_plus(exact, s * error), row.score_dtype) for s in (-1, 1))
     low, high = (_plus(end, noise) for end in ends)
     return _plus(low, -slack), _plus(high, slack)
 
@@ -380,16 +376,16 @@ def _plus(values: F64, change: F64) -> F64:
 
 
 def _commits(
-    one: _Ranked, x: StepInputs, plan: ResolvedStep, confidence: npt.NDArray[Any],
-    eligible: npt.NDArray[np.bool_], kind: str,
+    one: _Ranked, x: StepInputs, plan: StepPlan, confidence: npt.NDArray[Any],
+    eligible: npt.NDArray[np.bool_],
 ) -> dict[str, npt.NDArray[np.bool_]]:  # fmt: skip
     """Which positions of a sequence each convention commits, (N,) bool; "lowest" is exact."""
 
     def selected(cut: Literal["exact", "strict", "inclusive"]) -> npt.NDArray[np.bool_]:
-        rule = dataclasses.replace(plan.rule, cut=cut)
-        changed = dataclasses.replace(plan, rule=rule)
+        how = dataclasses.replace(plan.commit, cut=cut)
+        changed = dataclasses.replace(plan, commit=how)
         noise = np.zeros(confidence.shape)
-        commit = reference.select(confidence, eligible, x, noise, changed, kind)
+        commit = reference.select(confidence, eligible, x, noise, changed)
         return np.asarray(commit[one.sequence])
 
     out = {"lowest": selected("exact")}
@@ -397,7 +393,7 @@ def _commits(
     order = where[np.argsort(-one.confidence[where], kind="stable")]
     out["highest"] = np.zeros_like(one.eligible)
     out["highest"][order[: out["lowest"].sum()]] = True
-    if plan.count in ("masked", "quota", "fraction", "given"):
+    if plan.commit.count in ("masked", "quota", "fraction", "given"):
         out |= {"strict": selected("strict"), "inclusive": selected("inclusive")}
     return out
 
@@ -429,31 +425,31 @@ def _boundary_tie(one: _Ranked, commits: dict[str, npt.NDArray[np.bool_]]) -> Cu
     )
 
 
-def _threshold_ties(one: _Ranked, plan: ResolvedStep, kind: str) -> list[CutTie]:
+def _threshold_ties(one: _Ranked, plan: StepPlan) -> list[CutTie]:
     """Confidences that are a rounding error away from what they are compared with."""
-    rule, plan = plan.rule, in_score_dtype(plan, kind)
-    kind = plan.compared_in
+    how, n = plan.commit, plan.numbers
     where = np.flatnonzero(one.eligible & ~np.isneginf(one.confidence))
     order = where[np.argsort(-one.confidence[where], kind="stable")]
     if not order.size:
         return []
     low, high = one.low[order], one.high[order]
-    if plan.count == "threshold":
-        bound = plan.threshold
-        if plan.threshold_slack is not None:
-            bound = min(bound, rounded(one.confidence[order[0]] - plan.threshold_slack, kind))
+    if how.count == "threshold":
+        bound = n.threshold
+        if how.has_slack:
+            below = one.confidence[order[0]] - n.threshold_slack
+            bound = min(bound, rounded(below, how.compared_in))
         at = order[(low <= bound) & (bound <= high)]
-    elif plan.count == "factor":
-        bounds = round_to([1 - rule.factor / (i + 2) for i in range(order.size)], kind, kind)
-        passing = reference.confident(one.confidence[order], plan, kind)
+    elif how.count == "factor":
+        bounds = n.bounds[: order.size]
+        passing = reference.confident(one.confidence[order], plan)
         decides = (np.arange(order.size) <= passing) & (np.arange(order.size) > 0)
         hit = np.flatnonzero(decides & (low <= bounds) & (bounds <= high))
         at, bound = order[hit], float(bounds[hit[0]]) if hit.size else 0.0
-    elif plan.count == "entropy_bound":
+    elif how.count == "entropy_bound":
         entropies = -one.confidence[order].astype(np.float64)
         before = np.cumsum(entropies) - entropies
         error = 16 * EPS["float32"] * (1 + before) * np.arange(1, order.size + 1)
-        at, bound = order[np.abs(before - plan.threshold) <= error], plan.threshold
+        at, bound = order[np.abs(before - n.threshold) <= error], n.threshold
     else:
         return []
     return [_at_threshold(one, bound, at)] if at.size else []
@@ -466,10 +462,9 @@ def _at_threshold(one: _Ranked, bound: float, at: npt.NDArray[Any]) -> CutTie:
     return CutTie(one.sequence, "threshold", bound, positions, above)
 
 
-def _run_ties(one: _Ranked, plan: ResolvedStep, kind: str) -> list[CutTie]:
+def _run_ties(one: _Ranked, plan: StepPlan) -> list[CutTie]:
     """Ties for the best of a run of neighbouring positions, and at the two thresholds."""
-    plan = in_score_dtype(plan, kind)
-    floor, bar = plan.low_threshold, plan.threshold
+    floor, bar = plan.numbers.low_threshold, plan.numbers.threshold
     where, found = np.flatnonzero(one.eligible), []
     for run in np.split(where, np.flatnonzero(np.diff(where) != 1) + 1):
         values = one.confidence[run]

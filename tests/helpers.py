@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from maskgit.kernels.common import philox
 from maskgit.kernels.decode_step import reference
-from maskgit.kernels.decode_step.plan import constant_plan, resolve, table_size
+from maskgit.kernels.decode_step.plan import constant_plan, resolve
 from maskgit.kernels.decode_step.spec import StepInputs
 
 import maskgit
@@ -67,7 +67,7 @@ def to_dtype(x: np.ndarray, dtype: str) -> np.ndarray:
         return x.astype(np.float16).astype(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         nan = np.isnan(x)
-        out = reference.round_to(x, dtype, dtype).astype(np.float32)
+        out = reference.round_to(x, dtype).astype(np.float32)
     return np.where(nan, np.float32(np.nan), out)
 
 
@@ -94,8 +94,7 @@ class Case:
     @property
     def plan(self) -> Any:
         """The rule resolved at this step."""
-        size = table_size(self.rule, *self.tokens.shape)
-        return resolve(self.rule, self.step, self.num_steps, size)
+        return resolve(self.rule, self.step, self.num_steps, self.tokens.shape, self.dtype)
 
     def inputs(self) -> StepInputs:
         """What the reference's functions get."""
@@ -104,7 +103,7 @@ class Case:
         eligible = masked if self.eligible is None else masked & self.eligible
         start = self.num_masked_at_start
         words = None if self.seeds is None else np.stack(philox.seed_words(self.seeds), axis=1)
-        drawn = self.plan.sample_temperature > 0
+        drawn = self.plan.row.draws
         return StepInputs(
             logits=self.logits[..., piece],
             tokens=self.tokens,
@@ -273,11 +272,11 @@ def compare(
         _audit_row(case, x, plan, int(b), int(n), int(drawn[b, n]), int(candidates[b, n]),
                    float(confidence[b, n]), extra, wide, report)  # fmt: skip
     # The selection from the backend's own confidences is exact.
-    commit = reference.select(confidence, x.eligible, x, noise, plan, case.dtype) & alive
+    commit = reference.select(confidence, x.eligible, x, noise, plan) & alive
     wanted = np.where(commit, candidates, x.tokens)
     differs = wanted != next_tokens
-    if plan.count == "bernoulli" and noise is not None and not plan.commit_all:
-        differs &= np.abs(noise - plan.commit_below) > 16 * EPS32 * (1 + np.abs(noise))
+    if plan.commit.count == "bernoulli" and noise is not None:
+        differs &= np.abs(noise - plan.numbers.commit_below) > 16 * EPS32 * (1 + np.abs(noise))
     assert not differs.any(), f"selection differs at {np.argwhere(differs)[:4].tolist()}"
     report.commit_differences = int((expected[0] != next_tokens).sum())
     return report
@@ -288,9 +287,9 @@ def compare_stats(case: Case, got: Any, *, wide: bool = False) -> Agreement:
     whole = np.ones(case.tokens.shape, bool)
     x = case.inputs()._replace(eligible=whole, uncond_logits=None, mask_token_id=-1)
     x = x._replace(token_gumbel=case.token_gumbel)
-    plan = constant_plan(case.rule, case.step)
+    plan = constant_plan(case.rule, case.step, case.dtype)
     drawn, _, log_z = reference.sample_tokens(x, plan, case.dtype)
-    plan = dataclasses.replace(plan, choice_temperature=0.0)
+    plan = dataclasses.replace(plan, commit=dataclasses.replace(plan.commit, adds_noise=False))
     report = Agreement(rows=whole.size)
     assert np.array_equal(got[0] < 0, drawn < 0), "dead rows differ"
     dead = drawn < 0
@@ -332,7 +331,7 @@ def _audit_row(
         if token != wanted and not gap <= allowed:
             complaints.append(f"candidate {token}, not {wanted}: key gap {gap:.3g} > {allowed:.3g}")
             continue
-        base = _scored_tokens(filtered if plan.rule.score_filtered else row, plan.rule)
+        base = _scored_tokens(filtered if plan.row.score_filtered else row, case.rule)
         share = _confidence_share(base, token, variant, case.dtype, confidence, extra, error, eps)
         if not share <= 1:
             complaints.append(f"confidence {confidence!r} is {share:.3g} tolerances off")
@@ -350,7 +349,7 @@ def _reference_row(
     case: Case, x: StepInputs, b: int, n: int, eps: float
 ) -> tuple[np.ndarray, float]:
     """The guided, banned row in float64, and how far rounding may have moved its large entries."""
-    row = reference.guided(x, b, n, resolve(case.rule, case.step, case.num_steps, 1), case.dtype)
+    row = reference.guided(x, b, n, case.plan, case.dtype)
     rule = case.rule
     banned = rule.banned_ids + ((x.mask_token_id,) if rule.ban_mask_token else ())
     start = rule.vocab_slice[0] if rule.vocab_slice else 0
@@ -376,11 +375,12 @@ def _scored_tokens(row: np.ndarray, rule: StepRule) -> np.ndarray:
 def _nearby(plan: Any, eps: float) -> list[Any]:
     """The plan, and the plans whose filters are moved by rounding: any of their sets is right."""
     plans = [plan]
-    for name, sign in itertools.product(plan.rule.filters, (-1, 1)):
+    filters = plan.row.filters
+    for (i, (name, value, divides)), sign in itertools.product(enumerate(filters), (-1, 1)):
         if name in ("top_p", "min_p", "typical_p"):
-            value = min(getattr(plan.rule, name) * (1 + sign * 64 * eps), 1.0)
-            rule = dataclasses.replace(plan.rule, **{name: value})
-            plans.append(dataclasses.replace(plan, rule=rule))
+            moved = (name, min(value * (1 + sign * 64 * eps), 1.0), divides)
+            row = dataclasses.replace(plan.row, filters=(*filters[:i], moved, *filters[i + 1 :]))
+            plans.append(dataclasses.replace(plan, row=row))
     return plans
 
 
@@ -391,8 +391,8 @@ def _key_gap(
     """(how far the candidate's key is behind the best one, how far rounding may put it)."""
     if not np.isfinite(row[token]):
         return np.inf, 0.0
-    temperature = plan.sample_temperature
-    if temperature == 0 and plan.rule.greedy_on == "probs":
+    temperature = plan.numbers.sample_temperature
+    if plan.row.greedy_on_probs:
         probs, slack = reference.softmax(row), 16 * eps + error
         low = reference.round_to(
             np.array([probs.max() * (1 - slack)]), plan.rule.score_dtype, dtype
@@ -419,7 +419,7 @@ def _key_gap(
     tree = scaled.reshape(leaves, reference.PER_GROUP, reference.GROUPS)
 
     def variates(size: int, stream: int) -> np.ndarray:
-        return philox.gumbel(key, np.arange(size), position, plan.step, stream)
+        return philox.gumbel(key, np.arange(size), position, plan.numbers.step, stream)
 
     inner = variates(reference.GROUPS + reference.PER_GROUP, philox.STREAM_INNER)
     races = (
@@ -449,17 +449,18 @@ def _confidence_share(
 ) -> float:  # fmt: skip
     """Distance of a confidence from its float64 value, in tolerances: at most 1 is right."""
     low, high = _score_bounds(row, token, plan, dtype, error, eps)
-    noisy = plan.rule.score == "random" or plan.choice_temperature > 0
+    noisy = plan.row.score == "random" or plan.commit.adds_noise
+    temperature = plan.numbers.choice_temperature
     if noisy and not np.isfinite(extra):
         wanted = -np.inf if np.isnan(extra) or np.isneginf(low) else extra
         return 0.0 if confidence == wanted else np.inf
-    if plan.rule.score == "random":
+    if plan.row.score == "random":
         low = high = extra
         slack = 8 * EPS32 * (1 + abs(extra))
         low, high = low - slack, high + slack
-    elif plan.choice_temperature > 0:
-        shift = plan.choice_temperature * extra
-        slack = 4 * EPS32 * (plan.choice_temperature * (1 + abs(extra)))
+    elif plan.commit.adds_noise:
+        shift = temperature * extra
+        slack = 4 * EPS32 * (temperature * (1 + abs(extra)))
         slack += EPS32 * max(abs(low), abs(high)) if np.isfinite(low) and np.isfinite(high) else 0.0
         low, high = low + shift - slack, high + shift + slack
     if low <= confidence <= high:
@@ -477,11 +478,11 @@ def _score_bounds(
     row: np.ndarray, token: int, plan: Any, dtype: str, error: float, eps: float
 ) -> tuple[float, float]:
     """The least and the largest score that rounding within the computation can give."""
-    kind, temperature = plan.rule.score, plan.score_temperature
+    kind, temperature = plan.row.score, plan.numbers.score_temperature
 
     def rounded(value: float) -> float:
         with np.errstate(over="ignore"):
-            return float(reference.round_to(np.array([value]), plan.rule.score_dtype, dtype)[0])
+            return float(reference.round_to(np.array([value]), plan.row.score_dtype)[0])
 
     if kind == "random":
         return 0.0, 0.0

@@ -102,7 +102,10 @@ def test_dream_ends_rows_of_different_lengths(name, backend):
 def test_open_muse_noise_falls_linearly():
     rule, fixed = StepRule.preset("open-muse"), StepRule.preset("open-muse-fixed")
     plans = [
-        [maskgit.kernels.decode_step.plan.resolve(r, s, 8, 16).choice_temperature for s in range(8)]
+        [
+            maskgit.kernels.decode_step.plan.resolve(r, s, 8, (1, 16)).numbers.choice_temperature
+            for s in range(8)
+        ]
         for r in (rule, fixed)
     ]
     linear = [rule.choice_temperature * (1 - (s + 1) / 8) for s in range(8)]

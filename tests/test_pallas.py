@@ -33,7 +33,7 @@ from helpers import (  # noqa: E402
 )
 from maskgit.kernels.common.simulation import compiling  # noqa: E402
 from maskgit.kernels.decode_step import pallas_tiles, pallas_tpu  # noqa: E402
-from maskgit.kernels.decode_step.plan import resolve, table_size  # noqa: E402
+from maskgit.kernels.decode_step.plan import resolve  # noqa: E402
 from maskgit.kernels.decode_step.spec import StepInputs  # noqa: E402
 from test_contract import FIELDS, SIZED, _guidance, spoil  # noqa: E402
 from test_golden import FILES, first_of_each_function, meta_of, replay  # noqa: E402
@@ -295,7 +295,7 @@ def test_cost_estimates_are_those_of_the_block_specs(preset: str, shape: str) ->
     """What each kernel says that it reads and writes is what its blocks add up to."""
     batch, length, vocab = map(int, shape.split("x"))
     rule = StepRule.preset(preset)
-    plan = resolve(rule, 3, 8, table_size(rule, batch, length))
+    plan = resolve(rule, 3, 8, (batch, length), "bfloat16")
     of = jax.ShapeDtypeStruct
 
     def step(logits: Any, tokens: Any, seeds: Any) -> Any:
@@ -456,7 +456,7 @@ def test_the_cost_of_the_head_is_that_of_its_blocks(rows: int, width: int, vocab
     from maskgit.kernels.head_sample import pallas_tpu as head
 
     rule, of = StepRule.preset("maskgit"), jax.ShapeDtypeStruct
-    plan = resolve(rule, 3, 8, table_size(rule, 1, rows))
+    plan = resolve(rule, 3, 8, (1, rows))
 
     def draw(hidden: Any, weight: Any, tokens: Any, seeds: Any) -> Any:
         x = StepInputs(None, tokens, None, None, seeds, None, None, None, None, 0.0, vocab - 1)

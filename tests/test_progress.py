@@ -153,7 +153,7 @@ def test_a_step_of_many_takes_no_memory_that_grows_with_them():
                 rule.choice_anneal,
                 rule.sample_anneal,
             ):  # a product: no array, but slow
-                resolve(rule, step, HUGE, 16)
+                resolve(rule, step, HUGE, (1, 16))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10e6

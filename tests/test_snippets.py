@@ -38,7 +38,7 @@ forward = lambda tokens: logits
 """
 BACKEND = """
 from typing import Any
-from maskgit.kernels.decode_step.plan import ResolvedStep
+from maskgit.kernels.decode_step.plan import StepPlan
 from maskgit.kernels.decode_step.spec import StepInputs
 """
 # (document, a line of the snippet) -> what it is given

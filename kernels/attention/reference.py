@@ -22,4 +22,4 @@ def attention(q: Any, k: Any, v: Any, padding: Any, scale: float, dtype: str) ->
     weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
     total = weights.sum(-1, keepdims=True)
     out = np.einsum("bhnm,bmhd->bnhd", weights / np.where(total > 0, total, 1.0), v)
-    return round_to(out, "logits", dtype).astype(np.float32)
+    return round_to(out, dtype).astype(np.float32)

@@ -10,12 +10,11 @@ import numpy.typing as npt
 F64 = npt.NDArray[np.float64]
 
 
-def round_to(x: npt.ArrayLike, score_dtype: str, logits_dtype: str) -> F64:
-    """`x` rounded to the score dtype, "logits" being that of the logits, back in float64."""
-    name = logits_dtype if score_dtype == "logits" else score_dtype
-    if name != "bfloat16":
+def round_to(x: npt.ArrayLike, dtype: str) -> F64:
+    """`x` rounded to a floating dtype, back in float64."""
+    if dtype != "bfloat16":
         with np.errstate(over="ignore"):
-            return np.asarray(x).astype(name).astype(np.float64)
+            return np.asarray(x).astype(dtype).astype(np.float64)
     with np.errstate(over="ignore"):
         bits = np.asarray(x, dtype=np.float32).view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # to nearest even
@@ -24,4 +23,4 @@ def round_to(x: npt.ArrayLike, score_dtype: str, logits_dtype: str) -> F64:
 
 def rounded(value: Any, dtype: str) -> float:
     """One number rounded to a floating dtype."""
-    return float(round_to(np.array([value], np.float64), dtype, dtype)[0])
+    return float(round_to(np.array([value], np.float64), dtype)[0])

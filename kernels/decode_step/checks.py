@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import dtype_name, is_on_host, is_traced, kind_of, to_numpy
-from .plan import ResolvedStep
+from .plan import StepPlan
 from .spec import StepInputs, StepRule
 
 LOGIT_DTYPES = ("float16", "bfloat16", "float32", "float64")  # the last is rounded to float32
@@ -171,7 +171,7 @@ def check_token_ids(tokens: Any, vocab: int, mask_token_id: int) -> None:
 
 
 def check_noise(
-    model: Any, vocab: int, rule: StepRule, plan: ResolvedStep, seeds: Any, token: Any, choice: Any,
+    model: Any, vocab: int, rule: StepRule, plan: StepPlan, seeds: Any, token: Any, choice: Any,
     both: bool,
 ) -> None:  # fmt: skip
     """Injected noise, the vocabulary slice, and seeds where this step needs them."""
@@ -193,18 +193,13 @@ def check_noise(
         check_shape(name, noise, shape)
         check_floating(name, noise)
     check_seeds(seeds, model)
-    draws = plan.sample_temperature > 0 and token is None
-    ranks = both and ranks_by_chance(rule, plan)
+    draws = plan.row.draws and token is None
+    ranks = both and plan.commit.uses_noise
     if seeds is None and (draws or (ranks and choice is None)):
         what = "draws its candidates" if draws else "adds noise to its confidences"
         raise ValueError(
             f"seeds: expected ({batch},) integers because rule {rule.name!r} {what} at this step, got None"
         )
-
-
-def ranks_by_chance(rule: StepRule, plan: ResolvedStep) -> bool:
-    """Whether the selection at this step uses the choice noise."""
-    return plan.choice_temperature > 0 or rule.score == "random" or plan.count == "bernoulli"
 
 
 def check_seeds(seeds: Any, model: Any) -> None:
@@ -223,7 +218,7 @@ def check_seeds(seeds: Any, model: Any) -> None:
 
 
 def check_commit_noise(
-    scores: Any, rule: StepRule, plan: ResolvedStep, seeds: Any, choice_gumbel: Any
+    scores: Any, rule: StepRule, plan: StepPlan, seeds: Any, choice_gumbel: Any
 ) -> None:
     """Noise for the selection: the caller's, or seeds where this step needs some."""
     if choice_gumbel is not None:
@@ -232,7 +227,7 @@ def check_commit_noise(
         check_shape("choice_gumbel", choice_gumbel, tuple(scores.shape))
         check_floating("choice_gumbel", choice_gumbel)
     check_seeds(seeds, scores)
-    if seeds is None and choice_gumbel is None and ranks_by_chance(rule, plan):
+    if seeds is None and choice_gumbel is None and plan.commit.uses_noise:
         raise ValueError(
             f"seeds: expected ({scores.shape[0]},) integers because rule {rule.name!r} adds noise to "
             "its confidences at this step, got None"
@@ -328,12 +323,13 @@ def check_guidance(
     return as_scalar("guidance_scale", guidance_scale)
 
 
-def check_start(rule: StepRule, plan: ResolvedStep, x: StepInputs, step: int) -> None:
+def check_start(rule: StepRule, plan: StepPlan, x: StepInputs, step: int) -> None:
     """ValueError where a count from the start of the loop is missing, or cannot be right.
 
     With a block's eligible positions the masks that earlier blocks left are there too, uncounted.
     """
-    if not plan.table.size or plan.count_base != "masked_at_start" or plan.commit_all:
+    counts = plan.numbers.table.size and plan.commit.count != "all"
+    if not counts or rule.count_base != "masked_at_start":
         return
     start = x.num_masked_at_start
     if start is None and step > 0 and not rule.touches_known:  # whose base is all that is eligible

@@ -199,39 +199,37 @@ def next_masked_counts(
 ) -> npt.NDArray[np.int64]:
     """How many positions of each row stay masked, (B,) int64, for a rule with a fixed count.
 
-    `plan` is a `ResolvedStep`; the two arrays are (B,) integers.  This is the written form that
+    `plan` is a `StepPlan`; the two arrays are (B,) integers.  This is the written form that
     every backend follows: table look-up, the rule's clamps, never above U.
     """
     now = np.asarray(masked_now, dtype=np.int64)
-    if now.size == 0 or plan.commit_all:
+    commit, table = plan.commit, plan.numbers.table
+    if now.size == 0 or commit.count == "all":
         return np.zeros_like(now)
-    if plan.count == "given":
+    if commit.count == "given":
         return np.asarray(np.clip(now - np.asarray(num_commit, np.int64), 0, now))
-    if plan.count == "fraction":
-        share = np.float32(plan.commit_fraction)
-        if plan.count_rows != "mean":
-            return np.asarray(now - np.trunc(now.astype(np.float32) * share).astype(np.int64))
-        mean = np.float32(now.sum()) / np.float32(now.size)
-        return np.asarray(np.maximum(now - int(mean * share), 0))
+    if commit.count == "fraction":
+        share = plan.numbers.shares[now.sum() if commit.count_rows == "mean" else now]
+        return np.asarray(np.maximum(now - share, 0))
     start = np.asarray(masked_at_start, dtype=np.int64)
-    if plan.count == "quota":
-        return np.asarray(np.maximum(now - plan.table[count_bases(plan, start)], 0))
+    if commit.count == "quota":
+        return np.asarray(np.maximum(now - table[count_bases(plan, start)], 0))
     limit = now
-    if plan.count_rows == "first":
+    if commit.count_rows == "first":
         limit = np.full_like(now, now[0])
-    target = plan.table[count_bases(plan, start)].astype(np.int64)
-    for clamp in plan.clamps:
+    target = table[count_bases(plan, start)].astype(np.int64)
+    for clamp in commit.clamps:
         target = np.minimum(target, limit - 1) if clamp == "commit_one" else np.maximum(target, 1)
     return np.asarray(np.clip(target, 0, now))
 
 
 def count_bases(plan: Any, start: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """What each row's count is formed from: an index into the table."""
-    if plan.count_base == "positions":
-        return np.full_like(start, plan.table.size - 1)
-    if plan.count_rows == "first":
+    if plan.commit.base_is_positions:
+        return np.full_like(start, plan.numbers.table.size - 1)
+    if plan.commit.count_rows == "first":
         return np.full_like(start, start[0])
-    return np.full_like(start, start.sum()) if plan.count_rows == "sum" else start
+    return np.full_like(start, start.sum()) if plan.commit.count_rows == "sum" else start
 
 
 def plan_masked_counts(
@@ -257,7 +255,7 @@ def plan_masked_counts(
     Semantics: counts hold when confidences have no ties at the cut; the strict and the inclusive
     cut rules mask fewer or more positions where they do.
     """
-    from .plan import check_num_steps, resolve, table_size
+    from .plan import check_num_steps, resolve
     from .spec import as_rule
 
     step_rule = as_rule(rule)
@@ -284,8 +282,8 @@ def plan_masked_counts(
     if step_rule.count_base == "block":
         start = np.full_like(start, size)
     for step in range(num_steps):
-        width = table_size(step_rule, len(start), size)
-        now = next_masked_counts(resolve(step_rule, step, num_steps, width), start, now)
+        plan = resolve(step_rule, step, num_steps, (len(start), size))
+        now = next_masked_counts(plan, start, now)
         counts[step] = now
         if not now.any():
             break

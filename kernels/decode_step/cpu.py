@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .plan import ResolvedStep, gumbel_below, in_score_dtype
+from .plan import RowPlan, StepPlan
 from .spec import StepInputs
 
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -28,21 +28,21 @@ _FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _ROUNDING = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 
 
-def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
     from maskgit import _C
 
     params, keep, out = _parameters(x, plan, dtype)
     next_tokens = np.empty(x.tokens.shape, np.int64)
     noise = None if x.choice_gumbel is None else x.choice_gumbel.astype(np.float64, order="C")
-    params.draw_choice_noise = noise is None and _uses_choice_noise(plan)
+    params.draw_choice_noise = noise is None and plan.commit.uses_noise
     noise = np.empty(x.tokens.shape) if noise is None else noise
     keep += [next_tokens, noise]
     if x.num_commit is not None:
         num_commit = np.ascontiguousarray(x.num_commit, dtype=np.int64)
         params.num_commit = num_commit
         keep.append(num_commit)
-    if plan.rule.remask == "conf":
+    if plan.commit.remasks_by_score:
         bounds = _remask_bounds(x, plan)
         params.remask_bounds = bounds
         keep.append(bounds)
@@ -54,11 +54,11 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     params.choice_noise = noise
     _C.decode_step(params)
     candidates, confidence = out
-    kind = np.float64 if plan.rule.score_dtype == "float64" else np.float32
+    kind = np.float64 if plan.commit.is_wide else np.float32
     return next_tokens, candidates, confidence.astype(kind, copy=False)
 
 
-def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N)."""
     from maskgit import _C
 
@@ -67,7 +67,7 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
     keep += [log_z]
     params.log_z = log_z
     _C.sample_tokens(params)
-    kind = np.float64 if plan.rule.score_dtype == "float64" else np.float32
+    kind = np.float64 if plan.row.is_wide else np.float32
     return candidates, confidence.astype(kind, copy=False), log_z.astype(kind, copy=False)
 
 
@@ -119,10 +119,6 @@ def is_forked() -> bool:
     return bool(int(fields[6]) & 0x40)
 
 
-def _uses_choice_noise(plan: ResolvedStep) -> bool:
-    return plan.choice_temperature > 0 or plan.rule.score == "random" or plan.count == "bernoulli"
-
-
 def _whole_strides(x: Any) -> Any:
     """The array, copied only where a stride is no whole number of elements."""
     size = x.itemsize
@@ -132,37 +128,32 @@ def _whole_strides(x: Any) -> Any:
 
 
 @lru_cache(maxsize=256)
-def banned(rule: Any, mask_token_id: int, vocab: int) -> Any:
-    """Columns that are never drawn."""
-    ids = set(rule.banned_ids) | ({mask_token_id} if rule.ban_mask_token else set())
-    return without_slice(ids, rule, vocab)
+def left_out(row: RowPlan, mask_token_id: int, vocab: int) -> dict[str, Any]:
+    """The columns that are never drawn, and those outside the score's softmax, where there are any."""
+    columns = {"banned": row.banned_columns(mask_token_id), "score_banned": row.score_banned}
+    inside = {name: np.array([i for i in of if i < vocab]) for name, of in columns.items()}
+    return {name: ids.astype(np.int64) for name, ids in inside.items() if ids.size}
 
 
-def without_slice(ids: Any, rule: Any, vocab: int) -> Any:
-    """Ids as indices of the columns that are left."""
-    start = rule.vocab_slice[0] if rule.vocab_slice else 0
-    return np.array(sorted(i - start for i in ids if 0 <= i - start < vocab), np.int64)
-
-
-def _remask_bounds(x: StepInputs, plan: ResolvedStep) -> Any:
+def _remask_bounds(x: StepInputs, plan: StepPlan) -> Any:
     """(B, N) bounds under which a known position's choice noise masks it again, shared by scores."""
     known = x.eligible & (x.tokens != x.mask_token_id)
     keys = np.where(known & np.isfinite(x.scores), x.scores.astype(np.float64), -np.inf)
     top = np.maximum(keys.max(axis=1, keepdims=True, initial=-1e300), -1e300)
     weights = np.exp(keys - top)
     total = weights.sum(axis=1, keepdims=True)
-    chance = plan.remask_chance * weights / np.where(total > 0, total, 1)
+    chance = plan.numbers.remask_chance * weights / np.where(total > 0, total, 1)
     with np.errstate(divide="ignore"):
         return np.where(chance >= 1, np.inf, -np.log(-np.log(np.minimum(chance, 1 - 1e-16))))
 
 
-def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, list[Any], Any]:
+def _parameters(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, list[Any], Any]:
     """The filled parameters, the arrays that must stay alive, and the two outputs."""
     from maskgit import _C
 
     p = _C.StepParams(_numbers(plan, dtype))
     p.batch, p.length = x.tokens.shape
-    keep = [plan.table]
+    keep = [plan.numbers.table]
     if x.logits is not None:
         p.logits = logits = _whole_strides(x.logits)
         p.vocab = logits.shape[2]
@@ -175,14 +166,11 @@ def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, lis
     if x.drawn is not None:  # the core then draws none
         candidates[...], confidence[...] = x.drawn, x.scores
     keep += [tokens, eligible, start, positions]
-    if x.logits is not None and (plan.rule.banned_ids or plan.rule.ban_mask_token):
-        ids = banned(plan.rule, x.mask_token_id, x.logits.shape[2])
-        p.banned, p.num_banned = ids, ids.size
-        keep.append(ids)
-    if x.logits is not None and plan.rule.score_banned_ids:
-        ids = without_slice(plan.rule.score_banned_ids, plan.rule, x.logits.shape[2])
-        p.score_banned, p.num_score_banned = ids, ids.size
-        keep.append(ids)
+    if x.logits is not None:
+        for name, ids in left_out(plan.row, x.mask_token_id, x.logits.shape[2]).items():
+            setattr(p, name, ids)
+            setattr(p, f"num_{name}", ids.size)
+            keep.append(ids)
     if x.uncond_logits is not None:
         p.uncond = uncond = _whole_strides(x.uncond_logits)
         p.guidance_scale = x.guidance_scale
@@ -203,53 +191,62 @@ def _parameters(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, lis
     return p, keep, (candidates, confidence)
 
 
-def numbers(plan: ResolvedStep, dtype: str, mask_token_id: int) -> Any:
+def numbers(plan: StepPlan, dtype: str, mask_token_id: int) -> Any:
     """The parameters of a step without its arrays, for csrc/ffi.cpp."""
     from maskgit import _C
 
     p = _C.StepParams(_numbers(plan, dtype))
     p.mask_token_id = mask_token_id
-    p.draw_choice_noise = _uses_choice_noise(plan)
+    p.draw_choice_noise = plan.commit.uses_noise
     return p
 
 
 @lru_cache(maxsize=1024)
-def _numbers(plan: ResolvedStep, dtype: str) -> Any:
+def _numbers(plan: StepPlan, dtype: str) -> Any:
     """The parameters that depend on the plan and the dtype alone."""
     from maskgit import _C
 
-    plan = in_score_dtype(plan, dtype)
-    rule, p = plan.rule, _C.StepParams()
+    row, commit, n, p = plan.row, plan.commit, plan.numbers, _C.StepParams()
     p.dtype = _DTYPES[dtype]
-    p.table, p.table_size = plan.table, plan.table.size
-    p.vocab_start = rule.vocab_slice[0] if rule.vocab_slice else 0
-    p.step = plan.step
-    p.sample_temperature = plan.sample_temperature
-    p.score_temperature = plan.score_temperature
-    p.choice_temperature = plan.choice_temperature
-    p.greedy_on_probs = plan.sample_temperature == 0 and rule.greedy_on == "probs"
-    p.score = _SCORES.index(rule.score)
-    p.score_filtered = rule.score_filtered
-    p.score_rounding = _ROUNDING[dtype if rule.score_dtype == "logits" else rule.score_dtype]
-    p.compare_rounding = _ROUNDING[plan.compared_in]
-    p.set_filters([(_FILTERS.index(f), float(getattr(rule, f, 0) or 0)) for f in rule.filters])
-    p.count, p.cut = _COUNTS.index(plan.count), _CUTS.index(rule.cut)
-    p.count_rows = ("each", "first", "mean", "sum").index(plan.count_rows)
-    p.base_is_positions = plan.count_base == "positions"
-    p.clamps = [("commit_one", "keep_one").index(clamp) + 1 for clamp in plan.clamps]
-    p.revise = ("no", "held", "drawn").index(rule.revise)
-    p.edits = plan.edit_threshold is not None
-    p.edit_threshold = plan.edit_threshold or 0.0
-    p.remasks = rule.remask != "none"
-    p.remask_below = gumbel_below(plan.remask_chance)
-    p.skip_mask_token = rule.skip_mask_token
-    p.filter_temperature = plan.filter_temperature
-    p.guidance_rounds = rule.guidance_dtype == "logits"
-    p.top_p_below = rule.top_p_keep == "below"
-    p.threshold_strict, p.low_threshold = rule.threshold_strict, plan.low_threshold
-    p.has_slack, p.threshold_slack = plan.threshold_slack is not None, plan.threshold_slack or 0.0
-    p.min_is_quota = rule.min_commit == "quota"
-    p.commit_all = plan.commit_all
-    p.commit_fraction, p.commit_below = plan.commit_fraction, plan.commit_below
-    p.threshold, p.factor, p.factor_tail = plan.threshold, rule.factor, rule.factor_tail
+    p.table, p.table_size = n.table, n.table.size
+    p.vocab_start = row.vocab_start
+    p.step = n.step
+    p.sample_temperature = n.sample_temperature
+    p.score_temperature = n.score_temperature
+    p.choice_temperature = n.choice_temperature
+    p.filter_temperature = n.filter_temperature
+    p.guidance_rounds = row.guidance_rounds
+    p.greedy_on_probs = row.greedy_on_probs
+    p.score = _SCORES.index(row.score)
+    p.score_filtered = row.score_filtered
+    p.score_rounding = _ROUNDING[row.score_dtype]
+    p.compare_rounding = _ROUNDING[commit.compared_in]
+    p.set_filters(_filters(row))
+    p.top_p_below = row.nucleus_below
+    p.commit_all = commit.count == "all"
+    p.count = 0 if p.commit_all else _COUNTS.index(commit.count)
+    p.cut = _CUTS.index(commit.cut)
+    p.count_rows = ("each", "first", "mean", "sum").index(commit.count_rows)
+    p.base_is_positions = commit.base_is_positions
+    p.clamps = [("commit_one", "keep_one").index(clamp) + 1 for clamp in commit.clamps]
+    p.revise = 1 if row.holds else 2 if commit.revises else 0
+    p.edits, p.edit_threshold = commit.edits, n.edit_threshold
+    p.remasks, p.remask_below = commit.remasks, n.remask_below
+    p.skip_mask_token = commit.skips_mask
+    p.threshold_strict, p.threshold, p.low_threshold = (
+        commit.threshold_strict, n.threshold, n.low_threshold,
+    )  # fmt: skip
+    p.has_slack, p.threshold_slack = commit.has_slack, n.threshold_slack
+    p.min_is_quota = commit.least_is_quota
+    p.commit_fraction, p.commit_below = n.commit_fraction, n.commit_below
+    p.factor, p.factor_tail = n.factor, commit.factor_tail
     return p
+
+
+def _filters(row: RowPlan) -> list[tuple[int, float]]:
+    """The filters in order, and the temperature where it does not divide before the first."""
+    out = [(_FILTERS.index(name), float(value)) for name, value, _ in row.filters]
+    unscaled = sum(not divides for _, _, divides in row.filters)
+    if unscaled:
+        out.insert(unscaled, (_FILTERS.index("temperature"), 0.0))
+    return out

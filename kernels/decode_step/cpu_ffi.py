@@ -1,18 +1,19 @@
 """The C++ backend inside jitted JAX programs on the CPU: the core as an XLA FFI call (csrc/ffi.cpp).
 
-Logits and noise are read where XLA has them; nothing passes through Python when the program runs.
+Logits and noise are read where XLA has them; nothing passes through Python when the program runs.  The
+numbers of a step are one of the arrays, so that the steps of a loop share a program.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from . import cpu, jax_ref
-from .plan import ResolvedStep
+from .plan import StepPlan
 from .spec import StepInputs
 
 _FIELDS = (
@@ -21,68 +22,71 @@ _FIELDS = (
 )  # fmt: skip
 
 
-def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+class Packed(NamedTuple):
+    """The numbers of a step as the handler takes them: a StepParams' bytes (uint8), and the table."""
+
+    params: Any
+    table: Any
+    remask_chance: Any
+
+
+def packed(plan: StepPlan, dtype: str, mask_token_id: int) -> Packed:
+    """The numbers of a plan, on the host."""
+    params = cpu.numbers(plan, dtype, mask_token_id).to_bytes()
+    return Packed(np.frombuffer(params, np.uint8), plan.numbers.table, plan.numbers.remask_chance)
+
+
+def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
     fields = _arrays(x, plan)
     if x.scores is not None:
         fields["scores"] = x.scores
     if x.drawn is not None:
         fields |= {"drawn": x.drawn, "drawn_scores": x.scores}
-    if plan.rule.remask == "conf":
+    if plan.commit.remasks_by_score:
         fields["remask_bounds"] = _remask_bounds(x, plan)
     shape, kind = x.tokens.shape, _integer_of(x.tokens)
-    results = [(shape, kind), (shape, kind), (shape, _float_of(plan))]
-    out = _call("maskgit_decode_step", fields, results, x, plan, dtype)
+    results = [(shape, kind), (shape, kind), (shape, jax_ref.float_of(plan.commit.is_wide))]
+    out = _call("maskgit_decode_step", fields, results, plan.numbers.params)
     return out[0].astype(x.tokens.dtype), out[1].astype(x.tokens.dtype), out[2]
 
 
-def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N)."""
-    shape, number = x.tokens.shape, _float_of(plan)
+    shape, number = x.tokens.shape, jax_ref.float_of(plan.row.is_wide)
     wide = jnp.int64 if jax.config.read("jax_enable_x64") else jnp.int32
     results = [(shape, wide), (shape, number), (shape, number)]
     out: tuple[Any, Any, Any] = _call(
-        "maskgit_sample_tokens", _arrays(x, plan), results, x, plan, dtype
+        "maskgit_sample_tokens", _arrays(x, plan), results, plan.numbers.params
     )
     return out
 
 
-def _float_of(plan: ResolvedStep) -> Any:
-    wide = plan.rule.score_dtype == "float64" and jax.config.read("jax_enable_x64")
-    return jnp.float64 if wide else jnp.float32
-
-
-def _arrays(x: StepInputs, plan: ResolvedStep) -> dict[str, Any]:
+def _arrays(x: StepInputs, plan: StepPlan) -> dict[str, Any]:
     """The arrays of a call by the names that the handler knows."""
     fields = {name: getattr(x, name) for name in _FIELDS if getattr(x, name) is not None}
     if x.uncond_logits is not None:
         fields["guidance_scale"] = jnp.asarray(x.guidance_scale, jnp.float32)
-    if plan.table.size:
-        fields["table"] = jnp.asarray(plan.table, jnp.int32)
+    if plan.numbers.table.size:
+        fields["table"] = jnp.asarray(plan.numbers.table, jnp.int32)
     if x.logits is not None:
-        rule, vocab = plan.rule, x.logits.shape[2]
-        banned = cpu.banned(rule, int(x.mask_token_id), vocab)
-        apart = cpu.without_slice(rule.score_banned_ids, rule, vocab)
-        for name, ids in (("banned", banned), ("score_banned", apart)):
-            if ids.size:
-                fields[name] = jnp.asarray(ids, jnp.int32)
+        ids = cpu.left_out(plan.row, int(x.mask_token_id), x.logits.shape[2])
+        fields |= {name: jnp.asarray(columns, jnp.int32) for name, columns in ids.items()}
     return fields
 
 
-def _call(
-    target: str, fields: dict[str, Any], results: list[Any], x: StepInputs, plan: ResolvedStep,
-    dtype: str,
-) -> Any:  # fmt: skip
-    params = cpu.numbers(plan, dtype, int(x.mask_token_id))
+def _call(target: str, fields: dict[str, Any], results: list[Any], params: Any) -> Any:
     call = jax.ffi.ffi_call(
         target,
         [jax.ShapeDtypeStruct(shape, kind) for shape, kind in results],
         vmap_method="sequential",
     )
     return call(
-        *(_as_given(name, jnp.asarray(v)) for name, v in fields.items()), names=",".join(fields),
-        params=np.frombuffer(params.to_bytes(), np.uint8), threads=np.int64(cpu.num_threads()),
-    )  # fmt: skip
+        jnp.asarray(params),
+        *(_as_given(name, jnp.asarray(v)) for name, v in fields.items()),
+        names=",".join(fields),
+        threads=np.int64(cpu.num_threads()),
+    )
 
 
 def _integer_of(x: jax.Array) -> Any:
@@ -102,6 +106,6 @@ def _as_given(name: str, x: jax.Array) -> jax.Array:
     return x.astype(_integer_of(x))
 
 
-def _remask_bounds(x: StepInputs, plan: ResolvedStep) -> jax.Array:
+def _remask_bounds(x: StepInputs, plan: StepPlan) -> jax.Array:
     """(B, N) bounds under which a known position's choice noise masks it again, shared by scores."""
     return jax_ref.gumbel_below(jax_ref.remask_chance(x, plan))

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..common import philox, philox_jax
-from ..common.rounding import round_to as round_on_host
-from .plan import ResolvedStep
+from .plan import StepPlan
 from .spec import StepInputs
 
 LEAF, GROUPS, PER_GROUP = 128, 16, 8
@@ -86,49 +85,54 @@ class Columns:
 _ALL = Columns()
 
 
-def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
-    rule, known = plan.rule, x.tokens != x.mask_token_id
+    how, known = plan.commit, x.tokens != x.mask_token_id
     drawn, score = x.drawn, x.scores
     if drawn is None:
         drawn, score, _ = sample_tokens(x, plan, dtype)
-    is_wide = rule.score_dtype == "float64" and jax.config.read("jax_enable_x64")
-    wide = jnp.float64 if is_wide else jnp.float32
-    eligible = x.eligible if rule.revise != "no" else x.eligible & ~known  # who competes
-    if rule.skip_mask_token:
+    wide = float_of(how.is_wide)
+    eligible = x.eligible if how.revises else x.eligible & ~known  # who competes
+    if how.skips_mask:
         eligible = eligible & (drawn != x.mask_token_id)
     found = drawn >= 0  # before a dtype without a sign
     drawn = drawn.astype(x.tokens.dtype)
     alive = eligible & (known | found)
     candidates = jnp.where(alive & ~known, drawn, x.tokens)
     noise = _choice_noise(x, plan)
-    score = (x.scores if rule.score == "given" else score).astype(wide)
-    if noise is not None and rule.score == "random":
+    score = (x.scores if how.source == "given" else score).astype(wide)
+    if noise is not None and how.source == "random":
         score = noise.astype(wide)
-    elif noise is not None and plan.choice_temperature > 0:
-        score = score + plan.choice_temperature * noise.astype(wide)
+    elif noise is not None and how.adds_noise:
+        score = score + plan.numbers.choice_temperature * noise.astype(wide)
     ranked = jnp.where(alive & ~jnp.isnan(score), score, -jnp.inf)
-    commit = select(ranked, eligible, x, noise, plan, dtype)
+    commit = select(ranked, eligible, x, noise, plan)
     mask = jnp.asarray(x.mask_token_id, x.tokens.dtype)
     next_tokens = jnp.where(commit & alive, candidates, jnp.where(eligible, mask, x.tokens))
-    if rule.edit_threshold is not None:
-        edited = x.eligible & known & found & (score > plan.edit_threshold)
+    if how.edits:
+        edited = x.eligible & known & found & (score > plan.numbers.edit_threshold)
         next_tokens = jnp.where(edited, drawn, next_tokens)
         candidates = jnp.where(edited, drawn, candidates)
-    if rule.remask != "none":
+    if how.remasks:
         assert noise is not None
         again = x.eligible & known & (noise < gumbel_below(remask_chance(x, plan)))
         next_tokens = jnp.where(again, mask, next_tokens)
     return next_tokens, candidates, jnp.where(known & ~eligible, jnp.inf, ranked)
 
 
-def remask_chance(x: StepInputs, plan: ResolvedStep) -> jax.Array:
+def float_of(is_wide: bool) -> Any:
+    """float64 where it is asked for and there is such a type."""
+    return jnp.float64 if is_wide and jax.config.read("jax_enable_x64") else jnp.float32
+
+
+def remask_chance(x: StepInputs, plan: StepPlan) -> jax.Array:
     """The chance of each position to be masked again; for "conf" shared out by the scores."""
-    if plan.rule.remask != "conf":
-        return jnp.full(x.tokens.shape, plan.remask_chance)
+    chance = plan.numbers.remask_chance
+    if not plan.commit.remasks_by_score:
+        return jnp.full(x.tokens.shape, chance)
     known = x.eligible & (x.tokens != x.mask_token_id)
     keys = jnp.where(known & jnp.isfinite(x.scores), x.scores, -jnp.inf)
-    return plan.remask_chance * jnp.nan_to_num(jax.nn.softmax(keys, axis=-1))
+    return chance * jnp.nan_to_num(jax.nn.softmax(keys, axis=-1))
 
 
 def gumbel_below(chance: jax.Array) -> jax.Array:
@@ -138,7 +142,7 @@ def gumbel_below(chance: jax.Array) -> jax.Array:
 
 
 def sample_tokens(
-    x: StepInputs, plan: ResolvedStep, dtype: str, columns: Columns = _ALL
+    x: StepInputs, plan: StepPlan, dtype: str, columns: Columns = _ALL
 ) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N); (-1, -inf, -inf) where not eligible.
 
@@ -146,27 +150,28 @@ def sample_tokens(
     int32, int64 with 64-bit types enabled; score and log_z float32, float64 for rules that score in
     float64 with 64-bit types enabled.
     """
-    row, start = _rows(x, plan, dtype, columns)
+    how, start = plan.row, plan.row.vocab_start
+    row = _rows(x, plan, dtype, columns)
     alive = x.eligible & jnp.isfinite(columns.top(jnp.where(row < jnp.inf, row, -jnp.inf)))[..., 0]
     row = jnp.minimum(row, _FLOAT_MAX)  # +inf wins like the largest float
-    filtered = jnp.where(keep_mask(row, plan), row, -jnp.inf) if plan.rule.filters else row
-    token = _draw(filtered, x, plan, dtype, columns)
+    filtered = jnp.where(keep_mask(row, plan), row, -jnp.inf) if how.filters else row
+    token = _draw(filtered, x, plan, columns)
     known = x.eligible & (x.tokens != x.mask_token_id)
     scored = alive
-    if plan.rule.revise == "held":  # scores the token that stands there
+    if how.holds:  # scores the token that stands there
         own, size = x.tokens - start, row.shape[-1] * columns_of(columns)
         token = jnp.where(known, own.clip(0, size - 1), token)
         scored = alive & (~known | ((own >= 0) & (own < size)))
-    base = filtered if plan.rule.score_filtered else row
-    ids = plan.rule.score_banned_ids
-    if ids:
-        base = jnp.where(_is_one_of(ids, start, row.shape[-1], columns), -jnp.inf, base)
-    score, log_z = _score(base, token, plan, dtype, columns)
-    if ids:  # where nothing is left in the score's softmax
-        score = jnp.where(jnp.isnan(score), 0.0 if plan.rule.score == "prob" else -jnp.inf, score)
+    base = filtered if how.score_filtered else row
+    if how.score_banned:
+        is_out = _is_one_of(how.score_banned, row.shape[-1], columns)
+        base = jnp.where(is_out, -jnp.inf, base)
+    score, log_z = _score(base, token, plan, columns)
+    if how.score_banned:  # where nothing is left in the score's softmax
+        score = jnp.where(jnp.isnan(score), 0.0 if how.score == "prob" else -jnp.inf, score)
     drawn = jnp.where(alive, token + start, -1)
     return (
-        jnp.where(known, x.tokens, drawn) if plan.rule.revise == "held" else drawn,
+        jnp.where(known, x.tokens, drawn) if how.holds else drawn,
         jnp.where(scored, score, -jnp.inf),
         jnp.where(alive, log_z, -jnp.inf),
     )
@@ -177,34 +182,30 @@ def columns_of(columns: Columns) -> int:
     return 1 if columns.axis is None else jax.lax.axis_size(columns.axis)
 
 
-def _is_one_of(ids: tuple[int, ...], start: int, size: int, columns: Columns) -> jax.Array:
-    """(size,) bool: whether a column is that of one of the ids."""
+def _is_one_of(wanted: tuple[int, ...], size: int, columns: Columns) -> jax.Array:
+    """(size,) bool: whether a column is one of those."""
     here = jnp.arange(size, dtype=jnp.int32) + columns.first
-    wanted = np.array([i - start for i in ids if i >= start], np.int32)
-    return (here[:, None] == wanted).any(-1)
+    return (here[:, None] == np.array(wanted, np.int32)).any(-1)
 
 
-def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, columns: Columns) -> tuple[jax.Array, int]:
-    """Rows with guidance mixed in, NaN and banned columns as -inf; and the first column's id."""
-    wide = plan.rule.score_dtype == "float64" and jax.config.read("jax_enable_x64")
-    compute = jnp.float64 if wide else jnp.float32
+def _rows(x: StepInputs, plan: StepPlan, dtype: str, columns: Columns) -> jax.Array:
+    """Rows with guidance mixed in, NaN and banned columns as -inf."""
+    compute = float_of(plan.row.is_wide)
     row = jnp.asarray(x.logits).astype(compute)
     if x.uncond_logits is not None:
         uncond, scale = (
             jnp.asarray(a).astype(compute) for a in (x.uncond_logits, x.guidance_scale)
         )
-        if plan.rule.guidance_dtype == "logits":
-            step = round_to(row - uncond, "logits", dtype)
-            step = round_to(scale * step, "logits", dtype)
-            row = round_to(uncond + step, "logits", dtype)
+        if plan.row.guidance_rounds:
+            step = round_to(row - uncond, dtype)
+            step = round_to(scale * step, dtype)
+            row = round_to(uncond + step, dtype)
         else:
             row = _in_float32(uncond + scale * _in_float32(row - uncond))
-    start = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
-    ids = plan.rule.banned_ids + ((x.mask_token_id,) if plan.rule.ban_mask_token else ())
-    odd = jnp.isnan(row)
-    if ids:
-        odd = odd | _is_one_of(ids, start, row.shape[-1], columns)
-    return jnp.where(odd, -jnp.inf, row), start
+    odd, banned = jnp.isnan(row), plan.row.banned_columns(x.mask_token_id)
+    if banned:
+        odd = odd | _is_one_of(banned, row.shape[-1], columns)
+    return jnp.where(odd, -jnp.inf, row)
 
 
 def _in_float32(x: jax.Array) -> jax.Array:
@@ -215,7 +216,7 @@ def _in_float32(x: jax.Array) -> jax.Array:
 
 
 def _scaled(
-    row: jax.Array, temperature: float, columns: Columns = _ALL
+    row: jax.Array, temperature: Any, columns: Columns = _ALL
 ) -> tuple[jax.Array, jax.Array]:
     """(row - its maximum) / temperature, and that maximum; finite entries never overflow to NaN."""
     top = columns.top(row)
@@ -235,16 +236,14 @@ def _take(values: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
-def _draw(
-    row: jax.Array, x: StepInputs, plan: ResolvedStep, dtype: str, columns: Columns
-) -> jax.Array:
+def _draw(row: jax.Array, x: StepInputs, plan: StepPlan, columns: Columns) -> jax.Array:
     """Candidates (B, N): argmax, Gumbel-max on injected noise, or the hierarchical draw."""
-    temperature = plan.sample_temperature
-    if temperature == 0:
-        if plan.rule.greedy_on == "probs":
+    temperature = plan.numbers.sample_temperature
+    if not plan.row.draws:
+        if plan.row.greedy_on_probs:
             exps = jnp.exp(_scaled(row, 1.0, columns)[0])
             probs = exps / columns.total(exps)[..., None]
-            row = round_to(probs, plan.rule.score_dtype, dtype)
+            row = round_to(probs, plan.row.score_dtype)
         return columns.best(row, columns.first)
     if x.token_gumbel is not None:
         noisy = row + temperature * jnp.asarray(x.token_gumbel).astype(row.dtype)
@@ -259,7 +258,7 @@ def _draw(
     start = columns.first // LEAF  # a shard begins with a leaf
 
     def variates(stream: int, size: int, first: Any = 0) -> jax.Array:
-        return philox_jax.gumbel(x.seeds, x.positions, plan.step, stream, size, first)
+        return philox_jax.gumbel(x.seeds, x.positions, plan.numbers.step, stream, size, first)
 
     keys = _log_sum_exp(tree, (-2, -1)) + variates(philox.STREAM_LEAF, leaves, start)
     leaf = columns.best(keys, start)
@@ -273,22 +272,22 @@ def _draw(
 
 
 def _score(
-    row: jax.Array, token: jax.Array, plan: ResolvedStep, dtype: str, columns: Columns
+    row: jax.Array, token: jax.Array, plan: StepPlan, columns: Columns
 ) -> tuple[jax.Array, jax.Array]:
     """The rule's score of the candidates and log Z, in the compute dtype."""
-    kind = plan.rule.score
-    z, top = _scaled(row, plan.score_temperature, columns)
+    kind, temperature = plan.row.score, plan.numbers.score_temperature
+    z, top = _scaled(row, temperature, columns)
     exps = jnp.exp(z)
     total = columns.total(exps)
     log_total = jnp.log(total)
-    log_z = top[..., 0] / plan.score_temperature + log_total
+    log_z = top[..., 0] / temperature + log_total
     if kind == "logit":
         value = columns.take(row, token)
     elif kind in ("random", "given"):
         value = jnp.zeros_like(total)
     elif kind == "margin":
         one, two = (v / total for v in columns.pair(exps))
-        one, two = (round_to(v, plan.rule.score_dtype, dtype) for v in (one, two))
+        one, two = (round_to(v, plan.row.score_dtype) for v in (one, two))
         value = one - two
     elif kind == "neg_entropy":
         value = columns.total(jnp.where(exps > 0, exps * z, 0.0)) / total - log_total
@@ -298,32 +297,29 @@ def _score(
         value = jnp.exp(columns.take(z, token)) / total
     else:
         value = columns.top(exps)[..., 0] / total
-    return round_to(value, plan.rule.score_dtype, dtype), log_z
+    return round_to(value, plan.row.score_dtype), log_z
 
 
-def keep_mask(row: jax.Array, plan: ResolvedStep) -> jax.Array:
+def keep_mask(row: jax.Array, plan: StepPlan) -> jax.Array:
     """Which tokens survive the rule's filters, applied one after the other."""
-    order, rule = plan.rule.filters, plan.rule
-    temperature = plan.filter_temperature
     keep = jnp.isfinite(row)
-    scaled = _scaled(row, 1.0 if "temperature" in order else temperature)[0]
-    for name in order:
+    for name, value, divides in plan.row.filters:
+        left = jnp.where(keep, row, -jnp.inf)
+        if name == "top_k":  # on the logits: two of them may not become equal by a division
+            size = min(int(value), row.shape[-1])
+            keep = keep & (row >= jax.lax.top_k(left, size)[0][..., -1:])
+            continue
+        scaled = _scaled(row, plan.numbers.filter_temperature if divides else 1.0)[0]
         kept = jnp.where(keep, scaled, -jnp.inf)
-        if name == "temperature":
-            scaled = _scaled(row, temperature)[0]
-        elif name == "top_k":  # on the logits: two of them may not become equal by a division
-            kept = jnp.where(keep, row, -jnp.inf)
-            size = min(int(rule.top_k or 1), row.shape[-1])
-            keep = keep & (row >= jax.lax.top_k(kept, size)[0][..., -1:])
-        elif name == "min_p":
-            bound = kept.max(-1, keepdims=True) + math.log(rule.min_p or 1.0)
-            keep = keep & (scaled >= bound)
+        if name == "min_p":
+            keep = keep & (scaled >= kept.max(-1, keepdims=True) + math.log(value))
         else:
-            keep = keep & _nucleus(kept, jnp.where(keep, row, -jnp.inf), name, plan)
+            below = name == "top_p" and plan.row.nucleus_below
+            keep = keep & _nucleus(kept, left, name, value, below)
     return keep
 
 
-def _nucleus(scaled: jax.Array, row: jax.Array, name: str, plan: ResolvedStep) -> jax.Array:
+def _nucleus(scaled: jax.Array, row: jax.Array, name: str, limit: float, below: bool) -> jax.Array:
     """top_p: the most probable tokens until their sum passes p; typical_p: the most typical ones.
 
     The token that passes the limit is kept; among equals the lowest index comes first.
@@ -331,16 +327,13 @@ def _nucleus(scaled: jax.Array, row: jax.Array, name: str, plan: ResolvedStep) -
     log_p = scaled - _log_sum_exp(scaled, -1)[..., None]
     probs = jnp.exp(log_p)
     if name == "top_p":
-        key, limit = -row, plan.rule.top_p or 1.0
+        key = -row
     else:
         entropy = -jnp.where(probs > 0, probs * log_p, 0.0).sum(-1, keepdims=True)
         key = jnp.where(jnp.isfinite(log_p), jnp.abs(-log_p - entropy), jnp.inf)
-        limit = plan.rule.typical_p or 1.0
-    limit = limit if limit < 1 else math.inf  # a float32 sum may pass 1 before the end
     order = jnp.argsort(key, axis=-1, stable=True)
     ranked = jnp.take_along_axis(probs, order, axis=-1)
     total = jnp.cumsum(ranked, axis=-1)
-    below = name == "top_p" and plan.rule.top_p_keep == "below"
     within = ((total if below else total - ranked) <= limit).at[..., 0].set(True)
     return jnp.take_along_axis(within, jnp.argsort(order, axis=-1), axis=-1)
 
@@ -350,15 +343,15 @@ def select(
     eligible: jax.Array,
     x: StepInputs,
     noise: jax.Array | None,
-    plan: ResolvedStep,
-    dtype: str,
+    plan: StepPlan,
 ) -> jax.Array:
     """Which of the competing positions are committed, (B, N) bool."""
-    if plan.commit_all:
+    count, cut = plan.commit.count, plan.commit.cut
+    if count == "all":
         return eligible
-    if plan.count == "bernoulli":
+    if count == "bernoulli":
         assert noise is not None
-        return eligible & (noise < plan.commit_below)
+        return eligible & (noise < plan.numbers.commit_below)
     now = eligible.sum(-1, keepdims=True, dtype=jnp.int32)
     order = jnp.argsort(-jnp.where(eligible, confidence, -jnp.inf), axis=-1, stable=True)
     falling = jnp.take_along_axis(eligible, order, axis=-1)
@@ -370,19 +363,19 @@ def select(
         here = eligible & (rank == index)
         return jnp.where(here, confidence, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf)
 
-    if plan.count == "runs":
+    if count == "runs":
         return _best_of_runs(confidence, eligible, plan) | (eligible & (rank == 0))
-    if plan.count in ("threshold", "factor", "entropy_bound"):
-        take = _confident(confidence, eligible, rank, now, plan, dtype)
+    if count in ("threshold", "factor", "entropy_bound"):
+        take = _confident(confidence, eligible, rank, now, plan)
         least = jnp.ones_like(now)
-        if plan.rule.min_commit == "quota":
+        if plan.commit.least_is_quota:
             least = _of_table(plan, x.num_masked_at_start, now[:, 0])[:, None]
         return eligible & (rank < jnp.maximum(take, least))
-    stay = _stay_masked(plan, x, now[:, 0], eligible.size)[:, None]
+    stay = _stay_masked(plan, x, now[:, 0])[:, None]
     exact = eligible & (rank < now - stay)
-    if plan.rule.cut == "exact":
+    if cut == "exact":
         return exact
-    if plan.rule.cut == "strict":  # rank U - 1 - k is sorted[k]; known positions are +inf above it
+    if cut == "strict":  # rank U - 1 - k is sorted[k]; known positions are +inf above it
         floor = jnp.where(stay < now, ranked(now - 1 - stay), jnp.inf)
         commit = eligible & (confidence >= floor)
     else:
@@ -390,36 +383,32 @@ def select(
     return jnp.where(stay == 0, exact, commit)
 
 
-def _of_table(plan: ResolvedStep, at_start: Any, now: jax.Array) -> jax.Array:
+def _of_table(plan: StepPlan, at_start: Any, now: jax.Array) -> jax.Array:
     """Each row's entry of the table, (B,)."""
-    table = jnp.asarray(plan.table, dtype=jnp.int32)
-    if plan.count_base == "positions":
+    table = jnp.asarray(plan.numbers.table, dtype=jnp.int32)
+    if plan.commit.base_is_positions:
         return jnp.broadcast_to(table[-1], now.shape)
     start = jnp.asarray(at_start).astype(jnp.int32)
-    if plan.count_rows == "first":
+    if plan.commit.count_rows == "first":
         start = jnp.broadcast_to(start[:1], start.shape)
-    elif plan.count_rows == "sum":
+    elif plan.commit.count_rows == "sum":
         start = jnp.broadcast_to(start.sum(), start.shape)
-    return table[start.clip(0, plan.table.size - 1)]
+    return table[start.clip(0, table.size - 1)]
 
 
-def _stay_masked(plan: ResolvedStep, x: StepInputs, now: jax.Array, positions: int) -> jax.Array:
+def _stay_masked(plan: StepPlan, x: StepInputs, now: jax.Array) -> jax.Array:
     """counts.next_masked_counts on arrays: how many of each row's positions stay masked, (B,)."""
-    if plan.count == "given":
+    how = plan.commit
+    if how.count == "given":
         return jnp.clip(now - jnp.asarray(x.num_commit).astype(jnp.int32), 0, now)
-    if plan.count == "fraction":
-        # One entry per possible count: float32 division is not correctly rounded on every device.
-        share = np.float32(plan.commit_fraction)
-        counts = np.arange(positions + 1, dtype=np.float32)
-        if plan.count_rows != "mean":
-            return now - jnp.asarray((counts * share).astype(np.int32))[now]
-        mean = counts / np.float32(max(now.shape[0], 1))
-        return jnp.maximum(now - jnp.asarray((mean * share).astype(np.int32))[now.sum()], 0)
+    if how.count == "fraction":  # from the host: not every device rounds a division correctly
+        shares = jnp.asarray(plan.numbers.shares, dtype=jnp.int32)
+        return jnp.maximum(now - shares[now.sum() if how.count_rows == "mean" else now], 0)
     target = _of_table(plan, x.num_masked_at_start, now)
-    if plan.count == "quota":
+    if how.count == "quota":
         return jnp.maximum(now - target, 0)
-    limit = jnp.broadcast_to(now[:1], now.shape) if plan.count_rows == "first" else now
-    for clamp in plan.clamps:
+    limit = jnp.broadcast_to(now[:1], now.shape) if how.count_rows == "first" else now
+    for clamp in how.clamps:
         is_upper = clamp == "commit_one"
         target = jnp.minimum(target, limit - 1) if is_upper else jnp.maximum(target, 1)
     return jnp.clip(target, 0, now)
@@ -430,37 +419,34 @@ def _confident(
     eligible: jax.Array,
     rank: jax.Array,
     now: jax.Array,
-    plan: ResolvedStep,
-    dtype: str,
+    plan: StepPlan,
 ) -> jax.Array:
     """How many of the surest a rule commits that looks at their values, (B, 1)."""
-    rule, kind = plan.rule, np.dtype(confidence.dtype)
-    compared_in = plan.compared_in or rule.score_dtype
-    if plan.count == "threshold":
-        bound = jnp.asarray(plan.threshold, kind)
-        if plan.threshold_slack is not None:
+    how, numbers, kind = plan.commit, plan.numbers, confidence.dtype
+    bound = jnp.asarray(numbers.threshold, kind)
+    if how.count == "threshold":
+        if how.has_slack:
             top = jnp.where(eligible, confidence, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf)
-            below = top - np.asarray(plan.threshold_slack, kind)
-            bound = jnp.minimum(bound, round_to(below, compared_in, dtype))
-        above = confidence > bound if rule.threshold_strict else confidence >= bound
+            below = top - jnp.asarray(numbers.threshold_slack, kind)
+            bound = jnp.minimum(bound, round_to(below, how.compared_in))
+        above = confidence > bound if how.threshold_strict else confidence >= bound
         return (eligible & above).sum(-1, keepdims=True, dtype=jnp.int32)
-    if plan.count == "entropy_bound":
+    if how.count == "entropy_bound":
         order = jnp.argsort(jnp.where(eligible, rank, rank.shape[-1]), axis=-1, stable=True)
         falling = jnp.take_along_axis(jnp.where(eligible, confidence, 0.0), order, axis=-1)
-        within = jnp.cumsum(-falling, axis=-1) + falling <= plan.threshold
+        within = jnp.cumsum(-falling, axis=-1) + falling <= bound
         return jnp.cumprod(within.astype(jnp.int32), axis=-1).sum(-1, keepdims=True)
     size = eligible.shape[-1]
-    bounds = 1 - rule.factor / (np.arange(size + 1, dtype=np.float64) + 2)
-    bounds = round_on_host(bounds, compared_in, dtype).astype(kind)
-    failing = eligible & (rank >= 1) & (confidence < jnp.asarray(bounds)[rank])  # the first passes
+    bounds = jnp.asarray(numbers.bounds, kind)
+    failing = eligible & (rank >= 1) & (confidence < bounds[rank])  # the first passes
     first = jnp.where(failing, rank, now).min(-1, keepdims=True, initial=size)
     first = jnp.minimum(first, now)
     # Fast-dLLM's off-by-one: a failure at the last index is committed all the same.
     ends = (now <= 2) | (first == now - 1)
-    return jnp.where(ends, now, first) if rule.factor_tail else first
+    return jnp.where(ends, now, first) if how.factor_tail else first
 
 
-def _best_of_runs(confidence: jax.Array, eligible: jax.Array, plan: ResolvedStep) -> jax.Array:
+def _best_of_runs(confidence: jax.Array, eligible: jax.Array, plan: StepPlan) -> jax.Array:
     """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
     batch, length = eligible.shape
     starts = eligible & ~jnp.pad(eligible, ((0, 0), (1, 0)))[:, :-1]
@@ -468,29 +454,27 @@ def _best_of_runs(confidence: jax.Array, eligible: jax.Array, plan: ResolvedStep
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     best = jnp.full((batch, length + 1), -jnp.inf, confidence.dtype)
     best = best.at[rows, run].max(jnp.where(eligible, confidence, -jnp.inf))
-    is_best = (confidence == best[rows, run]) & (confidence > plan.low_threshold)
-    return eligible & (is_best | (confidence > plan.threshold))
+    is_best = (confidence == best[rows, run]) & (confidence > plan.numbers.low_threshold)
+    return eligible & (is_best | (confidence > plan.numbers.threshold))
 
 
-def _choice_noise(x: StepInputs, plan: ResolvedStep) -> jax.Array | None:
+def _choice_noise(x: StepInputs, plan: StepPlan) -> jax.Array | None:
     """(B, N) Gumbel noise for confidences, or None where this step has no use for it."""
-    rule = plan.rule
-    if plan.choice_temperature == 0 and rule.score != "random" and rule.count != "bernoulli":
+    if not plan.commit.uses_noise:
         return None
     if x.choice_gumbel is not None:
         return jnp.asarray(x.choice_gumbel)
-    gumbel = philox_jax.gumbel(x.seeds, x.positions, plan.step, philox.STREAM_CHOICE, 1)
+    gumbel = philox_jax.gumbel(x.seeds, x.positions, plan.numbers.step, philox.STREAM_CHOICE, 1)
     return gumbel[..., 0]
 
 
-def round_to(values: jax.Array, score_dtype: str, logits_dtype: str) -> jax.Array:
-    """`values` rounded to the score dtype ("logits": that of the logits), in their own dtype."""
-    name = logits_dtype if score_dtype == "logits" else score_dtype
-    if name in ("float32", "float64"):
-        return values if name == "float64" else values.astype(jnp.float32).astype(values.dtype)
+def round_to(values: jax.Array, dtype: str) -> jax.Array:
+    """`values` rounded to a dtype, in their own."""
+    if dtype in ("float32", "float64"):
+        return values if dtype == "float64" else values.astype(jnp.float32).astype(values.dtype)
     # XLA may drop a conversion there and back; `reduce_precision` it has to perform, but that
     # flushes subnormals, which matter in float16 (below 2^-14, in steps of 2^-24).
-    if name == "bfloat16":
+    if dtype == "bfloat16":
         return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
     normal = jax.lax.reduce_precision(values, exponent_bits=5, mantissa_bits=10)
     return jnp.where(jnp.abs(values) < 2.0**-14, jnp.round(values * 2.0**24) * 2.0**-24, normal)

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ..common.sharding import Sharding
 from . import jax_ref
 from .jax_ref import LEAF, Columns
-from .plan import ResolvedStep
+from .plan import StepPlan
 from .spec import StepInputs
 
 _OF_LOGITS = ("logits", "uncond_logits")
@@ -29,25 +29,24 @@ _OF_SEQUENCES = ("num_masked_at_start", "num_commit", "seeds")
 
 
 def decode_step(
-    x: StepInputs, plan: ResolvedStep, dtype: str, sharding: Sharding
+    x: StepInputs, plan: StepPlan, dtype: str, sharding: Sharding
 ) -> tuple[Any, Any, Any]:
     """jax_ref's function of that name on a mesh; `x.logits` have all columns, vocab_slice or not."""
     drawn, score = x.drawn, x.scores
     if drawn is None:
         drawn, score, _ = sample_tokens(x, plan, dtype, sharding)
-    scores = x.scores if plan.rule.score == "given" else score
+    scores = x.scores if plan.row.score == "given" else score
     return jax_ref.decode_step(x._replace(logits=None, drawn=drawn, scores=scores), plan, dtype)
 
 
 def sample_tokens(
-    x: StepInputs, plan: ResolvedStep, dtype: str, sharding: Sharding
+    x: StepInputs, plan: StepPlan, dtype: str, sharding: Sharding
 ) -> tuple[Any, Any, Any]:
     """jax_ref's function of that name on a mesh."""
     _check(x, plan, sharding)
-    vocab, rule = x.logits.shape[-1], plan.rule
-    shards = _shards(sharding)
-    first, stop = rule.vocab_slice or (0, vocab)
-    local = dataclasses.replace(plan, rule=dataclasses.replace(rule, vocab_slice=None))
+    vocab, shards = x.logits.shape[-1], _shards(sharding)
+    first, stop = plan.row.vocab_slice or (0, vocab)
+    row = plan.row if shards == 1 else dataclasses.replace(plan.row, vocab_slice=None)
     fields = {
         name: value
         for name, value in x._asdict().items()
@@ -58,23 +57,25 @@ def sample_tokens(
         fields["token_gumbel"] = jnp.pad(x.token_gumbel, ((0, 0), (0, 0), (0, after)))
     guidance = jnp.asarray(fields.pop("guidance_scale", x.guidance_scale), jnp.float32)
 
-    def shard(arrays: dict[str, Any], guidance: Any) -> tuple[Any, Any, Any]:
+    def shard(arrays: dict[str, Any], guidance: Any, numbers: Any) -> tuple[Any, Any, Any]:
+        own_plan = StepPlan(row, plan.commit, numbers)
         given: dict[str, Any] = dict.fromkeys(StepInputs._fields) | arrays
         given |= {"guidance_scale": guidance, "mask_token_id": x.mask_token_id}
         if shards == 1:  # whole rows, cut to the slice as on one device
             cut = {n: arrays[n][..., first:stop] for n in _OF_LOGITS if n in arrays}
-            return jax_ref.sample_tokens(StepInputs(**given | cut), plan, dtype)
+            return jax_ref.sample_tokens(StepInputs(**given | cut), own_plan, dtype)
         own = StepInputs(**given)
         start = jax.lax.axis_index(sharding.vocab) * (vocab // shards)
         column = start + jnp.arange(vocab // shards, dtype=jnp.int32)
         own = own._replace(logits=_outside(own.logits, column, first, stop))
-        return jax_ref.sample_tokens(own, local, dtype, Columns(sharding.vocab, start))
+        return jax_ref.sample_tokens(own, own_plan, dtype, Columns(sharding.vocab, start))
 
     specs = {name: _spec(name, sharding) for name in fields}
     out = P(sharding.batch)
     return jax.shard_map(  # type: ignore[no-any-return]
-        shard, mesh=sharding.mesh, in_specs=(specs, P()), out_specs=(out, out, out), check_vma=False
-    )(fields, guidance)
+        shard, mesh=sharding.mesh, in_specs=(specs, P(), P()), out_specs=(out, out, out),
+        check_vma=False,
+    )(fields, guidance, plan.numbers)  # fmt: skip
 
 
 def _shards(sharding: Sharding) -> int:
@@ -93,7 +94,7 @@ def _outside(logits: Any, column: Any, first: int, stop: int) -> Any:
     return jnp.where((column >= first) & (column < stop), logits, np.nan)
 
 
-def _check(x: StepInputs, plan: ResolvedStep, sharding: Sharding) -> None:
+def _check(x: StepInputs, plan: StepPlan, sharding: Sharding) -> None:
     batch, _, vocab = x.logits.shape
     shape = dict(sharding.mesh.shape)
     if sharding.batch is not None and batch % shape[sharding.batch]:
@@ -110,18 +111,18 @@ def _check(x: StepInputs, plan: ResolvedStep, sharding: Sharding) -> None:
             f"logits: expected a vocabulary that is a multiple of {whole}, {LEAF} for each chip of axis "
             f"{sharding.vocab!r}, got {vocab}"
         )
-    if plan.rule.vocab_slice and plan.rule.vocab_slice[0]:
+    if plan.row.vocab_slice and plan.row.vocab_slice[0]:
         raise ValueError(
             f"rule: expected a vocab_slice that starts at 0 with columns on axis {sharding.vocab!r}, "
-            f"got {plan.rule.vocab_slice!r}"
+            f"got {plan.row.vocab_slice!r}"
         )
-    if plan.rule.vocab_slice and plan.rule.revise == "held":
+    if plan.row.vocab_slice and plan.row.holds:
         raise ValueError(
             f"rule: expected no vocab_slice with revise='held' with columns on axis {sharding.vocab!r}, "
-            f"got {plan.rule.vocab_slice!r}"
+            f"got {plan.row.vocab_slice!r}"
         )
-    if plan.rule.filters:
+    if plan.row.filters:
         raise ValueError(
             f"rule: expected no filters with columns on axis {sharding.vocab!r}, "
-            f"got {plan.rule.filters!r}"
+            f"got {tuple(name for name, _, _ in plan.row.filters)!r}"
         )

@@ -32,7 +32,7 @@ LOWEST = np.int32(-(2**31))
 
 @dataclass(frozen=True)
 class CommitSpec:
-    """What the commit kernel is compiled for: the second half of a rule (plan.ResolvedStep).
+    """What the commit kernel is compiled for: the second half of a plan (plan.CommitPlan).
 
     rows: sequences of a block; length: N; source: where scores come from, "drawn", "random" or
     "given"; noise: "none", "stream" or "given".  looks_up: a sequence's count is an entry of the table;
@@ -52,14 +52,12 @@ class CommitSpec:
     source: str = "drawn"
     noise: str = "none"
     adds_noise: bool = False
-    threshold: float = 0.0
     threshold_strict: bool = False
-    slack: float | None = None
-    low_threshold: float = 0.0
+    has_slack: bool = False
     factor_tail: bool = True
     revise: bool = False
     touches_known: bool = False
-    edit_threshold: float | None = None
+    edits: bool = False
     remasks: bool = False
     remasks_by_score: bool = False
     skip_mask_token: bool = False
@@ -84,6 +82,10 @@ class Scalars(NamedTuple):
     commit_fraction: Any
     remask_below: Any
     remask_chance: Any
+    threshold: Any
+    threshold_slack: Any
+    low_threshold: Any
+    edit_threshold: Any
 
 
 class Inputs(NamedTuple):
@@ -228,18 +230,18 @@ def _bounds_of_ranks(bounds: Any, rank: Any, spec: CommitSpec) -> jax.Array:
 
 def _take(
     mine: Any, competes: Any, rank: Any, before: Any, now: Any, least: Any, bounds: Any,
-    spec: CommitSpec,
+    n: Scalars, spec: CommitSpec,
 ) -> jax.Array:  # fmt: skip
     """How many of the surest are committed by rules that look at their values, [rows, 1]."""
     if spec.count == "threshold":
-        bound = jnp.full(now.shape, spec.threshold, jnp.float32)
-        if spec.slack is not None:
+        bound = jnp.full(now.shape, n.threshold, jnp.float32)
+        if spec.has_slack:
             top = _top(jnp.where(competes, mine, -jnp.inf))
-            below = top - np.float32(spec.slack)
+            below = top - n.threshold_slack
             bound = jnp.minimum(bound, round_to(below, spec.compared_in))
         take = _num(competes & ((mine > bound) if spec.threshold_strict else (mine >= bound)))
     elif spec.count == "entropy_bound":
-        failing = competes & ~(before <= spec.threshold)
+        failing = competes & ~(before <= n.threshold)
         take = jnp.min(jnp.where(failing, rank, now), axis=1, keepdims=True)
     else:
         bound = _bounds_of_ranks(bounds, rank, spec)
@@ -315,7 +317,7 @@ def commit_kernel(*refs: Any, spec: CommitSpec, names: tuple[str, ...]) -> None:
     fields = {name: ref[...] for name, ref in zip(names, rest, strict=False)}
     next_ref, candidates_ref, confidence_ref, keys, ranks, before = rest[len(names) :]
     x = Inputs(**{name: fields.get(name) for name in Inputs._fields})
-    n = Scalars(*(scalars[0, i] for i in range(5)))
+    n = Scalars(*(scalars[0, i] for i in range(len(Scalars._fields))))
     step, target, limit = (integers[0, i] for i in range(3))
     lane = jax.lax.broadcasted_iota(jnp.int32, x.tokens.shape, 1)
     inside = lane < spec.length
@@ -353,18 +355,18 @@ def commit_kernel(*refs: Any, spec: CommitSpec, names: tuple[str, ...]) -> None:
         commit = competes & (noise < n.commit_below)
     elif spec.count == "runs":
         best = _best_of_runs(mine, competes, lane, spec)
-        commit = ((mine == best) & (mine > spec.low_threshold)) | (mine > spec.threshold)
+        commit = ((mine == best) & (mine > n.low_threshold)) | (mine > n.threshold)
         commit = competes & (commit | (rank == 0))
     elif spec.count in ("threshold", "factor", "entropy_bound"):
         sums = before[...] if spec.count == "entropy_bound" else None
         least = target if spec.least_is_quota else jnp.ones_like(now)
-        commit = competes & (rank < _take(mine, competes, rank, sums, now, least, bounds, spec))
+        commit = competes & (rank < _take(mine, competes, rank, sums, now, least, bounds, n, spec))
     else:
         commit = _cut(mine, competes, rank, now - _stay(target, limit, now, n, spec), now, spec)
     mask = np.int32(spec.mask_token_id)
     result = jnp.where(commit & alive, filled, jnp.where(competes, mask, x.tokens))
-    if spec.edit_threshold is not None:
-        edited = takes_part & known & (x.drawn >= 0) & (value > spec.edit_threshold)
+    if spec.edits:
+        edited = takes_part & known & (x.drawn >= 0) & (value > n.edit_threshold)
         result, filled = jnp.where(edited, x.drawn, result), jnp.where(edited, x.drawn, filled)
     if spec.remasks:
         held = takes_part & known

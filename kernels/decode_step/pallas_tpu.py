@@ -22,13 +22,12 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..common.rounding import round_to
 from ..common.simulation import interpret_params, is_simulating
-from .pallas_commit import CommitSpec, commit_kernel
-from .pallas_rows import LOG2E, SEQUENCES, rows_kernel
+from .pallas_commit import CommitSpec, Scalars, commit_kernel
+from .pallas_rows import SEQUENCES, rows_kernel
 from .pallas_tiles import LANES, LEAF, RowSpec
-from .plan import ResolvedStep, gumbel_below, in_score_dtype
-from .spec import StepInputs, StepRule
+from .plan import RowPlan, StepPlan
+from .spec import StepInputs
 
 BLOCK_BYTES = 4 << 20
 MOST_BLOCK_BYTES = 24 << 20  # two of these fit in the 64 MB of the smaller chips
@@ -39,7 +38,7 @@ MOST_POSITIONS = 1 << 15  # of a sequence: eight of them in VMEM, fifteen fields
 _NEEDS_NO_Z = ("logit", "random", "given")
 
 
-def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
     drawn, score = x.drawn, x.scores
     if drawn is None:
@@ -47,12 +46,12 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     return _commit(x, drawn, score, plan, dtype)
 
 
-def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N); (-1, -inf, -inf) where not eligible."""
     return draw(x, plan, dtype, has_log_z=True)
 
 
-def draw(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> tuple[Any, Any, Any]:
+def draw(x: StepInputs, plan: StepPlan, dtype: str, has_log_z: bool) -> tuple[Any, Any, Any]:
     """Candidates, scores and, if asked for, log Z by the rows kernel."""
     batch, length, vocab = x.logits.shape
     nothing = jnp.full((batch, length), -jnp.inf)
@@ -106,16 +105,14 @@ def _are_listed(batch: int, length: int, vocab: int) -> bool:
     return length < SEQUENCES < batch and vocab < MANY
 
 
-def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, has_log_z: bool) -> RowSpec:
+def row_spec(x: StepInputs, plan: StepPlan, dtype: str, has_log_z: bool) -> RowSpec:
     """What the rows kernel is compiled for."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"logits: expected float32 or bfloat16 with backend 'pallas', got {dtype}")
     batch, length, vocab = x.logits.shape
     noise = x.token_gumbel is not None
-    spec = rule_spec(
-        plan.rule, plan.sample_temperature > 0, plan.sample_temperature == plan.score_temperature,
-        noise, x.uncond_logits is not None, dtype, has_log_z, word_of(x.mask_token_id),
-    )  # fmt: skip
+    guided, mask = x.uncond_logits is not None, word_of(x.mask_token_id)
+    spec = rule_spec(plan.row, noise, guided, dtype, has_log_z, mask)
     size = (4 if dtype == "float32" else 2) * (1 + (spec.guide > 0)) + 4 * noise
     listed = _are_listed(batch, length, vocab)
     whole = -(-vocab // LEAF) * LEAF
@@ -137,59 +134,54 @@ def word_of(token_id: int) -> int:
 
 @lru_cache(maxsize=1024)
 def rule_spec(
-    rule: StepRule, draws: bool, same: bool, noise: bool, guided: bool, dtype: str, has_log_z: bool,
-    mask_token_id: int,
-) -> RowSpec:  # fmt: skip
-    """What of a RowSpec follows from the rule; rows and vocab are to be filled in."""
-    start = rule.vocab_slice[0] if rule.vocab_slice else 0
-    filters: list[tuple[str, float, bool]] = []
-    scaled = "temperature" not in rule.filters
-    for name in rule.filters:
-        if name == "temperature":
-            scaled = True
-            continue
-        value = getattr(rule, name)
-        if name == "top_k" or value < 1 or name == "min_p":
-            filters.append((name, float(value), scaled))
-    greedy = "greedy_probs" if rule.greedy_on == "probs" else "greedy"
-    draw = ("noise" if noise else "race") if draws else greedy
-    banned = rule.banned_ids + ((mask_token_id,) if rule.ban_mask_token else ())
-    apart = (filters and not rule.score_filtered) or rule.score_banned_ids
+    row: RowPlan, noise: bool, guided: bool, dtype: str, has_log_z: bool, mask_token_id: int
+) -> RowSpec:
+    """What of a RowSpec follows from the plan; rows and vocab are to be filled in."""
+    draw = "greedy_probs" if row.greedy_on_probs else "greedy"
+    if row.draws:
+        draw = "noise" if noise else "race"
+    apart = (row.filters and not row.score_filtered) or row.score_banned
     return RowSpec(
         rows=0,
         vocab=0,
-        vocab_start=start,
+        vocab_start=row.vocab_start,
         dtype=dtype,
-        guide=0 if not guided else 2 if rule.guidance_dtype == "logits" else 1,
-        banned=tuple(sorted({i - start for i in banned if i >= start})),
-        filters=tuple(filters),
-        below=rule.top_p_keep == "below",
+        guide=0 if not guided else 2 if row.guidance_rounds else 1,
+        banned=row.banned_columns(mask_token_id),
+        filters=tuple((name, float(value), divides) for name, value, divides in row.filters),
+        below=row.nucleus_below,
         draw=draw,
-        score=rule.score,
-        score_filtered=rule.score_filtered,
-        score_banned=tuple(i - start for i in rule.score_banned_ids if i >= start),
-        needs_z=has_log_z or rule.score not in _NEEDS_NO_Z,
-        rounding=dtype if rule.score_dtype == "logits" else "float32",
-        shared=draw == "race" and same and not apart,
-        held=rule.revise == "held",
-        touches_known=rule.touches_known,
+        score=row.score,
+        score_filtered=row.score_filtered,
+        score_banned=row.score_banned,
+        needs_z=has_log_z or row.score not in _NEEDS_NO_Z,
+        rounding="float32" if row.is_wide else row.score_dtype,
+        shared=draw == "race" and row.same_temperature and not apart,
+        held=row.holds,
+        touches_known=row.touches_known,
         mask_token_id=mask_token_id,
     )
 
 
-def numbers(x: StepInputs, plan: ResolvedStep) -> tuple[jax.Array, jax.Array]:
+def numbers(x: StepInputs, plan: StepPlan) -> tuple[jax.Array, jax.Array]:
     """(step, the other numbers of pallas_tiles.Numbers)."""
-    temperature = plan.sample_temperature
-    scalars = [
-        x.guidance_scale, temperature, LOG2E / temperature if temperature > 0 else 1.0,
-        LOG2E / plan.score_temperature, LOG2E / plan.filter_temperature,
-    ]  # fmt: skip
-    return _step(plan), jnp.stack([jnp.float32(s) for s in scalars])[None]
+    n = plan.numbers
+    scalars = [x.guidance_scale, n.sample_temperature, n.draw_scale, n.score_scale, n.filter_scale]
+    return _integers(plan), _floats(*scalars)
 
 
-def _step(plan: ResolvedStep, *others: Any) -> jax.Array:
-    step = int(np.uint32(plan.step).view(np.int32))
-    return jnp.stack([jnp.asarray(n, jnp.int32) for n in (step, *others)])[None]
+def _integers(plan: StepPlan, *others: Any) -> jax.Array:
+    """[[step, ...]] int32."""
+    return jnp.stack([step_word(plan), *(jnp.asarray(n, jnp.int32) for n in others)])[None]
+
+
+def _floats(*numbers: Any) -> jax.Array:
+    return jnp.stack([jnp.asarray(n, jnp.float32) for n in numbers])[None]
+
+
+def step_word(plan: StepPlan) -> jax.Array:
+    """The step's 32 bits as an int32."""
+    return jax.lax.bitcast_convert_type(jnp.asarray(plan.numbers.step, jnp.uint32), jnp.int32)
 
 
 def as_int32(x: jax.Array) -> jax.Array:
@@ -268,40 +260,34 @@ def _vmem(block: int) -> int | None:
     return None if block <= BLOCK_BYTES else 2 * block + (8 << 20)
 
 
-def commit_spec(x: StepInputs, plan: ResolvedStep, dtype: str) -> CommitSpec:
+def commit_spec(x: StepInputs, plan: StepPlan, dtype: str) -> CommitSpec:
     """What the commit kernel is compiled for at this step."""
-    rule, plan = plan.rule, in_score_dtype(plan, dtype)
-    batch, length = x.tokens.shape
-    adds_noise = plan.choice_temperature > 0 and rule.score != "random"
-    by_noise = rule.score == "random" or plan.count == "bernoulli" or rule.remask != "none"
-    by_bound = plan.count == "factor" or plan.threshold_slack is not None
+    how, (batch, length) = plan.commit, x.tokens.shape
     noise = "given" if x.choice_gumbel is not None else "stream"
     return CommitSpec(
         rows=_sequences(batch, length),
         length=length,
         mask_token_id=word_of(x.mask_token_id),
-        count="all" if plan.commit_all else plan.count,
-        cut=rule.cut,
-        fraction_of_mean=plan.count_rows == "mean",
-        limit_is_given=plan.count_rows == "first",
-        clamps=plan.clamps,
+        count=how.count,
+        cut=how.cut,
+        fraction_of_mean=how.count_rows == "mean",
+        limit_is_given=how.count_rows == "first",
+        clamps=how.clamps,
         looks_up=_looks_up(plan),
-        least_is_quota=rule.min_commit == "quota",
-        source=rule.score if rule.score in ("random", "given") else "drawn",
-        noise=noise if adds_noise or by_noise else "none",
-        adds_noise=adds_noise,
-        threshold=plan.threshold,
-        threshold_strict=rule.threshold_strict,
-        slack=plan.threshold_slack,
-        low_threshold=plan.low_threshold,
-        factor_tail=rule.factor_tail,
-        revise=rule.revise != "no",
-        touches_known=rule.touches_known,
-        edit_threshold=plan.edit_threshold,
-        remasks=rule.remask != "none",
-        remasks_by_score=rule.remask == "conf",
-        skip_mask_token=rule.skip_mask_token,
-        compared_in=plan.compared_in if by_bound else "",
+        least_is_quota=how.least_is_quota,
+        source=how.source,
+        noise=noise if how.uses_noise else "none",
+        adds_noise=how.adds_noise,
+        threshold_strict=how.threshold_strict,
+        has_slack=how.has_slack,
+        factor_tail=how.factor_tail,
+        revise=how.revises,
+        touches_known=how.touches_known,
+        edits=how.edits,
+        remasks=how.remasks,
+        remasks_by_score=how.remasks_by_score,
+        skip_mask_token=how.skips_mask,
+        compared_in=how.compared_in if how.has_slack else "",
     )
 
 
@@ -312,10 +298,10 @@ def _sequences(batch: int, length: int) -> int:
 
 
 def _commit(
-    x: StepInputs, drawn: Any, score: Any, plan: ResolvedStep, dtype: str
+    x: StepInputs, drawn: Any, score: Any, plan: StepPlan, dtype: str
 ) -> tuple[Any, Any, Any]:
     """Counts in a few XLA operations on (B,) arrays, the rest by the commit kernel."""
-    rule, (batch, length) = plan.rule, x.tokens.shape
+    n, (batch, length) = plan.numbers, x.tokens.shape
     kind = x.tokens.dtype
     if length > MOST_POSITIONS:
         raise ValueError(
@@ -337,7 +323,7 @@ def _commit(
         else None,
         "num_commit": None if x.num_commit is None else x.num_commit[:, None],
         "seeds": x.seeds if streams else None,
-        "table": plan.table[None] if spec.looks_up else None,
+        "table": n.table[None] if spec.looks_up else None,
     }
     given = {n: as_int32(jnp.asarray(a)) for n, a in given.items() if a is not None}
     for name, array, is_read in (
@@ -346,21 +332,18 @@ def _commit(
     ):  # fmt: skip
         if is_read:
             given[name] = array.astype(jnp.float32)
-    below, share = gumbel_below(plan.remask_chance), np.float32(plan.commit_fraction)
-    scalars = (plan.choice_temperature, plan.commit_below, share, below, plan.remask_chance)
-    numbers = [_step(plan, *_of_batch(x, drawn, plan)), jnp.float32(scalars)[None]]
+    scalars = _floats(*(getattr(n, name) for name in Scalars._fields))
+    numbers = [_integers(plan, *_of_batch(x, drawn, plan)), scalars]
     if spec.count == "factor":
-        ranks = np.arange(length, dtype=np.float64)
-        bounds = round_to(1 - rule.factor / (ranks + 2), spec.compared_in, "float32")
-        numbers.append(jnp.asarray(bounds, jnp.float32)[None])
+        numbers.append(jnp.asarray(n.bounds[:length], jnp.float32)[None])
     out = commit_rows(given, numbers, spec)
     return out[0].astype(kind), out[1].astype(kind), out[2]
 
 
-def _looks_up(plan: ResolvedStep) -> bool:
+def _looks_up(plan: StepPlan) -> bool:
     """Whether each sequence looks its count up by its own number of masked positions."""
-    each = plan.count_base != "positions" and plan.count_rows in ("each", "mean")
-    return bool(plan.table.size) and each
+    each = not plan.commit.base_is_positions and plan.commit.count_rows in ("each", "mean")
+    return bool(plan.numbers.table.size) and each
 
 
 def commit_rows(given: dict[str, Any], numbers: list[Any], spec: CommitSpec) -> Any:
@@ -407,36 +390,31 @@ def commit_rows(given: dict[str, Any], numbers: list[Any], spec: CommitSpec) -> 
     )(*numbers, *given.values())
 
 
-def _of_batch(x: StepInputs, drawn: jax.Array, plan: ResolvedStep) -> tuple[Any, Any]:
+def _of_batch(x: StepInputs, drawn: jax.Array, plan: StepPlan) -> tuple[Any, Any]:
     """(target, upper limit) of the count where these are the same for all sequences."""
-    rule, rows = plan.rule, plan.count_rows
-    if plan.count_base == "positions" and rows != "first" and plan.table.size:
-        return int(plan.table[-1]), 0
+    how, rows, table = plan.commit, plan.commit.count_rows, plan.numbers.table
+    if how.base_is_positions and rows != "first" and table.size:
+        return table[-1], 0
     if rows == "each":
         return 1, 0
     mask = word_of(x.mask_token_id)
     takes_part = as_int32(x.tokens) == mask
-    if rule.touches_known:
+    if how.touches_known:
         takes_part = takes_part | True
     if x.eligible is not None:
         takes_part = takes_part & x.eligible
-    competes = takes_part if rule.revise != "no" else takes_part & (as_int32(x.tokens) == mask)
-    if rule.skip_mask_token:
+    competes = takes_part if how.revises else takes_part & (as_int32(x.tokens) == mask)
+    if how.skips_mask:
         competes = competes & (drawn != mask)
     if rows == "mean":
-        if plan.count != "fraction":
+        if how.count != "fraction":
             return 1, 0
-        counts = np.arange(x.tokens.size + 1, dtype=np.float32) / np.float32(x.tokens.shape[0])
-        mean = (counts * np.float32(plan.commit_fraction)).astype(np.int32)
-        return jnp.asarray(mean)[competes.sum()], 0
+        return jnp.asarray(plan.numbers.shares)[competes.sum()], 0
     start = x.num_masked_at_start
     start = takes_part.sum(1) if start is None else start
     start = start[0] if rows == "first" else start.sum()
     limit = competes[0].sum()
-    if plan.count == "given" or not plan.table.size:
+    if how.count == "given" or not table.size:
         return 1, limit
-    table = jnp.asarray(plan.table, dtype=jnp.int32)
-    target = (
-        table[-1] if plan.count_base == "positions" else table[start.clip(0, plan.table.size - 1)]
-    )
-    return target, limit
+    table = jnp.asarray(table, dtype=jnp.int32)
+    return table[-1] if how.base_is_positions else table[start.clip(0, table.size - 1)], limit

@@ -21,59 +21,59 @@ import numpy.typing as npt
 from ..common import philox
 from ..common.rounding import F64, round_to
 from .counts import count_bases, next_masked_counts
-from .plan import ResolvedStep, in_score_dtype
+from .plan import StepPlan
 from .spec import StepInputs
 
 LEAF, GROUPS, PER_GROUP = 128, 16, 8
 
 
-def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
-    rule, known = plan.rule, x.tokens != x.mask_token_id
+    how, known = plan.commit, x.tokens != x.mask_token_id
     drawn, score = x.drawn, x.scores
     if drawn is None:
         drawn, score, _ = sample_tokens(x, plan, dtype)
-    eligible = x.eligible & ~(known & (rule.revise == "no"))  # who competes
-    if rule.skip_mask_token:
+    eligible = x.eligible & (~known | how.revises)  # who competes
+    if how.skips_mask:
         eligible = eligible & (drawn != x.mask_token_id)
     alive = eligible & (known | (drawn >= 0))
     candidates = np.where(alive & ~known, drawn, x.tokens)
     noise = _choice_noise(x, plan)
-    if plan.rule.score == "random":
+    if how.source == "random":
         score = np.asarray(noise, np.float64)
-    elif plan.rule.score == "given":
+    elif how.source == "given":
         score = np.asarray(x.scores, np.float64)
-    if plan.rule.score != "random" and plan.choice_temperature > 0:
+    if how.adds_noise:
         with np.errstate(invalid="ignore"):
-            score = score + plan.choice_temperature * noise
-    kind = np.float64 if plan.rule.score_dtype == "float64" else np.float32
+            score = score + plan.numbers.choice_temperature * noise
+    kind = np.float64 if how.is_wide else np.float32
     score = score.astype(kind)
     ranked = np.where(alive & ~np.isnan(score), score, -np.inf).astype(kind)
-    commit = select(ranked, eligible, x, noise, plan, dtype)
+    commit = select(ranked, eligible, x, noise, plan)
     confidence = np.where(known & ~eligible, np.inf, ranked).astype(kind)
     left = np.where(eligible, x.mask_token_id, x.tokens)
     next_tokens = np.where(commit & alive, candidates, left)
-    if rule.edit_threshold is not None:
-        bound = in_score_dtype(plan, dtype).edit_threshold
-        edited = x.eligible & known & (drawn >= 0) & (score > kind(bound))
+    if how.edits:
+        bound = kind(plan.numbers.edit_threshold)
+        edited = x.eligible & known & (drawn >= 0) & (score > bound)
         next_tokens = np.where(edited, drawn, next_tokens)
         candidates = np.where(edited, drawn, candidates)
-    if rule.remask != "none":
+    if how.remasks:
         assert noise is not None
         again = x.eligible & known & (noise < _gumbel_below(remask_chance(x, plan)))
         next_tokens = np.where(again, x.mask_token_id, next_tokens)
     return next_tokens, candidates, confidence
 
 
-def remask_chance(x: StepInputs, plan: ResolvedStep) -> F64:
+def remask_chance(x: StepInputs, plan: StepPlan) -> F64:
     """The chance of each position to be masked again; for "conf" shared out by the scores."""
-    if plan.rule.remask != "conf":
-        return np.full(x.tokens.shape, plan.remask_chance)
+    if not plan.commit.remasks_by_score:
+        return np.full(x.tokens.shape, plan.numbers.remask_chance)
     known = x.eligible & (x.tokens != x.mask_token_id)
     keys = np.where(known & np.isfinite(x.scores), x.scores.astype(np.float64), -np.inf)
     weights = np.exp(keys - np.maximum(keys.max(axis=1, keepdims=True, initial=-1e300), -1e300))
     total = weights.sum(axis=1, keepdims=True)
-    return np.asarray(plan.remask_chance * weights / np.where(total > 0, total, 1))
+    return np.asarray(plan.numbers.remask_chance * weights / np.where(total > 0, total, 1))
 
 
 def _gumbel_below(chance: F64) -> F64:
@@ -82,17 +82,16 @@ def _gumbel_below(chance: F64) -> F64:
         return np.where(chance >= 1, np.inf, -np.log(-np.log(np.minimum(chance, 1 - 1e-16))))
 
 
-def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N); rows that are not eligible give (-1, -inf, -inf)."""
     batch, length, _ = x.logits.shape
     drawn = np.full((batch, length), -1, np.int64)
     score, log_z = (np.full((batch, length), -np.inf) for _ in range(2))
     for b, n in zip(*np.nonzero(x.eligible), strict=True):
         row = guided(x, b, n, plan, dtype)
-        banned = plan.rule.banned_ids + ((x.mask_token_id,) if plan.rule.ban_mask_token else ())
-        start = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
-        row[[i - start for i in banned if 0 <= i - start < row.size]] = -np.inf
-        held = plan.rule.revise == "held" and x.tokens[b, n] != x.mask_token_id
+        start = plan.row.vocab_start
+        row[[i for i in plan.row.banned_columns(x.mask_token_id) if i < row.size]] = -np.inf
+        held = plan.row.holds and x.tokens[b, n] != x.mask_token_id
         drawn[b, n] = x.tokens[b, n] if held else -1
         if not np.isfinite(row).any():
             continue
@@ -101,35 +100,30 @@ def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, A
         noise = None if x.token_gumbel is None else x.token_gumbel[b, n].astype(np.float64)
         kept = keep_mask(row, plan)
         filtered = np.where(kept, row, -np.inf)
-        base = filtered if plan.rule.score_filtered else row
-        if plan.rule.score_banned_ids:
-            base = base.copy()
-            ids = [i - start for i in plan.rule.score_banned_ids if 0 <= i - start < row.size]
-            base[ids] = -np.inf
-        log_z[b, n] = log_sum_exp(base / plan.score_temperature)
+        base = (filtered if plan.row.score_filtered else row).copy()
+        base[[i for i in plan.row.score_banned if i < row.size]] = -np.inf
+        log_z[b, n] = log_sum_exp(base / plan.numbers.score_temperature)
         if held:
             token = int(x.tokens[b, n]) - start
             if not 0 <= token < row.size:
                 continue
         else:
-            token = draw(filtered, plan, noise, key, int(x.positions[b, n]), dtype)
+            token = draw(filtered, plan, noise, key, int(x.positions[b, n]))
         drawn[b, n] = token + start
-        score[b, n] = row_score(base, token, plan, dtype)
+        score[b, n] = row_score(base, token, plan)
     return drawn, score, log_z
 
 
-def guided(x: StepInputs, b: int, n: int, plan: ResolvedStep, dtype: str) -> F64:
+def guided(x: StepInputs, b: int, n: int, plan: StepPlan, dtype: str) -> F64:
     """One row in float64, guidance mixed in, NaN as -inf."""
     with np.errstate(invalid="ignore"):
         row = x.logits[b, n].astype(np.float64)
         if x.uncond_logits is not None:
             uncond = x.uncond_logits[b, n].astype(np.float64)
             difference = _in_float32(row - uncond)
-            if plan.rule.guidance_dtype == "logits":
-                step = round_to(
-                    x.guidance_scale * round_to(difference, "logits", dtype), "logits", dtype
-                )
-                row = round_to(uncond + step, "logits", dtype)
+            if plan.row.guidance_rounds:
+                step = round_to(x.guidance_scale * round_to(difference, dtype), dtype)
+                row = round_to(uncond + step, dtype)
             else:
                 row = _in_float32(uncond + x.guidance_scale * difference)
     row[np.isnan(row)] = -np.inf
@@ -142,14 +136,12 @@ def _in_float32(x: F64) -> F64:
         return np.where(np.isinf(x.astype(np.float32)), np.sign(x) * np.inf, x)
 
 
-def draw(
-    row: F64, plan: ResolvedStep, noise: F64 | None, key: Any, position: int, dtype: str
-) -> int:
+def draw(row: F64, plan: StepPlan, noise: F64 | None, key: Any, position: int) -> int:
     """The candidate of one row: argmax, Gumbel-max on injected noise, or the hierarchical draw."""
-    temperature = plan.sample_temperature
-    if temperature == 0:
-        if plan.rule.greedy_on == "probs":
-            return int(np.argmax(round_to(softmax(row), plan.rule.score_dtype, dtype)))
+    temperature = plan.numbers.sample_temperature
+    if not plan.row.draws:
+        if plan.row.greedy_on_probs:
+            return int(np.argmax(round_to(softmax(row), plan.row.score_dtype)))
         return int(np.argmax(row))
     if noise is not None:
         perturbed = np.where(np.isfinite(row), row + temperature * noise, -np.inf)
@@ -161,7 +153,7 @@ def draw(
     tree = scaled.reshape(leaves, PER_GROUP, GROUPS)
 
     def variates(index: Any, stream: int) -> F64:
-        return philox.gumbel(key, index, position, plan.step, stream)
+        return philox.gumbel(key, index, position, plan.numbers.step, stream)
 
     mass = np.array([log_sum_exp(leaf) for leaf in tree])
     leaf = int(np.argmax(mass + variates(np.arange(leaves), philox.STREAM_LEAF)))
@@ -172,9 +164,9 @@ def draw(
     return leaf * LEAF + token * GROUPS + group
 
 
-def row_score(row: F64, token: int, plan: ResolvedStep, dtype: str) -> float:
+def row_score(row: F64, token: int, plan: StepPlan) -> float:
     """The rule's score of a candidate, rounded to the rule's score dtype."""
-    kind = plan.rule.score
+    kind, temperature = plan.row.score, plan.numbers.score_temperature
     if np.isneginf(row).all():  # nothing is in the score's softmax
         value = 0.0 if kind == "prob" else -np.inf
     elif kind == "logit":
@@ -182,58 +174,53 @@ def row_score(row: F64, token: int, plan: ResolvedStep, dtype: str) -> float:
     elif kind in ("random", "given"):
         value = 0.0
     else:
-        probs = softmax(row / plan.score_temperature)
+        probs = softmax(row / temperature)
         if kind == "log_prob" and np.isneginf(row[token]):
             value = -np.inf
         elif kind == "margin":
-            pair = np.sort(round_to(probs, plan.rule.score_dtype, dtype))[::-1][:2]
+            pair = np.sort(round_to(probs, plan.row.score_dtype))[::-1][:2]
             value = pair[0] - (pair[1] if pair.size > 1 else 0.0)
         elif kind == "neg_entropy":
             value = float(np.sum(probs[probs > 0] * np.log(probs[probs > 0])))
         elif kind == "log_prob":
-            z = (row - row.max()) / plan.score_temperature
+            z = (row - row.max()) / temperature
             value = z[token] - log_sum_exp(z)
         else:
             value = probs[token] if kind == "prob" else probs.max()
-    return float(round_to(np.asarray(value), plan.rule.score_dtype, dtype))
+    return float(round_to(np.asarray(value), plan.row.score_dtype))
 
 
-def keep_mask(row: F64, plan: ResolvedStep) -> npt.NDArray[np.bool_]:
+def keep_mask(row: F64, plan: StepPlan) -> npt.NDArray[np.bool_]:
     """Which tokens survive the rule's filters, applied one after the other."""
     keep = np.isfinite(row)
-    order = plan.rule.filters
-    temperature = plan.filter_temperature
-    scaled = row if "temperature" in order else row / temperature
-    for name in order:
-        if name == "temperature":
-            scaled = row / temperature
-        elif name == "top_k":
+    for name, value, divides in plan.row.filters:
+        scaled = row / plan.numbers.filter_temperature if divides else row
+        if name == "top_k":
             ranked = np.sort(scaled[keep])[::-1]
-            keep = keep & (scaled >= ranked[min(int(plan.rule.top_k or 1), ranked.size) - 1])
+            keep = keep & (scaled >= ranked[min(int(value), ranked.size) - 1])
         elif name == "min_p":
-            keep = keep & (scaled >= scaled[keep].max() + np.log(plan.rule.min_p or 1.0))
+            keep = keep & (scaled >= scaled[keep].max() + np.log(value))
         else:
-            keep = _nucleus(np.where(keep, scaled, -np.inf), name, plan)
+            below = name == "top_p" and plan.row.nucleus_below
+            keep = _nucleus(np.where(keep, scaled, -np.inf), name, value, below)
     return keep
 
 
-def _nucleus(scaled: F64, name: str, plan: ResolvedStep) -> npt.NDArray[np.bool_]:
+def _nucleus(scaled: F64, name: str, limit: float, below: bool) -> npt.NDArray[np.bool_]:
     """top_p: the most probable tokens until their sum passes p; typical_p: the most typical ones.
 
     The token that passes the limit is kept; among equals the lowest index comes first.
     """
-    if getattr(plan.rule, name) == 1:
-        return np.asarray(np.isfinite(scaled))
     probs = softmax(scaled)
     if name == "top_p":
-        order, limit = np.argsort(-scaled, kind="stable"), plan.rule.top_p or 1.0
+        order = np.argsort(-scaled, kind="stable")
     else:
         log_p = scaled - log_sum_exp(scaled)
         entropy = -np.sum(probs[probs > 0] * log_p[probs > 0])
         distance = np.where(np.isfinite(log_p), np.abs(-log_p - entropy), np.inf)
-        order, limit = np.argsort(distance, kind="stable"), plan.rule.typical_p or 1.0
+        order = np.argsort(distance, kind="stable")
     total = np.cumsum(probs[order])
-    within = total if plan.rule.top_p_keep == "below" and name == "top_p" else total - probs[order]
+    within = total if below else total - probs[order]
     keep = np.zeros(scaled.size, bool)
     keep[order[within <= limit]] = True
     keep[order[0]] = True
@@ -245,31 +232,30 @@ def select(
     eligible: npt.NDArray[np.bool_],
     x: StepInputs,
     noise: npt.NDArray[Any] | None,
-    plan: ResolvedStep,
-    dtype: str,
+    plan: StepPlan,
 ) -> npt.NDArray[np.bool_]:
     """Which of the competing positions are committed, (B, N) bool."""
-    if plan.commit_all:
+    count, cut = plan.commit.count, plan.commit.cut
+    if count == "all":
         return eligible
-    if plan.count == "bernoulli":
+    if count == "bernoulli":
         assert noise is not None
-        return eligible & (noise < plan.commit_below)
+        return np.asarray(eligible & (noise < plan.numbers.commit_below))
     now, start = eligible.sum(axis=1), np.asarray(x.num_masked_at_start)
     commit = np.zeros_like(eligible)
-    if plan.count in ("masked", "quota", "fraction", "given"):
+    if count in ("masked", "quota", "fraction", "given"):
         stay = next_masked_counts(plan, start, now, x.num_commit)
     for b in np.flatnonzero(now):
         where = np.flatnonzero(eligible[b])
         order = where[np.argsort(-confidence[b, where], kind="stable")]  # surest, lowest first
         ranked = confidence[b, order]
-        cut = plan.rule.cut
-        if plan.count == "runs":
-            commit[b, where[best_of_runs(confidence[b, where], where, plan, dtype)]] = True
-        elif plan.count in ("threshold", "factor", "entropy_bound"):
+        if count == "runs":
+            commit[b, where[best_of_runs(confidence[b, where], where, plan)]] = True
+        elif count in ("threshold", "factor", "entropy_bound"):
             least = 1
-            if plan.rule.min_commit == "quota":
-                least = int(plan.table[count_bases(plan, start)[b]])
-            commit[b, order[: max(confident(ranked, plan, dtype), least)]] = True
+            if plan.commit.least_is_quota:
+                least = int(plan.numbers.table[count_bases(plan, start)[b]])
+            commit[b, order[: max(confident(ranked, plan), least)]] = True
         elif cut == "exact" or stay[b] == 0:
             commit[b, order[: order.size - stay[b]]] = True
         elif cut == "strict":  # ranked[::-1][k] is sorted[k]; known positions are +inf above it
@@ -280,33 +266,32 @@ def select(
     return commit
 
 
-def confident(ranked: npt.NDArray[Any], plan: ResolvedStep, dtype: str) -> int:
+def confident(ranked: npt.NDArray[Any], plan: StepPlan) -> int:
     """How many of the descending confidences a rule commits that looks at their values; 0 or more."""
-    rule, kind, plan = plan.rule, ranked.dtype.type, in_score_dtype(plan, dtype)
-    if plan.count == "threshold":
-        bound = kind(plan.threshold)
-        if plan.threshold_slack is not None:
-            slack = kind(ranked[0] - kind(plan.threshold_slack))
-            bound = min(bound, kind(round_to(slack[None], plan.compared_in, dtype)[0]))
-        return int((ranked > bound if rule.threshold_strict else ranked >= bound).sum())
-    if plan.count == "entropy_bound":  # confidences are negative entropies
+    how, numbers, kind = plan.commit, plan.numbers, ranked.dtype.type
+    bound = kind(numbers.threshold)
+    if how.count == "threshold":
+        if how.has_slack:
+            slack = kind(ranked[0] - kind(numbers.threshold_slack))
+            bound = min(bound, kind(round_to(slack[None], how.compared_in)[0]))
+        return int((ranked > bound if how.threshold_strict else ranked >= bound).sum())
+    if how.count == "entropy_bound":  # confidences are negative entropies
         total = np.add.accumulate(-ranked, dtype=kind)
-        return int(np.cumprod((total + ranked) <= kind(plan.threshold)).sum())
+        return int(np.cumprod((total + ranked) <= bound).sum())
     size = ranked.size
-    bounds = np.array([1 - rule.factor / (i + 2) for i in range(size)])
-    bounds = round_to(bounds, plan.compared_in, dtype).astype(kind)
+    bounds = numbers.bounds[:size].astype(kind)
     failing = np.flatnonzero(ranked[1:] < bounds[1:]) + 1  # the first always passes
     first = int(failing[0]) if failing.size else size
-    ends = rule.factor_tail and (size <= 2 or first == size - 1)  # Fast-dLLM's off-by-one
+    ends = how.factor_tail and (size <= 2 or first == size - 1)  # Fast-dLLM's off-by-one
     return size if ends else first
 
 
 def best_of_runs(
-    confidence: npt.NDArray[Any], where: npt.NDArray[Any], plan: ResolvedStep, dtype: str
+    confidence: npt.NDArray[Any], where: npt.NDArray[Any], plan: StepPlan
 ) -> npt.NDArray[np.bool_]:
     """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
-    kind, plan = confidence.dtype.type, in_score_dtype(plan, dtype)
-    low, high = kind(plan.low_threshold), kind(plan.threshold)
+    kind = confidence.dtype.type
+    low, high = kind(plan.numbers.low_threshold), kind(plan.numbers.threshold)
     commit = confidence > high
     runs = np.cumsum(np.diff(where, prepend=where[0] - 1) != 1)
     for run in np.unique(runs):
@@ -316,15 +301,14 @@ def best_of_runs(
     return np.asarray(commit)
 
 
-def _choice_noise(x: StepInputs, plan: ResolvedStep) -> Any:
+def _choice_noise(x: StepInputs, plan: StepPlan) -> Any:
     """(B, N) Gumbel noise for confidences, or None where the rule has no use for it at this step."""
-    rule = plan.rule
-    if plan.choice_temperature == 0 and rule.score != "random" and rule.count != "bernoulli":
+    if not plan.commit.uses_noise:
         return None
     if x.choice_gumbel is not None:
         return x.choice_gumbel.astype(np.float64)
     key = (x.seeds[:, :1], x.seeds[:, 1:])
-    return philox.gumbel(key, 0, x.positions, plan.step, philox.STREAM_CHOICE)
+    return philox.gumbel(key, 0, x.positions, plan.numbers.step, philox.STREAM_CHOICE)
 
 
 def log_sum_exp(x: F64) -> float:

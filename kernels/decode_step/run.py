@@ -60,7 +60,7 @@ from .checks import (
     columns,
     raise_on_dead_rows,
 )
-from .plan import ResolvedStep, constant_plan, in_score_dtype, resolve, table_size
+from .plan import CommitPlan, Numbers, RowPlan, StepPlan, constant_plan, resolve
 from .spec import StepInputs, StepRule
 
 _MODULES = {
@@ -191,7 +191,7 @@ def is_checked(check: bool) -> bool:
 
 
 def _raise_on_dead_rows(
-    suspects: Any, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str
+    suspects: Any, x: StepInputs, plan: StepPlan, logits: Any, backend: str
 ) -> None:
     """ValueError if one of the suspects, (B, N) with confidence -inf, has that for want of a logit."""
     if not is_traced(suspects) and not to_numpy(suspects).any():
@@ -226,7 +226,7 @@ def inputs(
     scores: Any,
     num_commit: Any,
     positions: Any,
-) -> tuple[StepInputs, ResolvedStep]:
+) -> tuple[StepInputs, StepPlan]:
     """The checked inputs of a step as given, logits to be filled in, and the rule at this step.
 
     `model` (B, N, ...) is the array whose kind and device the others must have.  `complete` makes
@@ -245,7 +245,7 @@ def inputs(
         num_masked_at_start=_starts(rule, num_masked_at_start, tokens, batch, length),
         seeds=seeds,
         positions=_signed_in_torch(positions),
-        token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
+        token_gumbel=token_gumbel if plan.row.draws else None,
         choice_gumbel=choice_gumbel,
         uncond_logits=None,
         guidance_scale=0.0,
@@ -257,12 +257,12 @@ def inputs(
     return x, plan
 
 
-def complete(x: StepInputs, rule: StepRule) -> StepInputs:
+def complete(x: StepInputs, plan: StepPlan) -> StepInputs:
     """The inputs with what follows from them filled in: who takes part, U0, key words, positions."""
     batch, length = (x.tokens if x.logits is None else x.logits).shape[:2]
     if x.tokens is None:  # rows without a sequence, all to be drawn
         x = x._replace(tokens=_all_masked(batch, length), eligible=_everywhere(batch, length))
-    eligible = taking_part(rule, x.tokens, x.mask_token_id, x.eligible)
+    eligible = taking_part(plan.row, x.tokens, x.mask_token_id, x.eligible)
     start = x.num_masked_at_start
     return x._replace(
         eligible=eligible,
@@ -316,19 +316,15 @@ def commit_tokens(
     return results(call("decode_step", x, plan, scores, backend), scores, tokens)
 
 
-def _plan(
-    rule: StepRule, mask_token_id: int, step: int, num_steps: int, model: Any
-) -> ResolvedStep:
+def _plan(rule: StepRule, mask_token_id: int, step: int, num_steps: int, model: Any) -> StepPlan:
     """The rule at this step, once the numbers are integers."""
     numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
     for name, number in numbers.items():
         check_integer(name, number)
-    plan = resolve(rule, step, num_steps, table_size(rule, *model.shape[:2]))
-    dtype = dtype_name(model)
-    return in_score_dtype(plan, dtype if dtype in ("bfloat16", "float16") else "float32")
+    return resolve(rule, step, num_steps, tuple(model.shape[:2]), dtype_name(model))
 
 
-def taking_part(rule: StepRule, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
+def taking_part(rule: StepRule | RowPlan, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
     """(B, N) bool: the masked positions that `eligible` admits; known ones too where they are revised."""
     is_masked = tokens == mask_token_id
     if rule.touches_known:
@@ -357,7 +353,7 @@ def sample_tokens(
     rule = with_scalars(rule, temperature, None)
     _, _, vocab = check_logits(logits, 3)
     logits = narrowed(logits)
-    plan = constant_plan(rule, step)
+    plan = constant_plan(rule, step, dtype_name(logits))
     if rule.score in ("random", "given"):
         raise ValueError(
             f"rule: expected a score computed from the logits, got score={rule.score!r}"
@@ -371,7 +367,7 @@ def sample_tokens(
         num_masked_at_start=None,
         seeds=seeds,
         positions=positions,
-        token_gumbel=token_gumbel if plan.sample_temperature > 0 else None,
+        token_gumbel=token_gumbel if plan.row.draws else None,
         choice_gumbel=None,
         uncond_logits=None,
         guidance_scale=0.0,
@@ -384,7 +380,7 @@ def sample_tokens(
     return drawn, _cast(score, kind), _cast(log_z, kind)
 
 
-def call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str) -> Any:
+def call(name: str, x: StepInputs, plan: StepPlan, logits: Any, backend: str) -> Any:
     """Run the chosen backend on arrays of its own kind; `logits` says which kind and dtype."""
     with usual_jax() if kind_of(logits) == "jax" else contextlib.nullcontext():
         return _call(name, x, plan, logits, backend)
@@ -411,7 +407,7 @@ def usual_jax() -> Iterator[None]:
         yield
 
 
-def _call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: str) -> Any:
+def _call(name: str, x: StepInputs, plan: StepPlan, logits: Any, backend: str) -> Any:
     chosen = backend_for(logits, backend)
     dtype = "float32" if x.logits is None else dtype_name(logits)
     if chosen == "pallas" and backend == "auto" and _exceeds_tpu(x, dtype):
@@ -425,7 +421,7 @@ def _call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: st
             seeds=key_words(x.seeds, (x.tokens if x.logits is None else x.logits).shape[0])
         )
     else:
-        x = complete(x, plan.rule)
+        x = complete(x, plan)
     mesh = _mesh(logits)
     if chosen == "cpp" and kind_of(logits) == "jax" and serves_jax():
         chosen, native = "cpp in jax", "jax"
@@ -433,7 +429,11 @@ def _call(name: str, x: StepInputs, plan: ResolvedStep, logits: Any, backend: st
         chosen = "jax on a mesh"
     if native == "jax":
         x = _to_framework(x, native, logits)._replace(mask_token_id=0)
-        return _jitted(name, chosen, mesh)(x, mask_token_id, plan, dtype)
+        numbers = as_arguments(plan.numbers)
+        if chosen == "cpp in jax":
+            numbers = backend_module(chosen).packed(plan, dtype, mask_token_id)
+        program = _jitted(name, chosen, mesh)
+        return program(x, numbers, mask_token_id, plan.row, plan.commit, dtype)
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
     return getattr(backend_module(chosen), name)(x, plan, dtype)
 
@@ -467,16 +467,29 @@ def _device_of(model: Any) -> str:
 
 @cache
 def _jitted(name: str, backend: str, sharding: Any = None) -> Any:
-    """A jax backend's function as one compiled program per plan, dtype and shapes; perhaps on a mesh."""
+    """A jax backend's function, compiled once for plans that are alike; perhaps on a mesh."""
     import jax
 
     function = getattr(backend_module(backend), name)
     more = () if sharding is None else (sharding,)
 
-    def call(x: StepInputs, mask_token_id: int, plan: ResolvedStep, dtype: str) -> Any:
-        return function(x._replace(mask_token_id=mask_token_id), plan, dtype, *more)
+    def call(
+        x: StepInputs,
+        numbers: Any,
+        mask_token_id: int,
+        row: RowPlan,
+        commit: CommitPlan,
+        dtype: str,
+    ) -> Any:
+        x = x._replace(mask_token_id=mask_token_id)
+        return function(x, StepPlan(row, commit, numbers), dtype, *more)
 
-    return jax.jit(call, static_argnames=("mask_token_id", "plan", "dtype"))
+    return jax.jit(call, static_argnames=("mask_token_id", "row", "commit", "dtype"))
+
+
+def as_arguments(numbers: Numbers) -> Numbers:
+    """The numbers of a plan as a jitted program takes them."""
+    return numbers._replace(step=np.uint32(numbers.step))
 
 
 def _read_only(array: Any) -> Any:
@@ -522,7 +535,15 @@ def _to_framework(x: StepInputs, native: str, logits: Any) -> StepInputs:
     if native == "torch":
         fields = {k: _signed_for_torch(v) for k, v in fields.items()}
     target = logits.device if kind_of(logits) == "torch" else None
-    return x._replace(**{k: to_kind(v, native, target) for k, v in fields.items()})
+    fields = {k: to_kind(v, native, target) for k, v in fields.items()}
+    if native == "jax":
+        fields = {k: _strongly_typed(v) for k, v in fields.items()}
+    return x._replace(**fields)
+
+
+def _strongly_typed(x: Any) -> Any:
+    """A jax array without jax's weak type (jnp.full's of a number), for which a program is compiled anew."""
+    return x.astype(x.dtype) if getattr(x, "weak_type", False) else x
 
 
 def to_gpu(x: StepInputs, logits: Any) -> StepInputs:

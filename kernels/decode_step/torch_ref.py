@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..common import philox, philox_torch
-from .plan import ResolvedStep
+from .plan import StepPlan
 from .spec import StepInputs
 
 LEAF, GROUPS, PER_GROUP = 128, 16, 8
@@ -28,49 +28,48 @@ _FLOAT_MAX = float(np.finfo(np.float32).max)
 PIECE = 2**18  # logits whose softmax stays in a CPU's cache
 
 
-def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
-    rule, known = plan.rule, x.tokens != x.mask_token_id
+    how, known = plan.commit, x.tokens != x.mask_token_id
     drawn, score = x.drawn, x.scores
     if drawn is None:
         drawn, score, _ = sample_tokens(x, plan, dtype)
-    wide = torch.float64 if rule.score_dtype == "float64" else torch.float32
-    eligible = x.eligible if rule.revise != "no" else x.eligible & ~known  # who competes
-    if rule.skip_mask_token:
+    wide = torch.float64 if how.is_wide else torch.float32
+    eligible = x.eligible if how.revises else x.eligible & ~known  # who competes
+    if how.skips_mask:
         eligible = eligible & (drawn != x.mask_token_id)
     alive = eligible & (known | (drawn >= 0))
     candidates = torch.where(alive & ~known, drawn, x.tokens)
     noise = _choice_noise(x, plan)
-    score = (x.scores if rule.score == "given" else score).to(wide)
-    if noise is not None and rule.score == "random":
+    score = (x.scores if how.source == "given" else score).to(wide)
+    if noise is not None and how.source == "random":
         score = noise.to(wide)
-    elif noise is not None and plan.choice_temperature > 0:
-        score = score + plan.choice_temperature * noise.to(wide)
+    elif noise is not None and how.adds_noise:
+        score = score + plan.numbers.choice_temperature * noise.to(wide)
     ranked = torch.where(alive & ~score.isnan(), score, -math.inf)
-    commit = select(ranked, eligible, x, noise, plan, dtype)
+    commit = select(ranked, eligible, x, noise, plan)
     left = torch.where(eligible, x.mask_token_id, x.tokens)
     next_tokens = torch.where(commit & alive, candidates, left)
-    if rule.edit_threshold is not None:
-        edited = x.eligible & known & (drawn >= 0) & (score > plan.edit_threshold)
+    if how.edits:
+        edited = x.eligible & known & (drawn >= 0) & (score > plan.numbers.edit_threshold)
         next_tokens = torch.where(edited, drawn, next_tokens)
         candidates = torch.where(edited, drawn, candidates)
-    if rule.remask != "none":
+    if how.remasks:
         assert noise is not None
         again = x.eligible & known & (noise < _gumbel_below(_remask_chance(x, plan)))
         next_tokens = torch.where(again, x.mask_token_id, next_tokens)
     return next_tokens, candidates, torch.where(known & ~eligible, math.inf, ranked)
 
 
-def _remask_chance(x: StepInputs, plan: ResolvedStep) -> torch.Tensor:
+def _remask_chance(x: StepInputs, plan: StepPlan) -> torch.Tensor:
     """The chance of each position to be masked again; for "conf" shared out by the scores."""
-    if plan.rule.remask != "conf":
-        return torch.full(
-            x.tokens.shape, plan.remask_chance, dtype=torch.float64, device=x.tokens.device
-        )
+    chance = plan.numbers.remask_chance
+    if not plan.commit.remasks_by_score:
+        return torch.full(x.tokens.shape, chance, dtype=torch.float64, device=x.tokens.device)
     known = x.eligible & (x.tokens != x.mask_token_id)
     scores = x.scores.to(torch.float64)
     keys = torch.where(known & scores.isfinite(), scores, -math.inf)
-    return plan.remask_chance * keys.softmax(-1).nan_to_num(0.0)
+    return chance * keys.softmax(-1).nan_to_num(0.0)
 
 
 def _gumbel_below(chance: torch.Tensor) -> torch.Tensor:
@@ -79,43 +78,43 @@ def _gumbel_below(chance: torch.Tensor) -> torch.Tensor:
     return torch.where(chance >= 1, math.inf, inside)
 
 
-def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N); (-1, -inf, -inf) where not eligible.
 
     score and log_z are float32, float64 for rules that score in float64.
     """
-    row, start = _banned(_guided(x, plan), x, plan)
-    row, finite, best = _cleared(row, plan)
+    how, start = plan.row, plan.row.vocab_start
+    row, finite, best = _cleared(_banned(_guided(x, plan), x, plan), plan)
     alive, compute = x.eligible & finite, compute_dtype(plan)
     filtered = row
-    if plan.rule.filters:
+    if how.filters:
         row = row.to(compute)
         filtered = torch.where(keep_mask(row, plan), row, -math.inf)
     own_best = best if filtered is row else None
-    drawn_from = Exponentials(filtered, plan.sample_temperature, compute, own_best)
-    token = _draw(drawn_from, x, plan, dtype)
+    drawn_from = Exponentials(filtered, plan.numbers.sample_temperature, compute, own_best)
+    token = _draw(drawn_from, x, plan)
     known = x.eligible & (x.tokens != x.mask_token_id)
-    if plan.rule.revise == "held":  # scores the token that stands there
+    if how.holds:  # scores the token that stands there
         own = x.tokens - start
         token = torch.where(known, own.clamp(0, row.shape[-1] - 1), token)
         scored = alive & (~known | ((own >= 0) & (own < row.shape[-1])))
     else:
         scored = alive
-    base = filtered if plan.rule.score_filtered else row
-    ids = [i - start for i in plan.rule.score_banned_ids if 0 <= i - start < row.shape[-1]]
+    base = filtered if how.score_filtered else row
+    ids = [i for i in how.score_banned if i < row.shape[-1]]
     if ids:
         base = base.clone()
         base[..., ids] = -math.inf
     scored_by = drawn_from
-    if base is not filtered or plan.score_temperature != plan.sample_temperature:
+    if base is not filtered or not how.same_temperature:
         own_best = drawn_from.best if base is filtered else best if base is row else None
-        scored_by = Exponentials(base, plan.score_temperature, compute, own_best)
-    score, log_z = _score(scored_by, token, plan, dtype)
+        scored_by = Exponentials(base, plan.numbers.score_temperature, compute, own_best)
+    score, log_z = _score(scored_by, token, plan)
     if ids:  # where nothing is left in the score's softmax
-        score = torch.where(score.isnan(), 0.0 if plan.rule.score == "prob" else -math.inf, score)
+        score = torch.where(score.isnan(), 0.0 if how.score == "prob" else -math.inf, score)
     drawn = torch.where(alive, token + start, -1)
     return (
-        torch.where(known, x.tokens, drawn) if plan.rule.revise == "held" else drawn,
+        torch.where(known, x.tokens, drawn) if how.holds else drawn,
         torch.where(scored, score, -math.inf),
         torch.where(alive, log_z, -math.inf),
     )
@@ -126,18 +125,18 @@ def _is_on_host(logits: torch.Tensor) -> bool:
     return logits.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def compute_dtype(plan: ResolvedStep) -> torch.dtype:
+def compute_dtype(plan: StepPlan) -> torch.dtype:
     """The dtype of the arithmetic."""
-    return torch.float64 if plan.rule.score_dtype == "float64" else torch.float32
+    return torch.float64 if plan.row.is_wide else torch.float32
 
 
-def _guided(x: StepInputs, plan: ResolvedStep) -> torch.Tensor:
+def _guided(x: StepInputs, plan: StepPlan) -> torch.Tensor:
     """The logits as they are, or with guidance mixed in, in the compute dtype."""
     if x.uncond_logits is None:
         return x.logits
     compute = compute_dtype(plan)
     row, uncond = x.logits.to(compute), x.uncond_logits.to(compute)
-    if plan.rule.guidance_dtype == "logits":
+    if plan.row.guidance_rounds:
         kind = x.logits.dtype
         step = (x.guidance_scale * (row - uncond).to(kind).to(compute)).to(kind).to(compute)
         return (uncond + step).to(kind).to(compute)
@@ -149,20 +148,17 @@ def _in_float32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float32 else torch.where(x.float().isinf(), x * math.inf, x)
 
 
-def _banned(row: torch.Tensor, x: StepInputs, plan: ResolvedStep) -> tuple[torch.Tensor, int]:
-    """(the rows with -inf in the banned columns, the id of the first column)."""
-    rule = plan.rule
-    start = rule.vocab_slice[0] if rule.vocab_slice else 0
-    ids = rule.banned_ids + ((x.mask_token_id,) if rule.ban_mask_token else ())
-    here = [i - start for i in ids if 0 <= i - start < row.shape[-1]]
+def _banned(row: torch.Tensor, x: StepInputs, plan: StepPlan) -> torch.Tensor:
+    """The rows with -inf in the banned columns."""
+    here = [i for i in plan.row.banned_columns(x.mask_token_id) if i < row.shape[-1]]
     if here:
         row = row.clone()
         for i in here:
             row[..., i] = -math.inf
-    return row, start
+    return row
 
 
-def _cleared(row: torch.Tensor, plan: ResolvedStep) -> tuple[torch.Tensor, torch.Tensor, Any]:
+def _cleared(row: torch.Tensor, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """(rows with NaN as -inf and +inf as the largest float32, which have a finite logit, their maxima)."""
     best = row.max(-1) if _is_on_host(row) else None  # NaN where there is one
     if best is not None and bool((finite := best.values.isfinite()).all()):
@@ -241,13 +237,13 @@ def _scaled(row: torch.Tensor, temperature: float) -> torch.Tensor:
     return Exponentials(row, temperature, dtype).scaled(row)
 
 
-def _draw(from_: Exponentials, x: StepInputs, plan: ResolvedStep, dtype: str) -> torch.Tensor:
+def _draw(from_: Exponentials, x: StepInputs, plan: StepPlan) -> torch.Tensor:
     """Candidates (B, N): argmax, Gumbel-max on injected noise, or the hierarchical draw."""
-    temperature, row = plan.sample_temperature, from_.row
-    if temperature == 0:
-        if plan.rule.greedy_on == "probs":
+    temperature, row = plan.numbers.sample_temperature, from_.row
+    if not plan.row.draws:
+        if plan.row.greedy_on_probs:
             probs = _scaled(row.to(from_.dtype), 1.0).softmax(-1)
-            return round_to(probs, plan.rule.score_dtype, dtype).argmax(-1)
+            return round_to(probs, plan.row.score_dtype).argmax(-1)
         return from_.best.indices
     if x.token_gumbel is not None:
         row = row.to(from_.dtype)
@@ -257,7 +253,7 @@ def _draw(from_: Exponentials, x: StepInputs, plan: ResolvedStep, dtype: str) ->
         return torch.where(none, row, keys).argmax(-1)
 
     def variates(stream: int, size: int) -> torch.Tensor:
-        return philox_torch.gumbel(x.seeds, x.positions, plan.step, stream, size)
+        return philox_torch.gumbel(x.seeds, x.positions, plan.numbers.step, stream, size)
 
     sums = from_.leaf_sums
     leaf = (sums.log() + variates(philox.STREAM_LEAF, sums.shape[-1])).argmax(-1)
@@ -273,23 +269,21 @@ def _draw(from_: Exponentials, x: StepInputs, plan: ResolvedStep, dtype: str) ->
 
 
 def _score(
-    by: Exponentials, token: torch.Tensor, plan: ResolvedStep, dtype: str
+    by: Exponentials, token: torch.Tensor, plan: StepPlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rule's score of the candidates and log Z, in the compute dtype."""
-    kind = plan.rule.score
+    kind = plan.row.score
     if kind in ("margin", "neg_entropy"):
         _ = by.exps  # of which the total is then formed
     total = by.total
     log_total = total.log()
-    log_z = by.top.squeeze(-1) / plan.score_temperature + log_total
+    log_z = by.top.squeeze(-1) / plan.numbers.score_temperature + log_total
     if kind == "logit":
         value = by.row.gather(-1, token[..., None]).squeeze(-1).to(by.dtype)
     elif kind in ("random", "given"):
         value = torch.zeros_like(total)
     elif kind == "margin":  # the padding gives the second where there is but one column
-        pair = round_to(
-            by.exps.topk(2, dim=-1).values / total[..., None], plan.rule.score_dtype, dtype
-        )
+        pair = round_to(by.exps.topk(2, dim=-1).values / total[..., None], plan.row.score_dtype)
         value = pair[..., 0] - pair[..., 1]
     elif kind == "neg_entropy":
         exps, z = by.exps[..., : by.row.shape[-1]], by.scaled(by.row)
@@ -300,33 +294,30 @@ def _score(
         value = by.of(token).exp() / total
     else:
         value = total.reciprocal()
-    return round_to(value, plan.rule.score_dtype, dtype), log_z
+    return round_to(value, plan.row.score_dtype), log_z
 
 
-def keep_mask(row: torch.Tensor, plan: ResolvedStep) -> torch.Tensor:
+def keep_mask(row: torch.Tensor, plan: StepPlan) -> torch.Tensor:
     """Which tokens survive the rule's filters, applied one after the other."""
-    order, rule = plan.rule.filters, plan.rule
-    temperature = plan.filter_temperature
     keep = row.isfinite()
-    scaled = _scaled(row, 1.0 if "temperature" in order else temperature)
-    for name in order:
+    for name, value, divides in plan.row.filters:
+        left = torch.where(keep, row, -math.inf)
+        if name == "top_k":  # on the logits: two of them may not become equal by a division
+            size = min(int(value), row.shape[-1])
+            keep = keep & (row >= left.topk(size, dim=-1).values[..., -1:])
+            continue
+        scaled = _scaled(row, plan.numbers.filter_temperature if divides else 1.0)
         kept = torch.where(keep, scaled, -math.inf)
-        if name == "temperature":
-            scaled = _scaled(row, temperature)
-        elif name == "top_k":  # on the logits: two of them may not become equal by a division
-            kept = torch.where(keep, row, -math.inf)
-            size = min(int(rule.top_k or 1), row.shape[-1])
-            keep = keep & (row >= kept.topk(size, dim=-1).values[..., -1:])
-        elif name == "min_p":
-            bound = kept.amax(-1, keepdim=True) + math.log(rule.min_p or 1.0)
-            keep = keep & (scaled >= bound)
+        if name == "min_p":
+            keep = keep & (scaled >= kept.amax(-1, keepdim=True) + math.log(value))
         else:
-            keep = keep & _nucleus(kept, torch.where(keep, row, -math.inf), name, plan)
+            below = name == "top_p" and plan.row.nucleus_below
+            keep = keep & _nucleus(kept, left, name, value, below)
     return keep
 
 
 def _nucleus(
-    scaled: torch.Tensor, row: torch.Tensor, name: str, plan: ResolvedStep
+    scaled: torch.Tensor, row: torch.Tensor, name: str, limit: float, below: bool
 ) -> torch.Tensor:
     """top_p: the most probable tokens until their sum passes p; typical_p: the most typical ones.
 
@@ -334,17 +325,14 @@ def _nucleus(
     """
     probs = scaled.softmax(-1)
     if name == "top_p":
-        key, limit = -row, plan.rule.top_p or 1.0
+        key = -row
     else:
         log_p = scaled - scaled.logsumexp(-1, keepdim=True)
         entropy = -torch.where(probs > 0, probs * log_p, 0.0).sum(-1, keepdim=True)
         key = torch.where(log_p.isfinite(), (-log_p - entropy).abs(), math.inf)
-        limit = plan.rule.typical_p or 1.0
-    limit = limit if limit < 1 else math.inf  # a float32 sum may pass 1 before the end
     order = key.sort(dim=-1, stable=True).indices
     ranked = probs.gather(-1, order)
     total = ranked.cumsum(-1)
-    below = name == "top_p" and plan.rule.top_p_keep == "below"
     within = (total if below else total - ranked) <= limit
     within[..., :1] = True
     return torch.zeros_like(within).scatter(-1, order, within)
@@ -355,15 +343,15 @@ def select(
     eligible: torch.Tensor,
     x: StepInputs,
     noise: torch.Tensor | None,
-    plan: ResolvedStep,
-    dtype: str,
+    plan: StepPlan,
 ) -> torch.Tensor:
     """Which of the competing positions are committed, (B, N) bool."""
-    if plan.commit_all:
+    count, cut = plan.commit.count, plan.commit.cut
+    if count == "all":
         return eligible
-    if plan.count == "bernoulli":
+    if count == "bernoulli":
         assert noise is not None
-        return eligible & (noise < plan.commit_below)
+        return eligible & (noise < plan.numbers.commit_below)
     now = eligible.sum(-1, keepdim=True)
     falling = torch.where(eligible, confidence, -math.inf).sort(
         dim=-1, descending=True, stable=True
@@ -377,19 +365,19 @@ def select(
         found = torch.where(here, confidence, -math.inf)
         return found.amax(-1, keepdim=True) if found.shape[-1] else found.sum(-1, keepdim=True)
 
-    if plan.count == "runs":
+    if count == "runs":
         return _best_of_runs(confidence, eligible, plan) | (eligible & (rank == 0))
-    if plan.count in ("threshold", "factor", "entropy_bound"):
-        take = _confident(confidence, eligible, rank, now, plan, dtype)
+    if count in ("threshold", "factor", "entropy_bound"):
+        take = _confident(confidence, eligible, rank, now, plan)
         least = torch.ones_like(now)
-        if plan.rule.min_commit == "quota":
+        if plan.commit.least_is_quota:
             least = _of_table(plan, x.num_masked_at_start, now.squeeze(-1))[:, None]
         return eligible & (rank < take.maximum(least))
     stay = _stay_masked(plan, x, now.squeeze(-1))[:, None]
     exact = eligible & (rank < now - stay)
-    if plan.rule.cut == "exact":
+    if cut == "exact":
         return exact
-    if plan.rule.cut == "strict":  # rank U - 1 - k is sorted[k]; known positions are +inf above it
+    if cut == "strict":  # rank U - 1 - k is sorted[k]; known positions are +inf above it
         floor = torch.where(stay < now, ranked(now - 1 - stay), math.inf)
         commit = eligible & (confidence >= floor)
     else:
@@ -397,36 +385,33 @@ def select(
     return torch.where(stay == 0, exact, commit)
 
 
-def _of_table(plan: ResolvedStep, at_start: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+def _of_table(plan: StepPlan, at_start: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     """Each row's entry of the table, (B,)."""
-    table = torch.as_tensor(plan.table, dtype=torch.int64, device=now.device)
-    if plan.count_base == "positions":
+    table = torch.as_tensor(plan.numbers.table, dtype=torch.int64, device=now.device)
+    if plan.commit.base_is_positions:
         return table[-1:].expand_as(now)
     start = at_start.to(torch.int64)
-    if plan.count_rows == "first":
+    if plan.commit.count_rows == "first":
         start = start[:1].expand_as(start)
-    elif plan.count_rows == "sum":
+    elif plan.commit.count_rows == "sum":
         start = start.sum().expand_as(start)
-    return table[start.clamp(0, plan.table.size - 1)]
+    return table[start.clamp(0, len(table) - 1)]
 
 
-def _stay_masked(plan: ResolvedStep, x: StepInputs, now: torch.Tensor) -> torch.Tensor:
+def _stay_masked(plan: StepPlan, x: StepInputs, now: torch.Tensor) -> torch.Tensor:
     """counts.next_masked_counts on tensors: how many of each row's positions stay masked, (B,)."""
-    if plan.count == "given":
+    how = plan.commit
+    if how.count == "given":
         return (now - x.num_commit.to(torch.int64)).clamp(min=0).minimum(now)
-    if plan.count == "fraction":
-        # Through float64, so that each of the two float32 operations is rounded correctly.
-        share = float(np.float32(plan.commit_fraction))
-        if plan.count_rows != "mean":
-            return now - (now.double() * share).float().to(torch.int64)
-        mean = (now.sum().double() / max(now.shape[0], 1)).float()
-        commit = (mean.double() * share).float()
-        return (now - commit.to(torch.int64)).clamp(min=0)
+    if how.count == "fraction":
+        shares = torch.as_tensor(plan.numbers.shares, dtype=torch.int64, device=now.device)
+        index = now.sum().expand_as(now) if how.count_rows == "mean" else now
+        return (now - shares[index]).clamp(min=0)
     target = _of_table(plan, x.num_masked_at_start, now)
-    if plan.count == "quota":
+    if how.count == "quota":
         return (now - target).clamp(min=0)
-    limit = now[:1].expand_as(now) if plan.count_rows == "first" else now
-    for clamp in plan.clamps:
+    limit = now[:1].expand_as(now) if how.count_rows == "first" else now
+    for clamp in how.clamps:
         target = target.minimum(limit - 1) if clamp == "commit_one" else target.clamp(min=1)
     return target.clamp(min=0).minimum(now)
 
@@ -436,61 +421,53 @@ def _confident(
     eligible: torch.Tensor,
     rank: torch.Tensor,
     now: torch.Tensor,
-    plan: ResolvedStep,
-    dtype: str,
+    plan: StepPlan,
 ) -> torch.Tensor:
     """How many of the surest a rule commits that looks at their values, (B, 1)."""
-    rule, compared_in = plan.rule, plan.compared_in or plan.rule.score_dtype
-    if plan.count == "threshold":
-        bound = torch.full((), plan.threshold, dtype=confidence.dtype, device=confidence.device)
-        if plan.threshold_slack is not None and confidence.shape[-1]:
+    how, numbers = plan.commit, plan.numbers
+    if how.count == "threshold":
+        bound = torch.full((), numbers.threshold, dtype=confidence.dtype, device=confidence.device)
+        if how.has_slack and confidence.shape[-1]:
             top = torch.where(eligible, confidence, -math.inf).amax(-1, keepdim=True)
-            bound = bound.minimum(
-                round_to(top - plan.threshold_slack, plan.compared_in or rule.score_dtype, dtype)
-            )
-        above = confidence > bound if rule.threshold_strict else confidence >= bound
+            bound = bound.minimum(round_to(top - numbers.threshold_slack, how.compared_in))
+        above = confidence > bound if how.threshold_strict else confidence >= bound
         return (eligible & above).sum(-1, keepdim=True)
-    if plan.count == "entropy_bound":
+    if how.count == "entropy_bound":
         order = torch.where(eligible, rank, rank.shape[-1]).argsort(dim=-1, stable=True)
         falling = torch.where(eligible, confidence, 0.0).gather(-1, order)
-        within = (-falling).cumsum(-1) + falling <= plan.threshold
+        within = (-falling).cumsum(-1) + falling <= numbers.threshold
         return within.cumprod(-1).sum(-1, keepdim=True)
-    bounds = 1 - rule.factor / (rank.double() + 2)
-    bounds = round_to(bounds, compared_in, dtype).to(confidence.dtype)
-    failing = eligible & (rank >= 1) & (confidence < bounds)  # the first always passes
+    bounds = torch.as_tensor(numbers.bounds, device=rank.device).to(confidence.dtype)
+    failing = eligible & (rank >= 1) & (confidence < bounds[rank])  # the first always passes
     first = torch.where(failing, rank, now)
     first = first.amin(-1, keepdim=True) if first.shape[-1] else now
     # Fast-dLLM's off-by-one: a failure at the last index is committed all the same.
     ends = (now <= 2) | (first == now - 1)
-    return torch.where(ends, now, first) if rule.factor_tail else first
+    return torch.where(ends, now, first) if how.factor_tail else first
 
 
-def _best_of_runs(
-    confidence: torch.Tensor, eligible: torch.Tensor, plan: ResolvedStep
-) -> torch.Tensor:
+def _best_of_runs(confidence: torch.Tensor, eligible: torch.Tensor, plan: StepPlan) -> torch.Tensor:
     """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
     starts = eligible & ~F.pad(eligible, (1, 0))[..., :-1]
     run = torch.where(eligible, starts.cumsum(-1), 0)
     best = torch.full(
         (run.shape[0], run.shape[1] + 1), -math.inf, dtype=confidence.dtype, device=run.device
     ).scatter_reduce(-1, run, torch.where(eligible, confidence, -math.inf), "amax")
-    is_best = (confidence == best.gather(-1, run)) & (confidence > plan.low_threshold)
-    return eligible & (is_best | (confidence > plan.threshold))
+    is_best = (confidence == best.gather(-1, run)) & (confidence > plan.numbers.low_threshold)
+    return eligible & (is_best | (confidence > plan.numbers.threshold))
 
 
-def _choice_noise(x: StepInputs, plan: ResolvedStep) -> torch.Tensor | None:
+def _choice_noise(x: StepInputs, plan: StepPlan) -> torch.Tensor | None:
     """(B, N) Gumbel noise for confidences, or None where this step has no use for it."""
-    rule = plan.rule
-    if plan.choice_temperature == 0 and rule.score != "random" and rule.count != "bernoulli":
+    if not plan.commit.uses_noise:
         return None
     if x.choice_gumbel is not None:
         return torch.as_tensor(x.choice_gumbel)
-    gumbel = philox_torch.gumbel(x.seeds, x.positions, plan.step, philox.STREAM_CHOICE, 1)
+    gumbel = philox_torch.gumbel(x.seeds, x.positions, plan.numbers.step, philox.STREAM_CHOICE, 1)
     return gumbel.squeeze(-1)
 
 
-def round_to(values: torch.Tensor, score_dtype: str, logits_dtype: str) -> torch.Tensor:
-    """`values` rounded to the score dtype ("logits": that of the logits), in their own dtype."""
-    name = logits_dtype if score_dtype == "logits" else score_dtype
-    rounded: torch.Tensor = values.to(getattr(torch, name)).to(values.dtype)
+def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """`values` rounded to a dtype, in their own."""
+    rounded: torch.Tensor = values.to(getattr(torch, dtype)).to(values.dtype)
     return rounded

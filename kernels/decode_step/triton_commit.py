@@ -30,7 +30,7 @@ RANKED = tl.constexpr(128)  # longest sequence whose cut is found by rank
 
 @dataclass(frozen=True)
 class CommitSpec:
-    """What the commit kernel is compiled for: the second half of a rule at a step (plan.ResolvedStep).
+    """What the commit kernel is compiled for: the second half of a plan (plan.CommitPlan).
 
     block: N, to the next power of two; others: positions compared with all at once; source: where
     scores come from, "drawn", "random" or "given".

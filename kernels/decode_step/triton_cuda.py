@@ -25,28 +25,27 @@ import torch
 
 from ..common.tuning import tuned
 from . import reference
-from .plan import ResolvedStep, gumbel_below, in_score_dtype
-from .spec import StepInputs, StepRule
+from .plan import CommitPlan, RowPlan, StepPlan
+from .spec import StepInputs
 from .triton_commit import MOST_POSITIONS, CommitSpec, commit_kernel, merge_kernel
 from .triton_rows import NUM_PARTS, sample_kernel
 from .triton_tiles import RowSpec
 
-_LOG2E = 1.4426950408889634
 _FILTERS = {"top_k": 1, "top_p": 2, "min_p": 3, "typical_p": 4}
 _OTHERS = {"factor": 13, "entropy_bound": 12}  # log2 of places of a comparison; more would spill
 _SHORT = 16  # leaves of a row that one warp takes
 _NEEDS_NO_Z = ("logit", "random", "given")
 
 
-def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
     batch, length = x.tokens.shape
     if length > MOST_POSITIONS:
         raise ValueError(
             f"tokens: backend 'triton' expected at most {MOST_POSITIONS} positions, got {length}"
         )
-    device, wide = x.tokens.device, plan.rule.score_dtype == "float64"
-    kind = torch.float64 if wide else torch.float32
+    device = x.tokens.device
+    kind = torch.float64 if plan.commit.is_wide else torch.float32
     tokens = x.tokens.contiguous()
     next_tokens, candidates = torch.empty_like(tokens), torch.empty_like(tokens)
     confidence = torch.empty(tokens.shape, dtype=kind, device=device)
@@ -63,10 +62,10 @@ def decode_step(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any
     return next_tokens, candidates, confidence
 
 
-def sample_tokens(x: StepInputs, plan: ResolvedStep, dtype: str) -> tuple[Any, Any, Any]:
+def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N)."""
     batch, length, _ = x.logits.shape
-    kind = torch.float64 if plan.rule.score_dtype == "float64" else torch.float32
+    kind = torch.float64 if plan.row.is_wide else torch.float32
     shape, device = (batch, length), x.logits.device
     drawn = torch.empty(shape, dtype=torch.int64, device=device)
     score = torch.empty(shape, dtype=kind, device=device)
@@ -103,7 +102,7 @@ class _Rows:
     def _replace_outputs(self, drawn: torch.Tensor, score: torch.Tensor) -> _Rows:
         return dataclasses.replace(self, drawn=drawn, score=score)
 
-    def sample(self, x: StepInputs, plan: ResolvedStep, log_z: torch.Tensor | None) -> None:
+    def sample(self, x: StepInputs, plan: StepPlan, log_z: torch.Tensor | None) -> None:
         """Launch `sample_kernel`."""
         pointers, strides, uncond_strides = self.logits
         noise = x.token_gumbel
@@ -116,7 +115,7 @@ class _Rows:
             **self.options,
         )  # fmt: skip
 
-    def merge(self, x: StepInputs, plan: ResolvedStep, log_z: torch.Tensor) -> None:
+    def merge(self, x: StepInputs, plan: StepPlan, log_z: torch.Tensor) -> None:
         """Launch `merge_kernel`, where programs shared rows."""
         if self.spec.splits == 1:
             return
@@ -129,10 +128,9 @@ class _Rows:
         )  # fmt: skip
 
 
-def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows:
+def _rows(x: StepInputs, plan: StepPlan, dtype: str, wants_z: bool) -> _Rows:
     """The launch for the rows of (B, N, V) logits."""
     batch, length, vocab = x.logits.shape
-    wide = plan.rule.score_dtype == "float64"
     size = x.logits.element_size()
     vec = 16 // size
     head = x.logits.data_ptr() % 16 // size  # logits between a multiple of 16 bytes and the first
@@ -150,7 +148,7 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, wants_z: bool) -> _Rows
         dense=strides[2] == 1, shifted=shifted, ragged=shifted or vocab % vec != 0,
         twin=x.uncond_logits is not None and _lie_alike(x.logits, x.uncond_logits),
     )  # fmt: skip
-    drawn, score, parts = _temporary(batch * length, splits, wide, x.logits.device)
+    drawn, score, parts = _temporary(batch * length, splits, spec.wide, x.logits.device)
     return _Rows(
         spec, options(tiling["warps"], 255 if crowded else tiling["registers"]), drawn, score, parts,
         ((x.logits, x.uncond_logits), (*strides, head), uncond_strides), batch * length, length,
@@ -181,7 +179,7 @@ def options(warps: int, registers: int) -> dict[str, int]:
     return {"num_warps": warps} | limit
 
 
-def _given(x: StepInputs, plan: ResolvedStep) -> _Rows:
+def _given(x: StepInputs, plan: StepPlan) -> _Rows:
     """Candidates and scores that are there already."""
     drawn, score = x.drawn.contiguous(), x.scores.contiguous()
     batch, length = drawn.shape
@@ -192,26 +190,26 @@ def _given(x: StepInputs, plan: ResolvedStep) -> _Rows:
 
 
 def _commit(
-    x: StepInputs, plan: ResolvedStep, dtype: str, rows: _Rows, next_tokens: torch.Tensor,
+    x: StepInputs, plan: StepPlan, dtype: str, rows: _Rows, next_tokens: torch.Tensor,
     candidates: torch.Tensor, confidence: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch `commit_kernel`."""
     batch, length = x.tokens.shape
     block = max(16, 1 << (length - 1).bit_length())
-    spec = _commit_spec(plan, block, dtype)
+    spec = _commit_spec(plan, block)
     shared = rows.spec.splits > 1
     together = 16 if _is_crowded(rows.spec) else 32  # rows whose leaf fits into registers
     finishing = dataclasses.replace(rows.spec, rows=min(block, together)) if shared else None
     pointers, strides, uncond_strides = rows.logits
-    table = _table(plan, x.tokens.device) if plan.table.size else None
+    n = plan.numbers
+    table = _table(plan, x.tokens.device) if n.table.size else None
     commit_kernel[(batch,)](
         *pointers, x.tokens, as_bytes(x.eligible), seed_words(x.seeds), flat(x.positions), rows.drawn,
         rows.score, rows.parts, rows.num_rows, length, rows.vocab, *strides, *uncond_strides,
         *rows.numbers, next_tokens, candidates, confidence, flat(x.choice_gumbel), flat(x.scores),
-        flat(x.num_masked_at_start), flat(x.num_commit), table, plan.table.size, batch,
-        plan.choice_temperature, float(np.float32(plan.commit_fraction)), plan.commit_below,
-        gumbel_below(plan.remask_chance), plan.remask_chance, F=finishing, S=spec,
-        **_commit_options(spec, shared),
+        flat(x.num_masked_at_start), flat(x.num_commit), table, n.table.size, batch,
+        n.choice_temperature, n.commit_fraction, n.commit_below, n.remask_below, n.remask_chance,
+        F=finishing, S=spec, **_commit_options(spec, shared),
     )  # fmt: skip
 
 
@@ -227,111 +225,92 @@ def _commit_options(spec: CommitSpec, shared: bool) -> dict[str, int]:
     return options(max(1, min(16, spec.block // each)), 255)
 
 
-def row_spec(x: StepInputs, plan: ResolvedStep, dtype: str, guided: bool, wants_z: bool) -> RowSpec:
-    """What of a RowSpec follows from the rule, the step and the noise."""
-    temperature, same = plan.sample_temperature, plan.sample_temperature == plan.score_temperature
-    injected = x.token_gumbel is not None
-    return _row_spec(plan.rule, temperature, same, injected, guided, dtype, wants_z)
+def row_spec(x: StepInputs, plan: StepPlan, dtype: str, guided: bool, wants_z: bool) -> RowSpec:
+    """What of a RowSpec follows from the plan and the noise."""
+    return _row_spec(plan.row, x.token_gumbel is not None, guided, dtype, wants_z)
 
 
 @lru_cache(maxsize=1024)
-def _row_spec(
-    rule: StepRule, temperature: float, same: bool, noise: bool, guided: bool, dtype: str,
-    wants_z: bool,
-) -> RowSpec:  # fmt: skip
-    start = rule.vocab_slice[0] if rule.vocab_slice else 0
-    wide = rule.score_dtype == "float64"
-    filters: list[tuple[int, float, bool]] = []
-    scaled = "temperature" not in rule.filters
-    for name in rule.filters:
-        if name == "temperature":
-            scaled = True
-            continue
-        value = getattr(rule, name)
-        if name == "top_k" or value < 1 or name == "min_p":
-            value = min(int(value), 2**31 - 1) if name == "top_k" else float(value)
-            filters.append((_FILTERS[name], value, scaled))
-    draw = "greedy"
-    if temperature > 0:
-        draw = "noise" if noise else "race"
-    elif rule.greedy_on == "probs" and not wide:
-        draw = "greedy_probs"
-    apart = (filters and not rule.score_filtered) or rule.score_banned_ids
-    needs_z = wants_z or rule.score not in _NEEDS_NO_Z
-    return RowSpec(
-        guide=0 if not guided else 2 if rule.guidance_dtype == "logits" else 1,
-        banned=tuple(i - start for i in rule.banned_ids if i >= start),
-        ban_mask=rule.ban_mask_token,
-        filters=tuple(filters),
-        bits=32 if guided else {"bfloat16": 16, "float16": 19, "float32": 32}[dtype],
-        below=rule.top_p_keep == "below",
-        draw=draw,
-        score=rule.score,
-        score_filtered=rule.score_filtered,
-        score_banned=tuple(i - start for i in rule.score_banned_ids if i >= start),
-        needs_z=needs_z,
-        wide=wide,
-        rounding=rule.score_dtype,
-        shared=bool(draw == "race" and same and not apart and not wide),
-        held=rule.revise == "held",
-        touches_known=rule.touches_known,
+def _row_spec(row: RowPlan, noise: bool, guided: bool, dtype: str, wants_z: bool) -> RowSpec:
+    filters = tuple(
+        (_FILTERS[name], min(int(value), 2**31 - 1) if name == "top_k" else float(value), divides)
+        for name, value, divides in row.filters
     )
+    draw = "greedy_probs" if row.greedy_on_probs and not row.is_wide else "greedy"
+    if row.draws:
+        draw = "noise" if noise else "race"
+    apart = (filters and not row.score_filtered) or row.score_banned
+    return RowSpec(
+        guide=0 if not guided else 2 if row.guidance_rounds else 1,
+        banned=row.banned,
+        ban_mask=row.bans_mask,
+        filters=filters,
+        bits=32 if guided else {"bfloat16": 16, "float16": 19, "float32": 32}[dtype],
+        below=row.nucleus_below,
+        draw=draw,
+        score=row.score,
+        score_filtered=row.score_filtered,
+        score_banned=row.score_banned,
+        needs_z=wants_z or row.score not in _NEEDS_NO_Z,
+        wide=row.is_wide,
+        rounding=row.score_dtype if row.score_dtype in ("float32", "float64") else "logits",
+        shared=bool(draw == "race" and row.same_temperature and not apart and not row.is_wide),
+        held=row.holds,
+        touches_known=row.touches_known,
+    )
+
+
+def _commit_spec(plan: StepPlan, block: int) -> CommitSpec:
+    """What the commit kernel is compiled for at this step."""
+    n = plan.numbers
+    bounds = n.threshold, n.threshold_slack, n.low_threshold, n.edit_threshold, n.factor
+    return _commit_spec_of(plan.commit, bounds, block)
 
 
 @lru_cache(maxsize=4096)
-def _commit_spec(plan: ResolvedStep, block: int, dtype: str) -> CommitSpec:
-    """What the commit kernel is compiled for at this step."""
-    rule, plan = plan.rule, in_score_dtype(plan, dtype)
-    wide = rule.score_dtype == "float64"
-    adds_noise = plan.choice_temperature > 0 and rule.score != "random"
-    by_noise = rule.score == "random" or plan.count == "bernoulli" or rule.remask != "none"
-    by_bound = plan.count == "factor" or plan.threshold_slack is not None
+def _commit_spec_of(how: CommitPlan, bounds: tuple[float, ...], block: int) -> CommitSpec:
+    threshold, slack, low_threshold, edit_threshold, factor = bounds
     return CommitSpec(
         block=block,
-        others=max(1, min(32, (1 << _OTHERS.get(plan.count, 14)) // block)),
-        count="all" if plan.commit_all else plan.count,
-        cut=rule.cut,
-        count_rows=plan.count_rows,
-        base_is_positions=plan.count_base == "positions",
-        clamps=plan.clamps,
-        source=rule.score if rule.score in ("random", "given") else "drawn",
-        uses_noise=adds_noise or by_noise,
-        adds_noise=adds_noise,
-        threshold=plan.threshold,
-        threshold_strict=rule.threshold_strict,
-        slack=plan.threshold_slack,
-        least_is_quota=rule.min_commit == "quota",
-        low_threshold=plan.low_threshold,
-        factor=rule.factor,
-        factor_tail=rule.factor_tail,
-        revise=rule.revise != "no",
-        touches_known=rule.touches_known,
-        edits=plan.edit_threshold is not None,
-        edit_threshold=plan.edit_threshold or 0.0,
-        remasks=rule.remask != "none",
-        remasks_by_score=rule.remask == "conf",
-        skip_mask_token=rule.skip_mask_token,
-        wide=wide,
-        compared_in=plan.compared_in if by_bound else "",
+        others=max(1, min(32, (1 << _OTHERS.get(how.count, 14)) // block)),
+        count=how.count,
+        cut=how.cut,
+        count_rows=how.count_rows,
+        base_is_positions=how.base_is_positions,
+        clamps=how.clamps,
+        source=how.source,
+        uses_noise=how.uses_noise,
+        adds_noise=how.adds_noise,
+        threshold=threshold,
+        threshold_strict=how.threshold_strict,
+        slack=slack if how.has_slack else None,
+        least_is_quota=how.least_is_quota,
+        low_threshold=low_threshold,
+        factor=factor,
+        factor_tail=how.factor_tail,
+        revise=how.revises,
+        touches_known=how.touches_known,
+        edits=how.edits,
+        edit_threshold=edit_threshold,
+        remasks=how.remasks,
+        remasks_by_score=how.remasks_by_score,
+        skip_mask_token=how.skips_mask,
+        wide=how.is_wide,
+        compared_in=how.compared_in if how.count == "factor" or how.has_slack else "",
     )
 
 
-def numbers(x: StepInputs, plan: ResolvedStep, vocab: int) -> tuple[Any, ...]:
+def numbers(x: StepInputs, plan: StepPlan, vocab: int) -> tuple[Any, ...]:
     """mask_token_id, its column, vocab_start, step, guidance, temperature and the scales."""
-    rule = plan.rule
-    start = rule.vocab_slice[0] if rule.vocab_slice else 0
+    n, start = plan.numbers, plan.row.vocab_start
     column = int(x.mask_token_id) - start
-    score = 1.0 / plan.score_temperature
-    if rule.score_dtype == "float64":
-        high = float(np.float32(score))
-        low = score - high
-    else:
-        high, low = score * _LOG2E, 0.0
-    draw = _LOG2E / plan.sample_temperature if plan.sample_temperature > 0 else 1.0
+    high, low = n.score_scale, 0.0
+    if plan.row.is_wide:
+        high = float(np.float32(1.0 / n.score_temperature))
+        low = 1.0 / n.score_temperature - high
     return (
-        int(x.mask_token_id), column if 0 <= column < vocab else -1, start, plan.step,
-        float(x.guidance_scale), float(plan.sample_temperature), draw, high, low,
-        _LOG2E / plan.filter_temperature,
+        int(x.mask_token_id), column if 0 <= column < vocab else -1, start, n.step,
+        float(x.guidance_scale), n.sample_temperature, n.draw_scale, high, low, n.filter_scale,
     )  # fmt: skip
 
 
@@ -413,7 +392,7 @@ def seed_words(seeds: torch.Tensor | None) -> torch.Tensor | None:
     return (seeds.view(torch.int64) if seeds.dtype == torch.uint64 else seeds.long()).contiguous()
 
 
-def _table(plan: ResolvedStep, device: torch.device) -> torch.Tensor:
+def _table(plan: StepPlan, device: torch.device) -> torch.Tensor:
     """The table of counts on the device; one that a graph has read stays there for good."""
     table = _device_table(plan, str(device))
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -425,9 +404,9 @@ _captured: dict[int, torch.Tensor] = {}
 
 
 @lru_cache(maxsize=4096)
-def _device_table(plan: ResolvedStep, device: str) -> torch.Tensor:
+def _device_table(plan: StepPlan, device: str) -> torch.Tensor:
     """The table, copied once; this waits for that copy alone, after which every stream may read it."""
-    table = torch.from_numpy(plan.table)
+    table = torch.from_numpy(plan.numbers.table)
     if torch.device(device).type != "cuda":
         return table
     with torch.cuda.stream(_copies(device)):

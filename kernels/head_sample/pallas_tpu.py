@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -21,7 +20,7 @@ from ..common.simulation import interpret_params
 from ..decode_step import pallas_tpu as step_kernels
 from ..decode_step import run
 from ..decode_step.pallas_tiles import LANES, LEAF
-from ..decode_step.plan import ResolvedStep
+from ..decode_step.plan import CommitPlan, RowPlan, StepPlan
 from ..decode_step.spec import StepInputs
 from . import plain
 from .pallas_head import STATS, HeadSpec, head_kernel
@@ -32,49 +31,46 @@ MOST_DEPTH = 4096
 WORDS = 4  # of a row: position, two key words, whether it takes part
 
 
-def fuses(x: StepInputs, plan: ResolvedStep, hidden: Any, weight: Any) -> bool:
+def fuses(x: StepInputs, plan: StepPlan, hidden: Any, weight: Any) -> bool:
     """Whether the fused head can do what the rule asks for."""
     kind = str(hidden.dtype)
-    rule = plan.rule
-    if kind not in ("float32", "bfloat16") or rule.score_banned_ids or rule.revise == "held":
+    row = plan.row
+    if kind not in ("float32", "bfloat16") or row.score_banned or row.holds:
         return False
-    return not rule.filters and x.token_gumbel is None and rule.greedy_on == "logits"
+    return not row.filters and x.token_gumbel is None and not row.greedy_on_probs
 
 
 def decode_step(
-    x: StepInputs, plan: ResolvedStep, hidden: Any, weight: Any, bias: Any, backend: str
+    x: StepInputs, plan: StepPlan, hidden: Any, weight: Any, bias: Any, backend: str
 ) -> tuple[tuple[Any, Any, Any], Any]:
     """What plain.py's function of that name does; nothing waits for the device."""
-    x = run.complete(x, plan.rule)
+    x = run.complete(x, plan)
     wanted = x.eligible
     if plain.chooses_first(plan):
         wanted = wanted & (x.tokens == x.mask_token_id) & plain.chosen(x, plan, hidden, backend)
     weight, bias = plain.codebook(plan, weight, bias)
     drawn, score, _ = _sample(
-        x._replace(mask_token_id=0), hidden, weight, bias, wanted, plan, int(x.mask_token_id)
-    )
-    scores = x.scores if plan.rule.score == "given" else score
+        x._replace(mask_token_id=0), hidden, weight, bias, wanted, run.as_arguments(plan.numbers),
+        plan.row, plan.commit, int(x.mask_token_id),
+    )  # fmt: skip
+    scores = x.scores if plan.row.score == "given" else score
     out = run.call("decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend)
     return out, wanted & (drawn < 0)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "mask_token_id"))
+@functools.partial(jax.jit, static_argnames=("row", "commit", "mask_token_id"))
 def _sample(
-    x: StepInputs, hidden: Any, weight: Any, bias: Any, wanted: Any, plan: ResolvedStep,
-    mask_token_id: int,
+    x: StepInputs, hidden: Any, weight: Any, bias: Any, wanted: Any, numbers: Any, row: RowPlan,
+    commit: CommitPlan, mask_token_id: int,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     x = x._replace(mask_token_id=mask_token_id)
-    return sample_rows(x, hidden, weight, bias, wanted, plan)
+    return sample_rows(x, hidden, weight, bias, wanted, StepPlan(row, commit, numbers))
 
 
-def head_spec(
-    x: StepInputs, plan: ResolvedStep, hidden: Any, weight: Any, has_bias: bool
-) -> HeadSpec:
+def head_spec(x: StepInputs, plan: StepPlan, hidden: Any, weight: Any, has_bias: bool) -> HeadSpec:
     """What the head's kernel is compiled for."""
-    rule, dtype, vocab = plan.rule, str(hidden.dtype), weight.shape[0]
-    row = step_kernels.rule_spec(
-        rule, plan.sample_temperature > 0, False, False, False, dtype, True, int(x.mask_token_id)
-    )
+    dtype, vocab = str(hidden.dtype), weight.shape[0]
+    row = step_kernels.rule_spec(plan.row, False, False, dtype, True, int(x.mask_token_id))
     width, size = hidden.shape[-1], jnp.dtype(dtype).itemsize
     rows = min(MOST_ROWS, -(-hidden.shape[0] * hidden.shape[1] // LANES) * LANES)
     depth = width
@@ -90,7 +86,7 @@ def head_spec(
 
 
 def sample_rows(
-    x: StepInputs, hidden: Any, weight: Any, bias: Any, wanted: Any, plan: ResolvedStep
+    x: StepInputs, hidden: Any, weight: Any, bias: Any, wanted: Any, plan: StepPlan
 ) -> tuple[Any, Any, Any]:
     """(candidates or -1, scores, log Z), (B, N), of the wanted rows of hidden (B, N, D)."""
     batch, length, width = hidden.shape
@@ -110,8 +106,7 @@ def sample_rows(
     fields = [step_kernels.as_int32(x.positions).reshape(count), *key, live.astype(jnp.int32)]
     words = jnp.stack(fields)[:, padded].reshape(WORDS, blocks, spec.rows).swapaxes(0, 1)
     rows = hidden.reshape(count, width)[padded]
-    step = int(np.uint32(plan.step).view(np.int32))
-    integers = jnp.stack([jnp.int32(step), live.sum(dtype=jnp.int32)])[None]
+    integers = jnp.stack([step_kernels.step_word(plan), live.sum(dtype=jnp.int32)])[None]
     _, scalars = step_kernels.numbers(x._replace(guidance_scale=0.0), plan)
     out = head_rows(rows, weight, bias, words, integers, scalars, spec)
     place = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32))

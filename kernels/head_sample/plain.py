@@ -28,7 +28,7 @@ import numpy as np
 
 from ..common.arrays import is_on_host, kind_of, library_of, like, place_of, to_numpy
 from ..decode_step import run
-from ..decode_step.plan import ResolvedStep
+from ..decode_step.plan import StepPlan
 from ..decode_step.spec import StepInputs
 
 LOGITS_PER_CHUNK = 1 << 23
@@ -36,7 +36,7 @@ LOGITS_PER_CHUNK = 1 << 23
 
 def decode_step(
     x: StepInputs,
-    plan: ResolvedStep,
+    plan: StepPlan,
     hidden: Any,
     weight: Any,
     bias: Any,
@@ -46,7 +46,7 @@ def decode_step(
 
     `x` has no logits; dead (B, N) are the rows that were drawn and had no finite logit.
     """
-    x = run.complete(x, plan.rule)
+    x = run.complete(x, plan)
     weight, bias = codebook(plan, weight, bias)
     could_be = wanted = x.eligible
     if chooses_first(plan):
@@ -56,27 +56,26 @@ def decode_step(
     if wanted is not could_be and _has_dead_rows(drawn, wanted):
         wanted = could_be
         drawn, score, log_z = sample_rows(x, plan, hidden, weight, bias, wanted, backend)
-    scores = x.scores if plan.rule.score == "given" else score
+    scores = x.scores if plan.row.score == "given" else score
     out: tuple[Any, Any, Any] = run.call(
         "decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend
     )
     return out, wanted & (log_z == -np.inf)
 
 
-def codebook(plan: ResolvedStep, weight: Any, bias: Any) -> tuple[Any, Any]:
+def codebook(plan: StepPlan, weight: Any, bias: Any) -> tuple[Any, Any]:
     """The rows of the head that the rule may draw from, as views."""
-    if plan.rule.vocab_slice is None:
+    if plan.row.vocab_slice is None:
         return weight, bias
-    rows = slice(*plan.rule.vocab_slice)
+    rows = slice(*plan.row.vocab_slice)
     return weight[rows], None if bias is None else bias[rows]
 
 
-def chooses_first(plan: ResolvedStep) -> bool:
+def chooses_first(plan: StepPlan) -> bool:
     """Whether the committed positions are known before any logits are."""
-    by_chance = plan.count == "bernoulli" or plan.rule.score in ("random", "given")
-    rule = plan.rule
-    needs_tokens = rule.revise != "no" or rule.edit_threshold is not None or rule.skip_mask_token
-    return by_chance and not needs_tokens
+    how = plan.commit
+    by_chance = how.count == "bernoulli" or how.source != "drawn"
+    return by_chance and not (how.revises or how.edits or how.skips_mask)
 
 
 def _has_dead_rows(drawn: Any, wanted: Any) -> bool:
@@ -86,10 +85,10 @@ def _has_dead_rows(drawn: Any, wanted: Any) -> bool:
     return bool((to_numpy(wanted) & (to_numpy(drawn) < 0)).any())
 
 
-def chosen(x: StepInputs, plan: ResolvedStep, hidden: Any, backend: str) -> Any:
+def chosen(x: StepInputs, plan: StepPlan, hidden: Any, backend: str) -> Any:
     """(B, N) bool: the positions that this step commits, whatever their tokens."""
-    scores = x.scores if plan.rule.score == "given" else x.tokens * 0.0
-    never = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
+    scores = x.scores if plan.row.score == "given" else x.tokens * 0.0
+    never = plan.row.vocab_start
     other = never if x.mask_token_id != never else never + 1
     drawn = x.tokens * 0 + other
     dry = x._replace(drawn=drawn, scores=scores)
@@ -99,7 +98,7 @@ def chosen(x: StepInputs, plan: ResolvedStep, hidden: Any, backend: str) -> Any:
 
 def sample_rows(
     x: StepInputs,
-    plan: ResolvedStep,
+    plan: StepPlan,
     hidden: Any,
     weight: Any,
     bias: Any,
@@ -133,7 +132,7 @@ def _row_numbers(wanted: Any) -> Any:
 
 
 def _sample_chunk(
-    x: StepInputs, plan: ResolvedStep, flat: Any, weight: Any, bias: Any, wanted: Any, rows: Any,
+    x: StepInputs, plan: StepPlan, flat: Any, weight: Any, bias: Any, wanted: Any, rows: Any,
     backend: str,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """(candidates, scores, log_z), each (R, 1), of some rows."""

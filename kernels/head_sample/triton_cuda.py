@@ -16,7 +16,7 @@ from ..common.selection import is_interpreting
 from ..common.tuning import tuned
 from ..decode_step import run
 from ..decode_step import triton_cuda as step_kernels
-from ..decode_step.plan import ResolvedStep
+from ..decode_step.plan import StepPlan
 from ..decode_step.spec import StepInputs
 from . import plain
 from .triton_head import NUM_PARTS, HeadSpec, finish_kernel, head_kernel, list_kernel
@@ -25,7 +25,7 @@ _FINISHED = 4  # rows that a program of `finish_kernel` takes
 
 
 def decode_step(
-    x: StepInputs, plan: ResolvedStep, hidden: torch.Tensor, weight: torch.Tensor,
+    x: StepInputs, plan: StepPlan, hidden: torch.Tensor, weight: torch.Tensor,
     bias: torch.Tensor | None, backend: str,
 ) -> tuple[tuple[Any, Any, Any], Any]:  # fmt: skip
     """What plain.py's function of that name does; nothing waits for the device."""
@@ -33,16 +33,16 @@ def decode_step(
     place = x.tokens.device
     hidden, weight = hidden.to(place), weight.to(place)
     bias = None if bias is None else bias.to(place)
-    wanted = run.taking_part(plan.rule, x.tokens, x.mask_token_id, x.eligible)
+    wanted = run.taking_part(plan.row, x.tokens, x.mask_token_id, x.eligible)
     if plain.chooses_first(plan):  # such a rule draws for no known token
         wanted = wanted & (x.tokens == x.mask_token_id) & plain.chosen(x, plan, hidden, backend)
     drawn, score = sample_rows(x, plan, hidden, *plain.codebook(plan, weight, bias), wanted)
-    scores = x.scores if plan.rule.score == "given" else score
+    scores = x.scores if plan.row.score == "given" else score
     out = run.call("decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend)
     return out, wanted & (drawn < 0)
 
 
-def fuses(x: StepInputs, plan: ResolvedStep, hidden: Any, weight: Any) -> bool:
+def fuses(x: StepInputs, plan: StepPlan, hidden: Any, weight: Any) -> bool:
     """Whether the fused head can do what the rule asks for."""
     no_product = is_interpreting() and hidden.dtype == torch.bfloat16
     if no_product or hidden.dtype == torch.float64:
@@ -54,7 +54,7 @@ def fuses(x: StepInputs, plan: ResolvedStep, hidden: Any, weight: Any) -> bool:
 
 
 def sample_rows(
-    x: StepInputs, plan: ResolvedStep, hidden: torch.Tensor, weight: torch.Tensor,
+    x: StepInputs, plan: StepPlan, hidden: torch.Tensor, weight: torch.Tensor,
     bias: torch.Tensor | None, wanted: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(candidates or -1, scores), (B, N), of the rows that take part and that `wanted` admits."""
@@ -85,7 +85,7 @@ def sample_rows(
     with step_kernels.on(device):
         list_kernel[(1,)](
             step_kernels.flat(x.tokens), step_kernels.as_bytes(wanted), listed, count, drawn, score,
-            num_rows, mask, block=1024, touches_known=plan.rule.touches_known, num_warps=4,
+            num_rows, mask, block=1024, touches_known=plan.row.touches_known, num_warps=4,
         )  # fmt: skip
         head_kernel[(head.programs,)](
             hidden, weight, bias, listed, count, seeds, positions, parts, leaf_logits, entries,
