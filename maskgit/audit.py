@@ -203,7 +203,7 @@ def _inputs(
     x, plan = inputs(
         model, vocab, _host(tokens), rule, mask_token_id, step, num_steps,
         _host(num_masked_at_start), _host(seeds), _host(token_gumbel), _host(choice_gumbel),
-        _host(eligible), _host(scores), _host(num_commit), _host(positions),
+        _host(eligible), _host(scores), _host(num_commit), _host(positions), kind,
     )  # fmt: skip
     x = complete(x, plan)._replace(
         logits=columns(model, rule),

@@ -294,7 +294,7 @@ def test_lists_under_torch_compile() -> None:
 def test_counts_from_the_start_of_the_loop(kind: str) -> None:
     given = problem(kind)
     given.pop("num_masked_at_start")
-    for rule in ("maskgit", "llada", "random", "magvit", "vampnet"):
+    for rule in ("maskgit", "llada", "random", "magvit", "vampnet", "soundstorm", "open-dllm-p2"):
         given["rule"] = rule
         with pytest.raises(
             ValueError, match=r"num_masked_at_start: expected the .* at step 1, got"
@@ -306,6 +306,22 @@ def test_counts_from_the_start_of_the_loop(kind: str) -> None:
             maskgit.decode_step(**given, num_masked_at_start=masked - 1)
     for rule in ("titok", "factor", "threshold", "mdlm", "dream-entropy", "sdar", "llada2"):
         maskgit.decode_step(**given | {"rule": rule})  # which need none
+    for rule in ("sdar", "sdar-dynamic", "llada2", "llada2-edit"):  # more than a block holds
+        with pytest.raises(ValueError, match=r"num_masked_at_start: expected at least the \d"):
+            maskgit.decode_step(**given | {"rule": rule}, num_masked_at_start=1)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("rule", ["soundstorm", "open-dllm-p2"])
+def test_known_positions_that_compete_were_not_masked_at_the_start(backend: str, rule: str) -> None:
+    given = problem(kind_for(backend, "float32")) | {"rule": rule, "step": 0}
+    given.pop("num_masked_at_start")
+    masked = (np.asarray(given["tokens"]) == MASK).sum(1).tolist()
+    wanted = maskgit.decode_step(
+        **given, num_masked_at_start=native(np.array(masked), kind_for(backend, "float32")),
+        backend=backend,
+    )  # fmt: skip
+    same(wanted, maskgit.decode_step(**given, backend=backend))
 
 
 def test_a_base_of_the_block_is_the_block() -> None:
@@ -327,11 +343,22 @@ def test_a_base_of_the_block_is_the_block() -> None:
 
 
 def test_a_preset_keeps_its_name() -> None:
-    for wrong in (lambda: StepRule("llada"), lambda: StepRule(name="maskgit", cut="exact")):
+    preset = StepRule.preset
+    for wrong in (
+        lambda: StepRule("llada"),
+        lambda: StepRule(name="maskgit", cut="exact"),
+        lambda: StepRule(name=" LLaDA"),
+        lambda: dataclasses.replace(preset("dream-entropy"), name="dream-margin"),
+        lambda: dataclasses.replace(preset("maskgit-fixed"), name="maskgit"),
+    ):
         with pytest.raises(ValueError, match=r"StepRule\.name: expected a name of its own, got"):
             wrong()
     changed = dataclasses.replace(StepRule.preset("llada"), sample_temperature=0.5)
     assert changed.name == "llada"
+    assert len({preset(name).source for name in StepRule.presets()}) == len(StepRule.presets())
+    for name in (5, None, ""):
+        with pytest.raises(ValueError, match=r"StepRule\.name: expected a name, got"):
+            StepRule(name=name)  # type: ignore[arg-type]
     code = "from maskgit import StepRule\ntry:\n StepRule('llada')\nexcept ValueError: print('ok')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "ok\n"  # in a process where nothing has asked for a preset

@@ -142,6 +142,57 @@ def test_a_traced_step(backend: str, rule: str) -> None:
     np.testing.assert_array_equal(*loops(one, 3, tokens))
 
 
+@pytest.mark.parametrize("backend", HERE)
+def test_steps_share_programs(backend: str) -> None:
+    """Of a loop as of loops of other lengths: at most one program for its steps, one for the last."""
+    from maskgit.kernels.decode_step import run
+
+    rules = [
+        "maskgit",
+        "llada",
+        "titok",
+        "mdlm",
+        "amused",
+        "dream-entropy",
+        "factor",
+        "llada2-edit",
+    ]
+    weight = jax.random.normal(jax.random.key(0), (21, 20))
+    program = run._jitted("decode_step", {"cpp": "cpp in jax"}.get(backend, backend), None)
+    for rule in rules[:: 1 if backend == "cpp" else 3]:
+        program.clear_cache()
+        for num_steps in (2, 3, 5):
+            numbers: dict[str, Any] = {"mask_token_id": 20, "num_steps": num_steps}
+            tokens, seeds = jnp.full((2, 8), 20), jnp.array([1, 2])
+            maskgit.generate(
+                lambda tokens: weight[tokens],
+                tokens,
+                rule=rule,
+                seeds=seeds,
+                backend=backend,
+                **numbers,
+            )
+        assert 1 <= program._cache_size() <= 2, rule
+
+
+@pytest.mark.parametrize("rule", ["maskgit", "titok", "llada"])
+def test_a_traced_step_among_a_thousand(rule: str) -> None:
+    """As large a program as among ten; the same tokens."""
+    given, sizes = arguments(), []
+    for num_steps in (10, 1000):
+
+        def one(step: Any, num_steps: int = num_steps) -> Any:
+            numbers: dict[str, Any] = {"mask_token_id": 50, "step": step, "num_steps": num_steps}
+            return maskgit.decode_step(**given, rule=rule, **numbers, backend="cpp").next_tokens
+
+        traced = jax.jit(one)
+        sizes.append(len(str(traced.trace(1).jaxpr.eqns)))
+        for step in (0, 1, num_steps // 2, num_steps - 1):
+            np.testing.assert_array_equal(traced(step), one(step))
+        np.testing.assert_array_equal(traced(num_steps + 7), one(num_steps - 1))
+    assert sizes[1] < 1.5 * sizes[0]
+
+
 def test_a_traced_step_of_the_other_ops() -> None:
     given = arguments()
     tokens, rng = given.pop("tokens"), np.random.default_rng(3)
@@ -177,8 +228,8 @@ def test_what_a_traced_step_cannot_be() -> None:
         for call in (call_at(4), jax.jit(call_at(4))):
             with pytest.raises(TypeError, match="step: expected an integer"):
                 call(bad)
-    with pytest.raises(ValueError, match="num_steps: expected 1 to 256 with a traced step"):
-        jax.jit(call_at(257))(1)
+    with pytest.raises(ValueError, match="num_steps: expected 1 to 4096 with a traced step"):
+        jax.jit(call_at(4097))(1)
     with pytest.raises(TypeError, match="num_steps: expected an integer"):
         jax.jit(lambda n: call_at(n)(0))(4)
 

@@ -48,7 +48,7 @@ def decode_step(
         rule: a `StepRule` or the name of a preset.
         mask_token_id: the id of the mask token; it may lie outside the V columns, or be -1.
         step, num_steps: this step, from 0, and how many there are.  In jax `step` may be traced: the
-            program then holds every step there is (256 at most), and one beyond them is the last.
+            program then holds the numbers of all steps, and one beyond them is the last.
         num_masked_at_start: (B,) masked positions before step 0 (or one number for all); by
             default those of `tokens`, which is right at step 0 only.
         seeds: (B,) 64-bit integers, one per sequence (or (B, 2) uint32 words; in jax also keys).
@@ -113,7 +113,8 @@ def decode_step(
             positions, temperature, threshold, backend, check,
         )  # fmt: skip
 
-    return StepResult(*run.at_step(at, step, num_steps))
+    step_rule = run.with_scalars(step_rule, temperature, threshold)
+    return StepResult(*run.at_step(at, step_rule, step, num_steps, logits))
 
 
 def commit_tokens(
@@ -161,7 +162,8 @@ def commit_tokens(
                 backend,
             )  # fmt: skip
 
-        return StepResult(*run.at_step(at, step, num_steps))
+        step_rule = run.with_scalars(step_rule, None, threshold)
+        return StepResult(*run.at_step(at, step_rule, step, num_steps, scores))
     from .ops import commit_tokens_op
 
     num_masked_at_start = counts_tensor(num_masked_at_start, scores)

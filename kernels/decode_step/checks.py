@@ -323,19 +323,22 @@ def check_guidance(
     return as_scalar("guidance_scale", guidance_scale)
 
 
-def check_start(rule: StepRule, plan: StepPlan, x: StepInputs, step: int) -> None:
+def check_start(
+    rule: StepRule, plan: StepPlan, x: StepInputs, last_step: int, *, is_given: bool
+) -> None:
     """ValueError where a count from the start of the loop is missing, or cannot be right.
 
-    With a block's eligible positions the masks that earlier blocks left are there too, uncounted.
+    last_step: the step, of those that it may be the last.  With a block's eligible positions the masks
+    that earlier blocks left are there too, uncounted.
     """
-    counts = plan.numbers.table.size and plan.commit.count != "all"
-    if not counts or rule.count_base != "masked_at_start":
+    looks_up = plan.commit.count in ("masked", "quota") or plan.commit.least_is_quota
+    if not looks_up or plan.commit.count == "all" or rule.count_base == "positions":
         return
     start = x.num_masked_at_start
-    if start is None and step > 0 and not rule.touches_known:  # whose base is all that is eligible
+    if not is_given and last_step > 0 and rule.count_base != "block":
         raise ValueError(
             "num_masked_at_start: expected the (B,) numbers of positions masked before step 0, from "
-            f"which rule {rule.name!r} counts at step {step}, got None"
+            f"which rule {rule.name!r} counts at step {last_step}, got None"
         )
     if start is None or (x.eligible is not None and rule.block_scope == "prefix"):
         return

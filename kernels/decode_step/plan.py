@@ -148,11 +148,15 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    """What every backend is given instead of (rule, step, num_steps)."""
+    """What every backend is given instead of (rule, step, num_steps).
+
+    Of a traced step `numbers` are those of every step that it may be, of which `index` says which.
+    """
 
     row: RowPlan
     commit: CommitPlan
     numbers: Any  # Numbers; for the C++ core in jax's programs cpu_ffi.Packed
+    index: Any = None
 
 
 def _anneal(kind: str, step: int, num_steps: int) -> float:

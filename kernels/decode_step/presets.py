@@ -38,9 +38,9 @@ def _threshold(name: str, source: str, **changes: object) -> StepRule:
     return _llada(name, source, **(fields | changes))
 
 
-def _dream(name: str, **changes: object) -> StepRule:
+def _dream(name: str, alg: str = "", **changes: object) -> StepRule:
     fields: dict[str, object] = {
-        "source": f"{_DREAM} dream/model/generation_utils.py",
+        "source": f"{_DREAM} dream/model/generation_utils.py alg={alg}",
         "count": "fraction",
         "count_rows": "mean",
         "sample_temperature": 0.0,
@@ -198,7 +198,13 @@ _RULES = (
         score="given",
     ),
     _muse("muse"),
-    _muse("muse-critic", score="given", revise="held", choice_temperature=1.0),
+    _muse(
+        "muse-critic",
+        source="lucidrains/muse-maskgit-pytorch@6df7f33b MaskGit.generate with a token critic",
+        score="given",
+        revise="held",
+        choice_temperature=1.0,
+    ),
     StepRule(
         name="lumina",
         source="Alpha-VLLM/Lumina-DiMOO@81344e60 generate_image",
@@ -319,10 +325,17 @@ _RULES = (
         score="neg_entropy",
         ban_mask_token=True,
     ),
-    _dream("dream-maskgit-plus"),
-    _dream("dream-margin", score="margin"),
-    _dream("dream-entropy", score="neg_entropy"),
-    _dream("dream-origin", count="bernoulli", count_rows="each", score="random", last_step="all"),
+    _dream("dream-maskgit-plus", "maskgit_plus"),
+    _dream("dream-margin", "topk_margin", score="margin"),
+    _dream("dream-entropy", "entropy", score="neg_entropy"),
+    _dream(
+        "dream-origin",
+        "origin",
+        count="bernoulli",
+        count_rows="each",
+        score="random",
+        last_step="all",
+    ),
     _dream(
         "open-dllm",
         source="pengzhangzhi/Open-dLLM@8b387877 _mdm_sample",
@@ -341,7 +354,7 @@ _RULES = (
     ),
     StepRule(
         name="sdar",
-        source="JetAstra/SDAR@c2041a83 block_diffusion_generate",
+        source="JetAstra/SDAR@c2041a83 block_diffusion_generate low_confidence_static",
         count="quota",
         count_base="block",
         score="prob",
@@ -351,7 +364,7 @@ _RULES = (
     ),
     StepRule(
         name="sdar-dynamic",
-        source="JetAstra/SDAR@c2041a83 block_diffusion_generate",
+        source="JetAstra/SDAR@c2041a83 block_diffusion_generate low_confidence_dynamic",
         count="threshold",
         threshold=0.85,
         threshold_strict=True,
@@ -363,7 +376,11 @@ _RULES = (
         score_dtype="logits",
     ),
     _block_refinement("llada2"),
-    _block_refinement("llada2-edit", edit_threshold=0.9),
+    _block_refinement(
+        "llada2-edit",
+        source=f"{_DIFFUSERS} BlockRefinementScheduler.step editing_threshold",
+        edit_threshold=0.9,
+    ),
     StepRule(
         name="entropy-bound",
         source=f"{_DIFFUSERS} EntropyBoundScheduler.step",
@@ -391,7 +408,7 @@ _RULES = (
     *(
         _absorbing(
             f"remdm-{kind.replace('_', '-')}",
-            "kuleshov-group/remdm@f830d659 _ddpm_caching_update",
+            f"kuleshov-group/remdm@f830d659 _ddpm_caching_update remdm-{kind}",
             remask=kind,
             top_p_keep="below",
             **changes,
@@ -418,6 +435,8 @@ _FIXED: dict[str, dict[str, object]] = {
 
 PRESETS = {rule.name: rule for rule in _RULES}
 PRESETS |= {
-    f"{name}-fixed": dataclasses.replace(PRESETS[name], name=f"{name}-fixed", **changes)  # type: ignore[arg-type]
+    f"{name}-fixed": dataclasses.replace(
+        PRESETS[name], name=f"{name}-fixed", source=f"{PRESETS[name].source}, mended", **changes
+    )  # type: ignore[arg-type]
     for name, changes in _FIXED.items()
 }

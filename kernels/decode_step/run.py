@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache, partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,7 +74,7 @@ _MODULES = {
     "reference": ".reference",
 }
 _UNSIGNED = ("uint16", "uint32", "uint64")
-MOST_TRACED_STEPS = 256
+MOST_TRACED_STEPS = 4096
 _SCALARS = ("guidance_scale", "mask_token_id")
 
 
@@ -128,8 +128,17 @@ def decode_step(
     return results(out, logits, tokens)
 
 
-def at_step(call: Callable[[int], Any], step: Any, num_steps: Any) -> Any:
-    """`call(step)`; with a traced step a program of all the steps' calls that runs the one it says."""
+class TracedStep(NamedTuple):
+    """Steps whose plans differ in their numbers alone; `index` (traced) says which of them it is."""
+
+    steps: tuple[int, ...]
+    index: Any
+
+
+def at_step(
+    call: Callable[[Any], Any], rule: StepRule, step: Any, num_steps: Any, model: Any
+) -> Any:
+    """`call(step)`; with a traced step a program with a branch for each structure of a plan."""
     if kind_of(step) is None:
         return call(step)
     if not is_traced(step):
@@ -139,12 +148,27 @@ def at_step(call: Callable[[int], Any], step: Any, num_steps: Any) -> Any:
         raise TypeError(f"step: expected an integer, got {step!r}")
     if not 1 <= num_steps <= MOST_TRACED_STEPS:
         raise ValueError(
-            f"num_steps: expected 1 to {MOST_TRACED_STEPS} with a traced step, whose program holds them all; "
-            f"got {num_steps}"
+            f"num_steps: expected 1 to {MOST_TRACED_STEPS} with a traced step, whose program holds the "
+            f"numbers of all; got {num_steps}"
         )
     import jax
+    import jax.numpy as jnp
 
-    return jax.lax.switch(step, [partial(call, s) for s in range(int(num_steps))])
+    alike: dict[Any, list[int]] = {}
+    for s in range(int(num_steps)):
+        plan = _plan(rule, -1, s, num_steps, model)
+        alike.setdefault((plan.row, plan.commit), []).append(s)
+    groups = [tuple(steps) for steps in alike.values()]
+    places = sorted(
+        (s, group, i) for group, steps in enumerate(groups) for i, s in enumerate(steps)
+    )
+    at = jnp.asarray(places, jnp.int32)[jnp.clip(step, 0, int(num_steps) - 1)]
+    branches = [partial(_at_traced, call, steps) for steps in groups]
+    return jax.lax.switch(at[1], branches, at[2])
+
+
+def _at_traced(call: Callable[[Any], Any], steps: tuple[int, ...], index: Any) -> Any:
+    return call(TracedStep(steps, index))
 
 
 def with_scalars(rule: StepRule, temperature: Any, threshold: Any) -> StepRule:
@@ -226,14 +250,15 @@ def inputs(
     scores: Any,
     num_commit: Any,
     positions: Any,
+    dtype: str | None = None,
 ) -> tuple[StepInputs, StepPlan]:
     """The checked inputs of a step as given, logits to be filled in, and the rule at this step.
 
-    `model` (B, N, ...) is the array whose kind and device the others must have.  `complete` makes
-    of them what a backend needs that does not derive it from the tokens itself.
+    `model` (B, N, ...) is the array whose kind, device and, by default, dtype of logits the others
+    must have.  `complete` makes of them what a backend needs that does not derive it from the tokens.
     """
     batch, length = model.shape[:2]
-    plan = _plan(rule, mask_token_id, step, num_steps, model)
+    plan = _plan(rule, mask_token_id, step, num_steps, model, dtype)
     check_step_arrays(model, vocab, tokens, eligible, mask_token_id)
     check_scores(rule, scores, model, "scores")
     check_positions(positions, model)
@@ -242,7 +267,7 @@ def inputs(
         logits=None,
         tokens=_signed_in_torch(tokens),
         eligible=eligible,
-        num_masked_at_start=_starts(rule, num_masked_at_start, tokens, batch, length),
+        num_masked_at_start=_starts(rule, num_masked_at_start, tokens, mask_token_id, eligible),
         seeds=seeds,
         positions=_signed_in_torch(positions),
         token_gumbel=token_gumbel if plan.row.draws else None,
@@ -253,7 +278,8 @@ def inputs(
         scores=scores,
         num_commit=_commits(rule, num_commit, tokens, batch, length),
     )
-    check_start(rule, plan, x, step)
+    at = step.steps[-1] if isinstance(step, TracedStep) else step
+    check_start(rule, plan, x, at, is_given=num_masked_at_start is not None)
     return x, plan
 
 
@@ -300,7 +326,7 @@ def commit_tokens(
         logits=None,
         tokens=_signed_in_torch(tokens),
         eligible=eligible,
-        num_masked_at_start=_starts(rule, num_masked_at_start, tokens, batch, length),
+        num_masked_at_start=_starts(rule, num_masked_at_start, tokens, mask_token_id, eligible),
         seeds=seeds,
         positions=_signed_in_torch(positions),
         token_gumbel=None,
@@ -312,16 +338,23 @@ def commit_tokens(
         drawn=_signed_in_torch(candidate_tokens),
         num_commit=_commits(rule, num_commit, tokens, batch, length),
     )
-    check_start(rule, plan, x, step)
+    at = step.steps[-1] if isinstance(step, TracedStep) else step
+    check_start(rule, plan, x, at, is_given=num_masked_at_start is not None)
     return results(call("decode_step", x, plan, scores, backend), scores, tokens)
 
 
-def _plan(rule: StepRule, mask_token_id: int, step: int, num_steps: int, model: Any) -> StepPlan:
+def _plan(
+    rule: StepRule, mask_token_id: int, step: Any, num_steps: int, model: Any,
+    dtype: str | None = None,
+) -> StepPlan:  # fmt: skip
     """The rule at this step, once the numbers are integers."""
+    if isinstance(step, TracedStep):
+        plans = [_plan(rule, mask_token_id, s, num_steps, model) for s in step.steps]
+        return StepPlan(plans[0].row, plans[0].commit, plans, step.index)
     numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
     for name, number in numbers.items():
         check_integer(name, number)
-    return resolve(rule, step, num_steps, tuple(model.shape[:2]), dtype_name(model))
+    return resolve(rule, step, num_steps, tuple(model.shape[:2]), dtype or dtype_name(model))
 
 
 def taking_part(rule: StepRule | RowPlan, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
@@ -429,9 +462,7 @@ def _call(name: str, x: StepInputs, plan: StepPlan, logits: Any, backend: str) -
         chosen = "jax on a mesh"
     if native == "jax":
         x = _to_framework(x, native, logits)._replace(mask_token_id=0)
-        numbers = as_arguments(plan.numbers)
-        if chosen == "cpp in jax":
-            numbers = backend_module(chosen).packed(plan, dtype, mask_token_id)
+        numbers = _arguments(plan, chosen, dtype, mask_token_id)
         program = _jitted(name, chosen, mesh)
         return program(x, numbers, mask_token_id, plan.row, plan.commit, dtype)
     x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
@@ -485,6 +516,19 @@ def _jitted(name: str, backend: str, sharding: Any = None) -> Any:
         return function(x, StepPlan(row, commit, numbers), dtype, *more)
 
     return jax.jit(call, static_argnames=("mask_token_id", "row", "commit", "dtype"))
+
+
+def _arguments(plan: StepPlan, chosen: str, dtype: str, mask_token_id: int) -> Any:
+    """The numbers of a plan as a jitted program of a backend takes them."""
+    if plan.index is None:
+        if chosen == "cpp in jax":
+            return backend_module(chosen).packed(plan, dtype, mask_token_id)
+        return as_arguments(plan.numbers)
+    import jax
+    import jax.numpy as jnp
+
+    each = [_arguments(one, chosen, dtype, mask_token_id) for one in plan.numbers]
+    return jax.tree.map(lambda *numbers: jnp.asarray(np.stack(numbers))[plan.index], *each)
 
 
 def as_arguments(numbers: Numbers) -> Numbers:
@@ -599,10 +643,17 @@ def _signed_in_torch(x: Any) -> Any:
     return _signed_for_torch(x) if kind_of(x) == "torch" else x
 
 
-def _starts(rule: StepRule, given: Any, tokens: Any, batch: int, length: int) -> Any:
-    """num_masked_at_start as (B,) integers where it is given; without, a block is the whole of N."""
+def _starts(rule: StepRule, given: Any, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
+    """num_masked_at_start as (B,) integers, or None for the number of those that take part.
+
+    Without it a block is the whole of N, and of rules that touch known positions it is what is masked.
+    """
+    batch, length = tokens.shape
     if given is None and rule.count_base == "block":
         return library_of(tokens).full((batch,), length, **place_of(tokens))
+    if given is None and rule.touches_known:
+        is_masked = _signed_in_torch(tokens) == mask_token_id
+        return (is_masked if eligible is None else is_masked & eligible).sum(1)
     return _counts("num_masked_at_start", given, tokens, batch, length)
 
 

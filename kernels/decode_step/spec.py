@@ -298,8 +298,11 @@ class StepRule:
 
 def _check_name(rule: StepRule) -> None:
     """A preset's name belongs to it, and to what `dataclasses.replace` makes of it."""
+    if not isinstance(rule.name, str) or not rule.name:
+        raise ValueError(f"StepRule.name: expected a name, got {rule.name!r}")
     presets = importlib.import_module(".presets", __package__)
-    named = getattr(presets, "PRESETS", {}).get(rule.name)  # none while the presets are being made
+    known = getattr(presets, "PRESETS", {})  # none while the presets are being made
+    named = known.get(rule.name.strip().lower())
     if named is not None and rule.source != named.source:
         raise ValueError(
             f"StepRule.name: expected a name of its own, got {rule.name!r}, which is a preset: "

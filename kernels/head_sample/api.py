@@ -88,7 +88,8 @@ def decode_step_from_hidden(
                 backend, check,
             )  # fmt: skip
 
-        return StepResult(*run.at_step(at, step, num_steps))
+        step_rule = run.with_scalars(step_rule, temperature, threshold)
+        return StepResult(*run.at_step(at, step_rule, step, num_steps, hidden))
     from .ops import decode_step_from_hidden_op
 
     num_masked_at_start = counts_tensor(num_masked_at_start, hidden)
