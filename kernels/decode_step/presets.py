@@ -436,7 +436,8 @@ _FIXED: dict[str, dict[str, object]] = {
 PRESETS = {rule.name: rule for rule in _RULES}
 PRESETS |= {
     f"{name}-fixed": dataclasses.replace(
-        PRESETS[name], name=f"{name}-fixed", source=f"{PRESETS[name].source}, mended", **changes
-    )  # type: ignore[arg-type]
+        PRESETS[name],
+        **{"name": f"{name}-fixed", "source": f"{PRESETS[name].source}, mended"} | changes,  # type: ignore[arg-type]
+    )
     for name, changes in _FIXED.items()
 }
