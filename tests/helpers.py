@@ -360,7 +360,7 @@ def _reference_row(
     if x.uncond_logits is not None:
         with np.errstate(invalid="ignore", over="ignore"):
             c, u = np.abs(x.logits[b, n]), np.abs(x.uncond_logits[b, n])
-            sizes = u + abs(case.guidance_scale or 0.0) * (c + u)
+            sizes = (1 + abs(case.guidance_scale or 0.0)) * (c + u)
         close = np.isfinite(row) & np.isfinite(sizes) & (row > row.max() - 60)
         error = 2 * eps * float(sizes[close].max(initial=0.0))
     return row, error

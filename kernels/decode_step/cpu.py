@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .plan import ResolvedStep, gumbel_below, in_score_dtype
+from .plan import ResolvedStep, guide_of, gumbel_below, in_score_dtype
 from .spec import StepInputs
 
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -244,7 +244,7 @@ def _numbers(plan: ResolvedStep, dtype: str) -> Any:
     p.remask_below = gumbel_below(plan.remask_chance)
     p.skip_mask_token = rule.skip_mask_token
     p.filter_temperature = plan.filter_temperature
-    p.guidance_rounds = rule.guidance_dtype == "logits"
+    p.guide = guide_of(rule)
     p.top_p_below = rule.top_p_keep == "below"
     p.threshold_strict, p.low_threshold = rule.threshold_strict, plan.low_threshold
     p.has_slack, p.threshold_slack = plan.threshold_slack is not None, plan.threshold_slack or 0.0

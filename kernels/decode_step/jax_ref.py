@@ -190,14 +190,12 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, columns: Columns) -> tu
     compute = jnp.float64 if wide else jnp.float32
     row = jnp.asarray(x.logits).astype(compute)
     if x.uncond_logits is not None:
-        uncond, scale = (
-            jnp.asarray(a).astype(compute) for a in (x.uncond_logits, x.guidance_scale)
-        )
         if plan.rule.guidance_dtype == "logits":
-            step = round_to(row - uncond, "logits", dtype)
-            step = round_to(scale * step, "logits", dtype)
-            row = round_to(uncond + step, "logits", dtype)
+            row = _guided_by_operations(x, plan.rule.guidance_form, dtype).astype(compute)
         else:
+            uncond, scale = (
+                jnp.asarray(a).astype(compute) for a in (x.uncond_logits, x.guidance_scale)
+            )
             row = _in_float32(uncond + scale * _in_float32(row - uncond))
     start = plan.rule.vocab_slice[0] if plan.rule.vocab_slice else 0
     ids = plan.rule.banned_ids + ((x.mask_token_id,) if plan.rule.ban_mask_token else ())
@@ -205,6 +203,26 @@ def _rows(x: StepInputs, plan: ResolvedStep, dtype: str, columns: Columns) -> tu
     if ids:
         odd = odd | _is_one_of(ids, start, row.shape[-1], columns)
     return jnp.where(odd, -jnp.inf, row), start
+
+
+def _guided_by_operations(x: StepInputs, form: str, dtype: str) -> jax.Array:
+    """Guidance in a form, each operation one of float32 rounded to the dtype of the logits."""
+    cond, uncond, full = (
+        jnp.asarray(a).astype(jnp.float32) for a in (x.logits, x.uncond_logits, x.guidance_scale)
+    )
+    rest = full - 1
+
+    def near(values: jax.Array) -> jax.Array:
+        return round_to(values, "logits", dtype)
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        rounded = near(a * b)  # the choice keeps XLA from joining it with the sum after it
+        return jnp.where(rounded == 0, 0.0, rounded)
+
+    if form == "weighted":
+        return near(product(full, cond) - product(rest, uncond))
+    start, weight = (uncond, full) if form == "from_uncond" else (cond, rest)
+    return near(start + product(weight, near(cond - uncond)))
 
 
 def _in_float32(x: jax.Array) -> jax.Array:

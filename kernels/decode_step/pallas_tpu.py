@@ -27,7 +27,7 @@ from ..common.simulation import interpret_params, is_simulating
 from .pallas_commit import CommitSpec, commit_kernel
 from .pallas_rows import LOG2E, SEQUENCES, rows_kernel
 from .pallas_tiles import LANES, LEAF, RowSpec
-from .plan import ResolvedStep, gumbel_below, in_score_dtype
+from .plan import ResolvedStep, guide_of, gumbel_below, in_score_dtype
 from .spec import StepInputs, StepRule
 
 BLOCK_BYTES = 4 << 20
@@ -160,7 +160,7 @@ def rule_spec(
         vocab=0,
         vocab_start=start,
         dtype=dtype,
-        guide=0 if not guided else 2 if rule.guidance_dtype == "logits" else 1,
+        guide=guide_of(rule) if guided else 0,
         banned=tuple(sorted({i - start for i in banned if i >= start})),
         filters=tuple(filters),
         below=rule.top_p_keep == "below",

@@ -171,6 +171,13 @@ def resolve(rule: StepRule, step: int, num_steps: int, size: int) -> ResolvedSte
     )
 
 
+def guide_of(rule: StepRule) -> int:
+    """Guidance as kernels number it: 1 in float32; 2, 3, 4 the forms of which each operation is rounded."""
+    if rule.guidance_dtype == "float32":
+        return 1
+    return 2 + ("from_uncond", "from_cond", "weighted").index(rule.guidance_form)
+
+
 @lru_cache(maxsize=4096)
 def in_score_dtype(plan: ResolvedStep, logits_dtype: str) -> ResolvedStep:
     """The plan for logits of a dtype: each threshold as the number that scores are compared with."""

@@ -25,7 +25,7 @@ import torch
 
 from ..common.tuning import tuned
 from . import reference
-from .plan import ResolvedStep, gumbel_below, in_score_dtype
+from .plan import ResolvedStep, guide_of, gumbel_below, in_score_dtype
 from .spec import StepInputs, StepRule
 from .triton_commit import MOST_POSITIONS, CommitSpec, commit_kernel, merge_kernel
 from .triton_rows import NUM_PARTS, sample_kernel
@@ -259,7 +259,7 @@ def _row_spec(
     apart = (filters and not rule.score_filtered) or rule.score_banned_ids
     needs_z = wants_z or rule.score not in _NEEDS_NO_Z
     return RowSpec(
-        guide=0 if not guided else 2 if rule.guidance_dtype == "logits" else 1,
+        guide=guide_of(rule) if guided else 0,
         banned=tuple(i - start for i in rule.banned_ids if i >= start),
         ban_mask=rule.ban_mask_token,
         filters=tuple(filters),
