@@ -170,6 +170,10 @@ FORMS = {
 def test_guided_logits_are_rounded_as_torch_rounds_them(
     backend: str, form: str, dtype: str
 ) -> None:
+    check_guided_logits(backend, form, dtype)
+
+
+def check_guided_logits(backend: str, form: str, dtype: str) -> None:
     """To the last bit, overflow included: the operations of torch in the dtype of the logits."""
     torch = pytest.importorskip("torch")
     kind = getattr(torch, dtype)
