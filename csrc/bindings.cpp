@@ -99,7 +99,7 @@ PYBIND11_MODULE(_C, m) {
   MASKGIT_NUMBER(remasks);
   MASKGIT_NUMBER(skip_mask_token);
   MASKGIT_NUMBER(filter_temperature);
-  MASKGIT_NUMBER(guidance_rounds);
+  MASKGIT_NUMBER(guide);
   MASKGIT_NUMBER(top_p_below);
   MASKGIT_NUMBER(num_score_banned);
   MASKGIT_NUMBER(remask_below);

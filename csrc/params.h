@@ -11,6 +11,7 @@ enum CountRows : int { kEach, kFirst, kMean, kSum };
 enum Clamp : int { kNoClamp, kCommitOne, kKeepOne };
 enum Revise : int { kNever, kHeld, kDrawn };
 enum Cut : int { kStrict, kInclusive, kExact };
+enum Guidance : int { kInFloat32 = 1, kFromUncond, kFromCond, kWeighted };
 enum Filter : int { kTemperature, kTopK, kTopP, kMinP, kTypicalP };
 enum Rounding : int { kToFloat32, kToFloat64, kToBfloat16, kToFloat16 };
 
@@ -44,7 +45,7 @@ struct StepParams {
   uint32_t step = 0;
 
   double sample_temperature = 1.0, filter_temperature = 1.0, score_temperature = 1.0, choice_temperature = 0.0;
-  int guidance_rounds = 0, top_p_below = 0;
+  int guide = kInFloat32, top_p_below = 0;
   int greedy_on_probs = 0, score = kLogProb, score_filtered = 0, score_rounding = kToFloat32;
   int compare_rounding = kToFloat32;  // of what is computed to be compared with scores
   int num_filters = 0;

@@ -114,6 +114,18 @@ static inline vf rounded_as(vf x) {
   return x == x ? (vf)up : x;
 }
 
+// Guided logits; each operation rounded to the dtype of the logits, save where guidance is in float32.
+// A product is fma(a, b, 0), which no compiler joins with the sum after it.
+template <int kType>
+static inline vf guided(int guide, vf x, vf u, vf scale) {
+  if (guide == kInFloat32) return fma(scale, x - u, u);
+  const vf zero = splat(0.f), rest = scale - splat(1.f);
+  if (guide == kWeighted)
+    return rounded_as<kType>(rounded_as<kType>(fma(scale, x, zero)) - rounded_as<kType>(fma(rest, u, zero)));
+  const vf start = guide == kFromCond ? x : u, weight = guide == kFromCond ? rest : scale;
+  return rounded_as<kType>(start + rounded_as<kType>(fma(weight, rounded_as<kType>(x - u), zero)));
+}
+
 // Converts [begin, begin + n) into the buffer, padded with -inf to whole leaves; returns the maximum.
 // Without kClean, NaN and +inf stay as they are.
 template <int kType, bool kGuided, bool kStrided, bool kClean = true>
@@ -128,8 +140,7 @@ static inline float convert_span(const Row& r, int64_t begin, int n) {
     vf x = load_elements<kType>(logits, begin + i, stride, valid);
     if (kGuided) {
       vf u = load_elements<kType>(uncond, begin + i, uncond_stride, valid);
-      if (p.guidance_rounds) x = rounded_as<kType>(u + rounded_as<kType>(guidance * rounded_as<kType>(x - u)));
-      else x = fma(guidance, x - u, u);
+      x = guided<kType>(p.guide, x, u, guidance);
     }
     return kClean ? vmin(vmax(x, floor), ceiling) : x;
   };

@@ -236,7 +236,7 @@ def _key_tie(row: F64, x: StepInputs, b: int, n: int, plan: StepPlan, kind: str)
     if not plan.row.draws:
         if plan.row.greedy_on_probs:
             return None  # rounded probabilities decide: see _prob_tie
-        sizes = np.abs(row) if x.uncond_logits is None else _guided_sizes(row, x, b, n)
+        sizes = np.abs(row) if x.uncond_logits is None else _guided_sizes(row, x, b, n, plan)
         return _row_tie("logits", row, EPS[kind] * sizes / 2, b, n, plan)
     if x.token_gumbel is None:
         return None
@@ -249,12 +249,18 @@ def _key_tie(row: F64, x: StepInputs, b: int, n: int, plan: StepPlan, kind: str)
     return _row_tie("keys", keys, 2 * EPS["float32"] * sizes, b, n, plan)
 
 
-def _guided_sizes(row: F64, x: StepInputs, b: int, n: int) -> F64:
+def _guided_sizes(row: F64, x: StepInputs, b: int, n: int, plan: StepPlan) -> F64:
     """The largest number that each guided logit is computed from, for what its rounding may be."""
-    uncond = x.uncond_logits[b, n].astype(np.float64)
+    cond, uncond = (a[b, n].astype(np.float64) for a in (x.logits, x.uncond_logits))
+    form, full = plan.row.guidance, x.guidance_scale
     with np.errstate(invalid="ignore"):
-        step = x.guidance_scale * (x.logits[b, n] - uncond)
-    return np.asarray(np.nanmax(np.abs([row, uncond, step]), axis=0))
+        if form == "weighted":
+            parts = full * cond, (full - 1) * uncond
+        elif form == "from_cond":
+            parts = cond, (full - 1) * (cond - uncond)
+        else:
+            parts = uncond, full * (cond - uncond)
+    return np.asarray(np.nanmax(np.abs([row, *parts]), axis=0))
 
 
 def _prob_tie(row: F64, b: int, n: int, plan: StepPlan, kind: str) -> RowTie | None:

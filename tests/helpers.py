@@ -359,7 +359,7 @@ def _reference_row(
     if x.uncond_logits is not None:
         with np.errstate(invalid="ignore", over="ignore"):
             c, u = np.abs(x.logits[b, n]), np.abs(x.uncond_logits[b, n])
-            sizes = u + abs(case.guidance_scale or 0.0) * (c + u)
+            sizes = (1 + abs(case.guidance_scale or 0.0)) * (c + u)
         close = np.isfinite(row) & np.isfinite(sizes) & (row > row.max() - 60)
         error = 2 * eps * float(sizes[close].max(initial=0.0))
     return row, error
@@ -394,12 +394,8 @@ def _key_gap(
     temperature = plan.numbers.sample_temperature
     if plan.row.greedy_on_probs:
         probs, slack = reference.softmax(row), 16 * eps + error
-        low = reference.round_to(
-            np.array([probs.max() * (1 - slack)]), plan.rule.score_dtype, dtype
-        )
-        high = reference.round_to(
-            np.array([probs[token] * (1 + slack)]), plan.rule.score_dtype, dtype
-        )
+        low = reference.round_to(np.array([probs.max() * (1 - slack)]), plan.row.score_dtype)
+        high = reference.round_to(np.array([probs[token] * (1 + slack)]), plan.row.score_dtype)
         return float(low[0] - high[0]), 0.0
     if temperature == 0:
         gap = float(row.max() - row[token])

@@ -32,6 +32,7 @@ GOLDEN = {
     "maskbit-cfg": {
         "guidance_scale": 2.5, "softmax_temperature": 0.8, "mask_schedule_strategy": "arccos",
     },
+    "maskbit-cfg-bf16": {"guidance_scale": 2.5, "mask_schedule_strategy": "arccos"},
     "maskbit-linear": {"guidance_scale": 0.0, "num_steps": 7, "randomize_temperature": 1.0},
 }  # fmt: skip
 LABELS = torch.arange(ROWS)
@@ -59,7 +60,8 @@ class Network(torch.nn.Module):
         self.batches.append(len(x))
         out = self.embed(x) * 2
         place = torch.arange(N).view(1, -1, SPLITS, 1) + (labels * ~drop).view(-1, 1, 1, 1)
-        return out + 0.7 * out.roll(1, 1) + torch.sin(place * torch.arange(1.0, V + 1))
+        out = out + 0.7 * out.roll(1, 1) + torch.sin(place * torch.arange(1.0, V + 1))
+        return out.to(self.embed.weight.dtype)
 
 
 @torch.no_grad()
@@ -80,7 +82,7 @@ def sample(
             * {
                 "none": 1.0,
                 "linear": i / num_steps,
-                "cosine": (1 - math.cos(math.pi * (i / num_steps) ** scale_pow)) / 2,
+                "cosine": torch.tensor([1 - math.cos(math.pi * (i / num_steps) ** scale_pow)]) / 2,
             }[guidance_annealing]
         )
         shaped = x.view(num_samples, -1, SPLITS)
@@ -116,14 +118,15 @@ def given(**changes):
 def test_what_the_codebase_itself_did(name, backend):
     with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
         golden = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
-        assert json.loads(str(file["meta"]))["mask_token_id"] == MASK
+        meta = json.loads(str(file["meta"]))
+    assert meta["mask_token_id"] == MASK
     calls = []
 
     def model(x, labels, drop):
         s = len(calls)
         calls.append(x[:2].flatten(1).int())
         parts = [golden["logits"][s]] + ([golden["uncond_logits"][s]] if len(x) > 2 else [])
-        return torch.cat(parts).view(len(x), -1, SPLITS, V)
+        return torch.cat(parts).view(len(x), -1, SPLITS, V).to(getattr(torch, meta["dtype"]))
 
     def recorded(step):
         return StepNoise(golden["token_gumbel"][step].float(), golden["choice_gumbel"][step])
@@ -147,6 +150,16 @@ def test_the_tokens_are_those_of_their_loop(annealing, strategy):
     assert torch.equal(torch.stack(got), torch.stack(steps))
     assert torch.equal(got_codes, codes)
     assert got_codes.dtype == torch.float32
+
+
+def test_cosine_guidance_in_half_precision_is_rounded_as_theirs():
+    theirs, model = module(), Network().bfloat16()
+    for scale in (2.5, 8.5, 16.5, 23.0):
+        options = given(guidance_annealing="cosine", guidance_scale=scale)
+        _, steps = theirs.sample(model, IMAGES, **options)
+        with on_toy(theirs, noise=noise):
+            _, got = theirs.sample(model, IMAGES, **options)
+        assert torch.equal(torch.stack(got), torch.stack(steps))
 
 
 def test_half_a_batch_without_weight_is_not_run():

@@ -1,6 +1,7 @@
 """The Muse adapter: tokens of recorded runs, and those of its loop said again, through a stub model."""
 
 import functools
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,8 @@ GOLDEN = {
     "muse-warm": {"cond_scale": 1.5, "temperature": 2.0, "topk_filter_thres": 0.5, "timesteps": 8},
     "muse-remask": {"cond_scale": 3.0, "can_remask_prev_masked": True},
     "muse-critic": {"cond_scale": 3.0},
+    "muse-cfg-bf16": {"cond_scale": 3.0},
+    "muse-critic-cfg-bf16": {"cond_scale": 3.0},
     "muse-self-critic": {"cond_scale": 3.0},
 }
 
@@ -143,7 +146,9 @@ class MaskGit(torch.nn.Module):
 @functools.lru_cache
 def recorded(name):
     with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
+        golden = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
+        kind = getattr(torch, json.loads(str(file["meta"]))["dtype"])
+    return golden | {key: golden[key].to(kind) for key in ("logits", "uncond_logits")}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

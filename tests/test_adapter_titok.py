@@ -21,6 +21,7 @@ GOLDEN = {
     "titok": {"guidance_scale": 0.0},
     "titok-cold": {"guidance_scale": 0.0, "randomize_temperature": 0.5, "num_sample_steps": 8},
     "titok-cfg": {"guidance_scale": 2.0, "randomize_temperature": 1.0},
+    "titok-cfg-bf16": {"guidance_scale": 4.5},
 }
 LABELS = torch.arange(ROWS)
 
@@ -49,7 +50,7 @@ class Stub(torch.nn.Module):
         x = self.model(input_ids)
         shift = condition[:, None, None] * (1 - cond_drop_prob) + torch.arange(N)[:, None]
         x = x + 0.7 * x.roll(1, 1) + torch.sin(shift * torch.arange(1.0, 13))
-        return self.model.lm_head(x)
+        return self.model.lm_head(x.to(self.model.weight.dtype))
 
     def masking_input_tokens(self, input_tokens):
         raise NotImplementedError
@@ -68,19 +69,22 @@ class Stub(torch.nn.Module):
             elif guidance_decay == "power-cosine":
                 wave = math.cos(math.pi * (i / steps) ** guidance_scale_pow)
                 weight = (guidance_scale - 1) * (1 - wave) / 2
-            c = self(x, condition, 0.0)
-            logits = c + weight * (c - self(x, condition, 1.0))
+            c, u = self(x, condition, 0.0), self(x, condition, 1.0)
+            if guidance_decay == "power-cosine":
+                logits = u + (c - u) * torch.tensor([1 + weight])
+            else:
+                logits = c + weight * (c - u)
             if softmax_temperature_annealing:
                 logits = logits / (0.5 + 0.8 * (1 - done))
             t = randomize_temperature * (1 - done)
             drawn = (logits + t * token).argmax(-1)
-            held = logits.gather(-1, drawn[..., None])[..., 0] + t * choice
+            held = logits.gather(-1, drawn[..., None])[..., 0].float() + t * choice
             x = torch.where(masked, drawn, x)
             if i < steps - 1:
                 stay = int(N * math.acos(done) / (math.pi / 2))
                 stay = max(1, min(int(masked[0].sum()) - 1, stay))
-                rank = held.masked_fill(~masked, torch.inf).argsort(-1).argsort(-1)
-                x = torch.where(rank < stay, V, x)
+                held = held.masked_fill(~masked, torch.inf)
+                x = torch.where(held <= held.sort(-1).values[:, [stay - 1]], V, x)
         return x
 
 
@@ -95,7 +99,8 @@ def test_what_the_codebase_itself_did(name, backend):
         if cond_drop_prob == 0:
             calls.append(ids.numpy().copy())
         kind = "uncond_logits" if cond_drop_prob else "logits"
-        return torch.from_numpy(golden[kind][len(calls) - 1])
+        logits = torch.from_numpy(golden[kind][len(calls) - 1])
+        return logits.to(getattr(torch, meta["dtype"]))
 
     def recorded(step):
         kinds = ("token_gumbel", "choice_gumbel")
@@ -124,6 +129,16 @@ def test_the_tokens_are_those_of_their_loop(decay, annealing, hidden):
         with on_toy(model, noise=noise, hidden_states=hidden) as handle:
             assert torch.equal(model.generate(LABELS, **given), expected)
         assert any("hidden" in sentence for sentence in handle.report.notes) == hidden
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "power-cosine"])
+def test_guidance_in_half_precision_is_rounded_as_theirs(decay):
+    model = Stub().bfloat16()
+    for scale in (2.0, 3.0, 4.5, 6.5, 7.3, 17.5, 20.0):
+        given = {"guidance_decay": decay, "guidance_scale": scale, "randomize_temperature": 0.0}
+        expected = model.generate(LABELS, **given)
+        with on_toy(model, hidden_states=False):
+            assert torch.equal(model.generate(LABELS, **given), expected)
 
 
 def test_a_pass_without_weight_is_not_made():

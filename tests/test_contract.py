@@ -61,6 +61,8 @@ FIELDS = {
     "score-bans": {"score": "prob", "score_banned_ids": (0, 1, 2, 3, 50, 9999)},
     "score-bans-filtered": {"score": "log_prob", "score_banned_ids": (5,), "filters": ("top_k",), "top_k": 20, "score_filtered": True},
     "guidance-rounded": {"guidance_dtype": "logits", "sample_temperature": 0.0, "score": "prob"},
+    "guidance-from-cond": {"guidance_dtype": "logits", "guidance_form": "from_cond", "sample_temperature": 0.0, "score": "prob"},
+    "guidance-weighted": {"guidance_dtype": "logits", "guidance_form": "weighted", "score_dtype": "logits"},
     "count-first": {"count_rows": "first", "cut": "inclusive"},
     "count-positions": {"count_base": "positions", "count_rounding": "round"},
     "count-ceil64": {"count_rounding": "ceil", "count_dtype": "float64", "schedule": "pow1.5"},
@@ -153,6 +155,45 @@ def _guidance(case: Case) -> dict[str, Any]:
     rng = np.random.default_rng(99)
     uncond = to_dtype(rng.normal(size=case.logits.shape) * 3, case.dtype)
     return {"uncond_logits": uncond, "guidance_scale": 3.5}
+
+
+FORMS = {
+    "from_uncond": lambda c, u, full, rest: u + full * (c - u),
+    "from_cond": lambda c, u, full, rest: c + rest * (c - u),
+    "weighted": lambda c, u, full, rest: full * c - rest * u,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", SLOW_ON_JAX)
+def test_guided_logits_are_rounded_as_torch_rounds_them(
+    backend: str, form: str, dtype: str
+) -> None:
+    check_guided_logits(backend, form, dtype)
+
+
+def check_guided_logits(backend: str, form: str, dtype: str) -> None:
+    """To the last bit, overflow included: the operations of torch in the dtype of the logits."""
+    torch = pytest.importorskip("torch")
+    kind = getattr(torch, dtype)
+    rule = StepRule(guidance_dtype="logits", guidance_form=form, sample_temperature=0.0,
+                    score="logit", count="quota", score_dtype="float32")  # fmt: skip
+    rng = np.random.default_rng(7)
+    largest, zero = float(torch.finfo(kind).max), np.zeros((4, 16), np.int32)
+    pair = rng.normal(size=(2, 4, 16, 2)) * np.exp(3 * rng.normal(size=(2, 4, 16, 2)))
+    pair[..., 1] = -1.0  # what is left where the other is none
+    odd = [largest, -largest, largest / 2, np.inf, -np.inf, np.nan, 0.0]
+    for rows, row, sign in ((0, 0, 1), (1, 1, 1), (0, 2, 1), (1, 2, -1)):
+        pair[rows, row, : len(odd), 0] = sign * np.array(odd)
+    cond, uncond = (torch.from_numpy(x).to(kind) for x in pair)
+    for scale in (3.0, 4.37, 0.3, 1.0, -2.5, 9000.0):
+        full = np.float32(scale)
+        mixed = FORMS[form](cond, uncond, float(full), float(full - np.float32(1)))
+        mixed = mixed.double().nan_to_num(-np.inf, posinf=float(np.finfo(np.float32).max))
+        case = Case(rule, cond.float().numpy(), zero, dtype, 0, guidance_scale=scale,
+                    uncond_logits=uncond.float().numpy())  # fmt: skip
+        np.testing.assert_array_equal(run(case, backend)[2], mixed.amax(-1).numpy(), str(scale))
 
 
 SIZED = {

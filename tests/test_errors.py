@@ -116,6 +116,11 @@ def test_the_good_arguments_are_good():
         ({"vocab_slice": (5, 5)}, "vocab_slice: expected None or"),
         ({"banned_ids": (-1,)}, "banned_ids: expected integers >= 0"),
         ({"time_eps": 1.0}, r"time_eps: expected a number in \[0, 1\)"),
+        ({"guidance_form": "to_cond"}, "guidance_form: expected one of from_uncond, from_cond"),
+        (
+            {"guidance_form": "weighted"},
+            "guidance_form: 'weighted' expected with guidance_dtype='logits'",
+        ),
         (
             {"greedy_on": "probs", "score_temperature": 0.5},
             "score_temperature: expected None or 1.0",

@@ -48,6 +48,7 @@ def replay(golden, meta, rule, s, backend):
         return native(golden[name][s], kind, to) if name in golden else None
 
     names = ("token_gumbel", "choice_gumbel")
+    scale = meta["guidance_scale"]
     out = maskgit.decode_step(
         array("logits", dtype),
         array("tokens", "int32"),
@@ -58,7 +59,7 @@ def replay(golden, meta, rule, s, backend):
         num_masked_at_start=array("num_masked_at_start"),
         noise=StepNoise(*(array(name, "float32") for name in names)),
         uncond_logits=array("uncond_logits", dtype),
-        guidance_scale=meta["guidance_scale"],
+        guidance_scale=scale[s] if isinstance(scale, list) else scale,
         eligible=array("eligible"),
         scores=array("scores", "float32") if rule.score == "given" else None,
         num_commit=array("num_commit") if rule.count == "given" else None,

@@ -35,7 +35,7 @@ from maskgit.kernels.common.simulation import compiling  # noqa: E402
 from maskgit.kernels.decode_step import pallas_tiles, pallas_tpu  # noqa: E402
 from maskgit.kernels.decode_step.plan import resolve  # noqa: E402
 from maskgit.kernels.decode_step.spec import StepInputs  # noqa: E402
-from test_contract import FIELDS, SIZED, _guidance, spoil  # noqa: E402
+from test_contract import FIELDS, FORMS, SIZED, _guidance, check_guided_logits, spoil  # noqa: E402
 from test_golden import FILES, first_of_each_function, meta_of, replay  # noqa: E402
 
 import maskgit  # noqa: E402
@@ -111,6 +111,12 @@ def test_every_field(name: str, dtype: str) -> None:
     if rule.score != "random" and not rule.ban_mask_token:
         case = dataclasses.replace(case, choice_gumbel=None)
         compare_stats(case, run_stats(case, "pallas"), wide=False)
+
+
+@pytest.mark.parametrize("form", sampled(FORMS, ("weighted",)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_guided_logits_are_rounded_as_torch_rounds_them(dtype: str, form: str) -> None:
+    check_guided_logits("pallas", form, dtype)
 
 
 @pytest.mark.parametrize("name", ["all-filters", "top-p-below", "filtered-margin"])

@@ -171,7 +171,8 @@ def test_guidance_noise_and_log_z():
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
-    "name", ["maskgit", "llada", "soundstorm", "dream-entropy", "muse", "entropy-bound"]
+    "name",
+    ["maskgit", "llada", "soundstorm", "dream-entropy", "muse", "titok", "lumina", "entropy-bound"],
 )
 def test_every_variant(name, variant, target):
     kernels = profiled(

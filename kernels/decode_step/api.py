@@ -54,8 +54,9 @@ def decode_step(
         seeds: (B,) 64-bit integers, one per sequence (or (B, 2) uint32 words; in jax also keys).
             Needed where the rule draws at this step and `noise` does not replace it.
         noise: the caller's own Gumbel noise.
-        uncond_logits, guidance_scale: given together: logits become u + scale * (c - u).  The scale is a
-            number or an array () of one, in jax also a traced one; one on a GPU is waited for.
+        uncond_logits, guidance_scale: given together: logits become u + scale * (c - u), rounded as the
+            rule's `guidance_dtype` and `guidance_form` say.  The scale is a number or an array () of
+            one, in jax also a traced one; one on a GPU is waited for.
         eligible: (B, N) bool, which masked positions take part (a block, real tokens of a padded
             batch); all by default.  With a rule that revises, which positions take part at all.
         scores: (B, N), exactly with rules whose score is "given": a critic's, or a fixed order.

@@ -215,7 +215,7 @@ def _numbers(plan: StepPlan, dtype: str) -> Any:
     p.score_temperature = n.score_temperature
     p.choice_temperature = n.choice_temperature
     p.filter_temperature = n.filter_temperature
-    p.guidance_rounds = row.guidance_rounds
+    p.guide = row.guide
     p.greedy_on_probs = row.greedy_on_probs
     p.score = _SCORES.index(row.score)
     p.score_filtered = row.score_filtered

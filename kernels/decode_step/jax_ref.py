@@ -193,19 +193,37 @@ def _rows(x: StepInputs, plan: StepPlan, dtype: str, columns: Columns) -> jax.Ar
     compute = float_of(plan.row.is_wide)
     row = jnp.asarray(x.logits).astype(compute)
     if x.uncond_logits is not None:
-        uncond, scale = (
-            jnp.asarray(a).astype(compute) for a in (x.uncond_logits, x.guidance_scale)
-        )
-        if plan.row.guidance_rounds:
-            step = round_to(row - uncond, dtype)
-            step = round_to(scale * step, dtype)
-            row = round_to(uncond + step, dtype)
+        if plan.row.guidance != "float32":
+            row = _guided_by_operations(x, plan.row.guidance, dtype).astype(compute)
         else:
+            uncond, scale = (
+                jnp.asarray(a).astype(compute) for a in (x.uncond_logits, x.guidance_scale)
+            )
             row = _in_float32(uncond + scale * _in_float32(row - uncond))
     odd, banned = jnp.isnan(row), plan.row.banned_columns(x.mask_token_id)
     if banned:
         odd = odd | _is_one_of(banned, row.shape[-1], columns)
     return jnp.where(odd, -jnp.inf, row)
+
+
+def _guided_by_operations(x: StepInputs, form: str, dtype: str) -> jax.Array:
+    """Guidance in a form, each operation one of float32 rounded to the dtype of the logits."""
+    cond, uncond, full = (
+        jnp.asarray(a).astype(jnp.float32) for a in (x.logits, x.uncond_logits, x.guidance_scale)
+    )
+    rest = full - 1
+
+    def near(values: jax.Array) -> jax.Array:
+        return round_to(values, dtype)
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        rounded = near(a * b)  # the choice keeps XLA from joining it with the sum after it
+        return jnp.where(rounded == 0, 0.0, rounded)
+
+    if form == "weighted":
+        return near(product(full, cond) - product(rest, uncond))
+    start, weight = (uncond, full) if form == "from_uncond" else (cond, rest)
+    return near(start + product(weight, near(cond - uncond)))
 
 
 def _in_float32(x: jax.Array) -> jax.Array:

@@ -66,7 +66,8 @@ class RowSpec:
     packed: the block is (leaves, rows, 128), as memory holds 4 or 8 rows.
     vocab, vocab_start: columns of the block that count, and the id of the first.
     dtype: of the logits.
-    guide: 0 no guidance, 1 in float32, 2 with each operation rounded to the logits' dtype.
+    guide: 0 no guidance, 1 in float32, 2 u + S (c - u), 3 c + s (c - u), 4 S c - s u with each
+        operation rounded to the logits' dtype.
     banned: columns that are never drawn; filters: of (name, value, whether the temperature divides
         first); below: of top_p_keep.
     draw: "race", "noise" (injected), "greedy" or "greedy_probs".
@@ -305,12 +306,21 @@ class Rows:
         return jnp.where(leaf * LEAF + self.place < spec.vocab, x, -jnp.inf)
 
     def guided(self, x: jax.Array, u: jax.Array | None = None) -> jax.Array:
-        """u + guidance (x - u); where guide is 2, each operation rounded to the logits' dtype."""
+        """u + guidance (x - u); where guide is 2 or more, in its form, each operation rounded."""
         if u is None:
             return x
-        kind = self.spec.dtype if self.spec.guide == 2 else "float32"
-        step = round_to(self.numbers.guidance * round_to(x - u, kind), kind)
-        return round_to(u + step, kind)
+        guide, kind, scale = self.spec.guide, self.spec.dtype, self.numbers.guidance
+        if guide == 1:
+            return u + scale * (x - u)
+
+        def product(a: Any, b: jax.Array) -> jax.Array:
+            rounded = round_to(a * b, kind)  # the choice keeps it from being joined with the sum
+            return rounded if kind == "bfloat16" else jnp.where(rounded == 0, 0.0, rounded)
+
+        if guide == 4:
+            return round_to(product(scale, x) - product(scale - 1, u), kind)
+        start, weight = (x, scale - 1) if guide == 3 else (u, scale)
+        return round_to(start + product(weight, round_to(x - u, kind)), kind)
 
     def by_chunks(self, chunk: Callable[[Any, int, Any], Any], carry: Any) -> Any:
         """chunk(first pair of tiles, how many, carry) over the row; by number where it ends raggedly."""

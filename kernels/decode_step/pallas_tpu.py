@@ -146,7 +146,7 @@ def rule_spec(
         vocab=0,
         vocab_start=row.vocab_start,
         dtype=dtype,
-        guide=0 if not guided else 2 if row.guidance_rounds else 1,
+        guide=row.guide if guided else 0,
         banned=row.banned_columns(mask_token_id),
         filters=tuple((name, float(value), divides) for name, value, divides in row.filters),
         below=row.nucleus_below,

@@ -61,6 +61,7 @@ def scoring(rule: StepRule, score: Score, mask_token_id: int) -> StepRule:
         revise="held",
         sample_temperature=0.0,
         guidance_dtype=rule.guidance_dtype,
+        guidance_form=rule.guidance_form,
         vocab_slice=rule.vocab_slice,
         banned_ids=banned,
         score=score,

@@ -35,7 +35,7 @@ class RowPlan:
 
     draws: a token is drawn, else the best one is taken, of probabilities rounded to `score_dtype` where
         `greedy_on_probs`.
-    guidance_rounds: each operation of the guidance is rounded to the dtype of the logits.
+    guidance: "float32", or the form of which each operation is rounded to the dtype of the logits.
     vocab_slice: the columns that may be drawn; banned, bans_mask: which of them are not, numbered
         from the slice's first; so is score_banned, outside the score's softmax alone.
     filters: of (name, value, whether the temperature divides first), one after the other; nucleus_below:
@@ -47,7 +47,7 @@ class RowPlan:
 
     draws: bool
     greedy_on_probs: bool
-    guidance_rounds: bool
+    guidance: str
     vocab_slice: tuple[int, int] | None
     banned: tuple[int, ...]
     bans_mask: bool
@@ -65,6 +65,11 @@ class RowPlan:
     def vocab_start(self) -> int:
         """The id of the first column."""
         return self.vocab_slice[0] if self.vocab_slice else 0
+
+    @property
+    def guide(self) -> int:
+        """The guidance as kernels number it, from 1."""
+        return 1 + ("float32", "from_uncond", "from_cond", "weighted").index(self.guidance)
 
     @property
     def is_wide(self) -> bool:
@@ -264,7 +269,7 @@ def _row_plan(rule: StepRule, numbers: Numbers, score_dtype: str) -> RowPlan:
     return RowPlan(
         draws=draws,
         greedy_on_probs=not draws and rule.greedy_on == "probs",
-        guidance_rounds=rule.guidance_dtype == "logits",
+        guidance="float32" if rule.guidance_dtype == "float32" else rule.guidance_form,
         vocab_slice=rule.vocab_slice,
         banned=tuple(sorted({i - start for i in rule.banned_ids if i >= start})),
         bans_mask=rule.ban_mask_token,

@@ -7,6 +7,7 @@ Where a codebase would re-mask or overwrite a known token, the contract wins: kn
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from .spec import StepRule
 
@@ -19,6 +20,10 @@ _LLADA = "ML-GSAI/LLaDA@b7e6c3565f194352da44b38dd12b6970597309f3"
 _LLADA_FP64 = "ML-GSAI/LLaDA@d5634dace08aee47cc5cd68e67059994d5dab8c9"
 _DREAM = "NVlabs/Fast-dLLM@96dc39ee46f32c5a9a73dd5d60a8de3bd320226f"
 _FAST_DLLM = "NVlabs/Fast-dLLM@5332e2fc0edad553a5ac4fae6d6ec7b8cefc410a"
+
+# Guided logits in half precision: c + s (c - u), and (1 + s) c - s u.
+_FROM_COND: dict[str, Any] = {"guidance_dtype": "logits", "guidance_form": "from_cond"}
+_WEIGHTED: dict[str, Any] = {"guidance_dtype": "logits", "guidance_form": "weighted"}
 
 
 def _llada(name: str, source: str, **changes: object) -> StepRule:
@@ -135,13 +140,8 @@ _RULES = (
         choice_temperature=2.0,
         choice_anneal="linspace",
     ),
-    # which mix as (1 + s) c - s u
-    _open_muse("show-o", "showlab/Show-o@45a5a2de Showo.t2i_generate", guidance_dtype="float32"),
-    _open_muse(
-        "mmada-image",
-        "Gen-Verse/MMaDA@3cdb8709 MMadaModelLM.t2i_generate",
-        guidance_dtype="float32",
-    ),
+    _open_muse("show-o", "showlab/Show-o@45a5a2de Showo.t2i_generate", **_WEIGHTED),
+    _open_muse("mmada-image", "Gen-Verse/MMaDA@3cdb8709 MMadaModelLM.t2i_generate", **_WEIGHTED),
     StepRule(
         name="titok",
         source=f"{_TITOK} modeling/maskgit.py",
@@ -153,6 +153,7 @@ _RULES = (
         last_step="all",
         sample_temperature=4.5,
         sample_anneal="linear",
+        **_FROM_COND,
         score="logit",
         choice_temperature=4.5,
     ),
@@ -163,6 +164,7 @@ _RULES = (
         count_base="positions",
         count_rows="first",
         cut="inclusive",
+        **_FROM_COND,
         score_temperature=None,
         choice_temperature=4.5,
     ),
@@ -187,6 +189,7 @@ _RULES = (
         count="given",
         cut="strict",
         edit_threshold=-1e30,  # known tokens are drawn anew at every step
+        **_WEIGHTED,
         score_temperature=None,
         choice_temperature=4.5,
         choice_anneal="linspace",
@@ -195,6 +198,7 @@ _RULES = (
         name="halton",
         source="valeoai/Halton-MaskGIT@f61b0a13 HaltonSampler",
         count="given",
+        **_WEIGHTED,
         score="given",
     ),
     _muse("muse"),
@@ -211,6 +215,7 @@ _RULES = (
         clamps=("keep_one", "commit_one"),
         cut="strict",
         last_step="all",
+        **_WEIGHTED,
         choice_temperature=1.0,
         choice_anneal="constant",
     ),
@@ -255,6 +260,7 @@ _RULES = (
         count_rows="sum",
         cut="strict",
         last_step="all",
+        guidance_dtype="logits",
         score_temperature=None,
         score_filtered=True,
         choice_temperature=10.5,
@@ -268,6 +274,7 @@ _RULES = (
         sample_temperature=3.0,
         sample_anneal="linear",
         sample_temperature_floor=1e-2,
+        guidance_dtype="logits",
         score_temperature=None,
     ),
     _llada("llada", f"{_LLADA} generate.py"),

@@ -120,14 +120,28 @@ def guided(x: StepInputs, b: int, n: int, plan: StepPlan, dtype: str) -> F64:
         row = x.logits[b, n].astype(np.float64)
         if x.uncond_logits is not None:
             uncond = x.uncond_logits[b, n].astype(np.float64)
-            difference = _in_float32(row - uncond)
-            if plan.row.guidance_rounds:
-                step = round_to(x.guidance_scale * round_to(difference, dtype), dtype)
-                row = round_to(uncond + step, dtype)
+            if plan.row.guidance != "float32":
+                row = _guided_by_operations(row, uncond, x.guidance_scale, plan, dtype)
             else:
+                difference = _in_float32(row - uncond)
                 row = _in_float32(uncond + x.guidance_scale * difference)
     row[np.isnan(row)] = -np.inf
     return np.asarray(row, dtype=np.float64)
+
+
+def _guided_by_operations(cond: F64, uncond: F64, scale: float, plan: StepPlan, dtype: str) -> F64:
+    """Guidance in the rule's form, each operation one of float32 rounded to the dtype of the logits."""
+
+    def near(x: F64) -> F64:
+        with np.errstate(over="ignore"):
+            return round_to(x.astype(np.float32), dtype)
+
+    form, full = plan.row.guidance, np.float32(scale)
+    rest = full - np.float32(1)
+    if form == "weighted":
+        return near(near(full * cond) - near(rest * uncond))
+    start, weight = (uncond, full) if form == "from_uncond" else (cond, rest)
+    return near(start + near(weight * near(cond - uncond)))
 
 
 def _in_float32(x: F64) -> F64:

@@ -67,6 +67,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "greedy_on": ("logits", "probs"),
     "top_p_keep": ("crossing", "below"),
     "guidance_dtype": ("float32", "logits"),
+    "guidance_form": ("from_uncond", "from_cond", "weighted"),
     "score": (
         "prob",
         "log_prob",
@@ -136,7 +137,9 @@ class StepRule:
             product of the linear factors so far.
         greedy_last, draw_until: argmax at the last of several steps; argmax where step/T is above
             this.  Scores keep the drawing temperature.
-        guidance_dtype: guidance in float32, or each of its three operations rounded to the logits'.
+        guidance_dtype, guidance_form: guidance u + S (c - u) in float32, or each of its operations
+            rounded to the logits' dtype; then in the form u + S (c - u), from the conditional logits
+            c + s (c - u), or weighted S c - s u, where s = S - 1.
         greedy_on: argmax of the logits, or of the probabilities rounded to the score dtype.
         filters, top_k, top_p, min_p, typical_p: filters in the order applied; the entry
             "temperature" marks where the temperature divides (first if it is not named).
@@ -192,6 +195,7 @@ class StepRule:
     greedy_last: bool = False
     draw_until: float = 1.0
     guidance_dtype: Literal["float32", "logits"] = "float32"
+    guidance_form: Literal["from_uncond", "from_cond", "weighted"] = "from_uncond"
     greedy_on: Literal["logits", "probs"] = "logits"
     filters: tuple[Filter, ...] = ()
     top_k: int | None = None
@@ -406,6 +410,11 @@ def _check_combinations(rule: StepRule) -> None:
             raise ValueError(
                 f"StepRule.{field}: {getattr(rule, field)!r} expected with count={count!r}, got {got!r}"
             )
+    if rule.guidance_form != "from_uncond" and rule.guidance_dtype != "logits":
+        raise ValueError(
+            f"StepRule.guidance_form: {rule.guidance_form!r} expected with guidance_dtype='logits' "
+            f"(forms differ in their rounding alone), got {rule.guidance_dtype!r}"
+        )
     if rule.remask == "conf" and rule.score != "given":
         raise ValueError(f"StepRule.remask: 'conf' expected with score='given', got {rule.score!r}")
     if rule.count_rows == "sum" and (rule.count, rule.count_base) != ("masked", "masked_at_start"):

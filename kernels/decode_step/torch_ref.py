@@ -135,12 +135,25 @@ def _guided(x: StepInputs, plan: StepPlan) -> torch.Tensor:
     if x.uncond_logits is None:
         return x.logits
     compute = compute_dtype(plan)
+    if plan.row.guidance != "float32":
+        return _guided_by_operations(x, plan.row.guidance).to(compute)
     row, uncond = x.logits.to(compute), x.uncond_logits.to(compute)
-    if plan.row.guidance_rounds:
-        kind = x.logits.dtype
-        step = (x.guidance_scale * (row - uncond).to(kind).to(compute)).to(kind).to(compute)
-        return (uncond + step).to(kind).to(compute)
     return _in_float32(uncond + x.guidance_scale * _in_float32(row - uncond))
+
+
+def _guided_by_operations(x: StepInputs, form: str) -> torch.Tensor:
+    """Guidance in a form, each operation one of float32 rounded to the dtype of the logits."""
+    cond, uncond = x.logits.float(), x.uncond_logits.float()
+    full = torch.full((), x.guidance_scale, dtype=torch.float32, device=cond.device)
+    rest = full - 1
+
+    def near(values: torch.Tensor) -> torch.Tensor:
+        return values.to(x.logits.dtype).float()
+
+    if form == "weighted":
+        return near(near(full * cond) - near(rest * uncond))
+    start, weight = (uncond, full) if form == "from_uncond" else (cond, rest)
+    return near(start + near(weight * near(cond - uncond)))
 
 
 def _in_float32(x: torch.Tensor) -> torch.Tensor:

@@ -241,7 +241,7 @@ def _row_spec(row: RowPlan, noise: bool, guided: bool, dtype: str, wants_z: bool
         draw = "noise" if noise else "race"
     apart = (filters and not row.score_filtered) or row.score_banned
     return RowSpec(
-        guide=0 if not guided else 2 if row.guidance_rounds else 1,
+        guide=row.guide if guided else 0,
         banned=row.banned,
         ban_mask=row.bans_mask,
         filters=filters,

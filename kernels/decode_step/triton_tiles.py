@@ -33,8 +33,9 @@ class RowSpec:
         programs that share a row.
     dense: a row's logits are neighbours; shifted: rows may start at any element; ragged: the last
         chunk of a row may be partly outside.
-    guide: 0 no guidance, 1 in float32, 2 with each operation rounded to the logits' dtype; twin: rows
-        without a condition lie as far from a multiple of 16 bytes as those with one.
+    guide: 0 no guidance, 1 in float32, 2 u + S (c - u), 3 c + s (c - u), 4 S c - s u with each
+        operation rounded to the logits' dtype; twin: rows without a condition lie as far from a
+        multiple of 16 bytes as those with one.
     banned, ban_mask: columns that are never drawn.
     filters: of (kind, value, whether the temperature divides first), see triton_filters.py; bits:
         how many of a key's bits can differ; below: of top_p_keep.
@@ -108,13 +109,18 @@ def rounded_to(x, kind: tl.constexpr):
 
 @triton.jit
 def guided(x, u, guidance, kind: tl.constexpr, S: tl.constexpr):
-    """u + guidance (x - u); where guide is 2, each operation rounded to the dtype `kind`."""
+    """u + guidance (x - u); where guide is 2 or more, in its form, each operation rounded to `kind`."""
     if S.guide == 1:
         return u + guidance * (x - u)
+    elif S.guide == 4:
+        product = rounded_to(tl.fma(x, guidance, 0.0), kind)
+        return rounded_to(product - rounded_to(tl.fma(u, guidance - 1.0, 0.0), kind), kind)
     else:
         difference = rounded_to(x - u, kind)
-        product = rounded_to(tl.fma(difference, guidance, 0.0), kind)
-        return rounded_to(u + product, kind)
+        weight = guidance if S.guide == 2 else guidance - 1.0
+        product = rounded_to(tl.fma(difference, weight, 0.0), kind)
+        start = u if S.guide == 2 else x
+        return rounded_to(start + product, kind)
 
 
 @triton.jit

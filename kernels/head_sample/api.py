@@ -57,7 +57,8 @@ def decode_step_from_hidden(
         head_weight: (V, D), head_bias: (V,) or None, in the dtype of `hidden`; a module's parameters
             as they are, since nothing here has a gradient.
         uncond_hidden, guidance_scale: given together: hidden states become u + scale * (c - u),
-            mixed in float32; the same as guiding the logits, unless the head caps them.
+            mixed in float32 whatever the rule's `guidance_dtype` and `guidance_form`; the same as guiding
+            the logits, up to their rounding, unless the head caps them.
         the rest: as in `decode_step`, V being the head's.
 
     Returns:

@@ -306,6 +306,14 @@ def draw_seeds(batch: int, generator: Any, device: Any) -> Any:
     return seeds.to(device)
 
 
+def guided_by_tensor(start: Any, cond: Any, uncond: Any, weight: float) -> Any:
+    """start + weight (cond - uncond) for a weight that is a float32 tensor (1,), and so in float32.
+
+    In half precision the difference alone is rounded to the dtype of the logits.
+    """
+    return start.float() + weight * (cond - uncond).float()
+
+
 def without_logits(logits: Any, unscored: Any) -> Any:
     """(B, N) bool: where among the unscored positions all logits are -inf or NaN; None if nowhere.
 

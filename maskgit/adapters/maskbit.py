@@ -16,8 +16,8 @@ these parameters will do.  What stays: the network, called on the doubled batch 
 and the tokenizer.  The factors of all positions are decoded as one sequence, as in theirs.
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
-generator: the same law, other tokens.  Guidance is in float32; the unconditional half is left out at
-a step where its weight is 0.  Where a single token is left before the last step, theirs masks the
+generator: the same law, other tokens.  Guided logits are rounded as theirs; the unconditional half is
+left out at a step where its weight is 0.  Where a single token is left before the last step, theirs masks the
 whole sequence again; here that token alone is drawn again.
 """
 
@@ -31,7 +31,7 @@ from types import ModuleType
 from typing import Any
 
 from ..kernels.decode_step import StepNoise, StepRule, decode_step
-from .common import Handle, Report, draw_seeds
+from .common import Handle, Report, draw_seeds, guided_by_tensor
 from .fingerprint import check_signature, check_version
 
 _CODEBASE = (
@@ -159,6 +159,9 @@ def sample(
             softmax_temperature = 0.5 + 0.8 * (1 - (step + 1) / num_steps)
         with torch.no_grad():
             cond, uncond = _logits(model, x, labels, scale != 0)
+            in_half = uncond is not None and cond.element_size() == 2
+            if in_half and guidance_annealing == "cosine":  # whose scale is a tensor
+                cond, uncond = guided_by_tensor(cond, cond, uncond, scale), None
             result = decode_step(
                 cond,
                 x.flatten(1),

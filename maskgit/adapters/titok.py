@@ -12,10 +12,11 @@ masked rows alone, unless a hook or autocast is on it or the network does more a
 says which.
 
 What differs: random numbers come from one 64-bit seed per sequence, drawn in every call from torch's
-generator: the same law, other tokens (the network's own `rand_like` comes after it).  Guidance is in
-float32.  The unconditional pass is left out wherever its weight is 0, as at the first step of
-guidance_decay="power-cosine".  A position without a finite logit takes id 0, as in theirs, at the
-end.
+generator: the same law, other tokens (the network's own `rand_like` comes after it).  Guided logits
+are rounded as theirs where the adapter works on logits; on hidden states guidance is in float32, and in
+half precision they are then rounded once.  The unconditional pass is left out wherever its weight is 0,
+as at the first step of guidance_decay="power-cosine".  A position without a finite logit takes id 0, as
+in theirs, at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from ..kernels.decode_step import StepNoise, StepRule
-from .common import Handle, Report, draw_seeds
+from .common import Handle, Report, draw_seeds, guided_by_tensor
 from .fingerprint import check_attributes, check_signature, check_version
 from .head import Head
 
@@ -135,7 +136,7 @@ def generate(
         left = 1 - (step + 1) / num_sample_steps
         divisor = 0.5 + 0.8 * left if softmax_temperature_annealing else 1.0
         options = {
-            "rule": _rule(float(randomize_temperature) * divisor),
+            "rule": _rule(float(randomize_temperature) * divisor, guidance_decay),
             "mask_token_id": mask_id,
             "step": step,
             "num_steps": num_sample_steps,
@@ -144,15 +145,19 @@ def generate(
             "backend": backend,
         }
         with torch.no_grad():
-            ids = _step(model, ids, condition, head, scale, options)
+            ids = _step(model, ids, condition, head, scale, guidance_decay, options)
     return ids.masked_fill(ids == mask_id, 0)  # left where no logit was finite
 
 
 @lru_cache(maxsize=256)
-def _rule(temperature: float) -> StepRule:
+def _rule(temperature: float, decay: str) -> StepRule:
     """Their step: l / c + t g and (l / c) + t g rank as l + c t g does."""
-    preset = StepRule.preset("titok")
-    return replace(preset, sample_temperature=temperature, choice_temperature=temperature)
+    return replace(
+        StepRule.preset("titok"),
+        sample_temperature=temperature,
+        choice_temperature=temperature,
+        guidance_form="from_uncond" if decay == "power-cosine" else "from_cond",
+    )
 
 
 def _scale(decay: str, scale: float, power: float, step: int, steps: int) -> float:
@@ -170,11 +175,16 @@ def _layer_of(model: Any) -> Any:
 
 
 def _step(
-    model: Any, ids: Any, condition: Any, head: Head, scale: float, options: dict[str, Any]
-) -> Any:
+    model: Any, ids: Any, condition: Any, head: Head, scale: float, decay: str,
+    options: dict[str, Any],
+) -> Any:  # fmt: skip
     """The tokens after one step."""
     chances = (0.0, 1.0) if scale != 1 else (0.0,)  # of the condition to be dropped
     passes = [partial(model.forward, ids, condition, cond_drop_prob=chance) for chance in chances]
     outs = head.run(*passes)
+    in_half = not head.is_used and outs[0].element_size() == 2
+    if in_half and scale != 1 and decay == "power-cosine":  # whose scale is a tensor
+        cond, uncond = outs
+        outs, scale = (guided_by_tensor(uncond, cond, uncond, scale),), 1
     options = options | {"guidance_scale": scale if scale != 1 else None}
     return head.decode_step(outs[0], ids, *outs[1:], **options).next_tokens

@@ -6,7 +6,7 @@ The logits go in as (B, V, H, W) and are kept as (B, N, V).  A start within the 
 image-to-image pipeline does (after `add_noise`), `starting_mask_ratio` what inpainting does: there
 the count is floor(N s gamma), which is floor(U0 gamma) exactly where N is a power of two.  In half
 precision the draw and the score see probabilities that were rounded to the dtype of the logits, and
-the noise on the score is computed in it.
+the noise on the score is computed in it.  Guidance is the pipeline's: its own branch mixes.
 """
 
 import inspect
@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from common import Recorder, Stub, TorchNoise, source_argument
+from common import Recorder, Stub, TorchNoise, bits_of, source_argument
 from image import kept
-from text import add, load
+from text import add, branch, load
 
 V, SIDE, MASK = 24, 4, 30
 N = SIDE * SIDE
@@ -49,16 +49,18 @@ def scheduler_module(path):
 
 
 def record(code, make, source, name, rule, *, codebase, function, known, seed, steps=6, first=0,
-           temperature=(2, 0), ratio=1.0, dtype="float32", schedule="cosine"):  # fmt: skip
+           temperature=(2, 0), ratio=1.0, dtype="float32", schedule="cosine",
+           guide=None, scale=None):  # fmt: skip
     """Run a scheduler from step `first` on; `known` tokens are given, one entry per row."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, V, (len(known), N))
     scheduler = make(MASK, schedule)
     scheduler.set_timesteps(steps, temperature)
-    stub = Stub(V, N, MASK + 1, seed, bits=9 if dtype == "float32" else 5)
+    bits = bits_of(dtype) if guide or dtype == "float32" else 5
+    stubs = [Stub(V, N, MASK + 1, seed + i, bits) for i in range(2)]
     recorder = Recorder(name, source=source, codebase=codebase, function=function, rule=rule,
-                        mask_token_id=MASK, dtype=dtype)  # fmt: skip
-    with TorchNoise(seed) as noise, kept(code, "gumbel_noise") as gumbels:
+                        mask_token_id=MASK, dtype=dtype, guidance_scale=scale)  # fmt: skip
+    with TorchNoise(seed, coarse=bool(guide)) as noise, kept(code, "gumbel_noise") as gumbels:
         for row, given in zip(tokens, known, strict=True):
             row[rng.choice(N, N - given, replace=False)] = MASK
         state = torch.from_numpy(tokens).reshape(-1, SIDE, SIDE)
@@ -68,17 +70,25 @@ def record(code, make, source, name, rule, *, codebase, function, known, seed, s
         for s, timestep in list(enumerate(scheduler.timesteps))[first:]:
             noise.kept.clear()
             before = state.reshape(-1, N)
-            logits = stub(before)
-            given = torch.from_numpy(logits).to(getattr(torch, dtype)).transpose(1, 2)
+            logits, uncond = (stub(before) for stub in stubs)
+            both = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in (uncond, logits)]
+            given = (guide(torch.cat(both), scale) if guide else both[1]).transpose(1, 2)
             out = scheduler.step(
                 given.reshape(*given.shape[:2], SIDE, SIDE), timestep, state, ratio
             )
             state = out.prev_sample
             choice = gumbels[-1][1].float() if s < steps - 1 else np.zeros(before.shape)
             add(recorder, before, state.reshape(-1, N), candidates=out.pred_original_sample.reshape(-1, N),
-                logits=logits, step=s, num_steps=steps, num_masked_at_start=start,
-                token_gumbel=noise.kept[0][1].reshape(logits.shape), choice_gumbel=choice)  # fmt: skip
+                logits=logits, uncond_logits=uncond if guide else None, step=s, num_steps=steps,
+                num_masked_at_start=start, token_gumbel=noise.kept[0][1].reshape(logits.shape),
+                choice_gumbel=choice)  # fmt: skip
     recorder.write()
+
+
+def guidance(path, name):
+    """What a pipeline makes of the logits of both its passes."""
+    mix = branch(path, name, "uncond_logits, cond_logits")
+    return lambda both, scale: mix(model_output=both, guidance_scale=scale).model_output
 
 
 def main():
@@ -101,6 +111,9 @@ def main():
     run("amused-bfloat16", half, known=(0, 5), seed=7, dtype="bfloat16")
     run("amused-bfloat16-draw", half, known=(0, 5), seed=11, dtype="bfloat16")  # rounding decides
     run("amused-bfloat16-score", half, known=(0, 5), seed=32, dtype="bfloat16")
+    pipeline = source / "src/diffusers/pipelines/deprecated/amused/pipeline_amused.py"
+    run("amused-cfg-bf16", "amused", known=(0, 5), seed=1, dtype="bfloat16", scale=10.0,
+        guide=guidance(pipeline, "AmusedPipeline.__call__"))  # fmt: skip
 
 
 if __name__ == "__main__":

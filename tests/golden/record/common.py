@@ -16,7 +16,12 @@ backend.  Arrays of S steps (of all blocks), B sequences, N positions, V columns
     scores (S, B, N)                       optional: scores from outside (critics, fixed orders)
     step, num_steps (S,), num_masked_at_start (S, B)
     num_commit (S, B)                      optional: how many are committed, where the caller says
-    meta                                   JSON: codebase, commit, command, dtype, ...
+    meta                                   JSON: codebase, commit, command, dtype, guidance_scale (one number,
+                                           or one for each step), ...
+
+Runs that end in -cfg-bf16 are guided in half precision: their seeds are such that guidance in float32
+would give other tokens, and that none hangs on what is not reproduced there, a draw from probabilities or
+keys that were rounded, or a score that was.
 """
 
 from __future__ import annotations
@@ -83,7 +88,7 @@ class Recorder:
         rule: str | dict[str, Any] | None = None,
         mask_token_id: int,
         dtype: str = "float32",
-        guidance_scale: float | None = None,
+        guidance_scale: float | list[float] | None = None,
         note: str = "",
         **extra: Any,
     ):
@@ -131,15 +136,19 @@ class TorchNoise:
     log p it took), "uniform" for rand and rand_like, "normal".
     """
 
-    def __init__(self, seed: int):
-        self.rng = np.random.default_rng(seed)
+    def __init__(self, seed: int, coarse: bool = False):
+        """`coarse`: uniforms asked for in half precision are exact there, as torch's own are."""
+        self.rng, self.coarse = np.random.default_rng(seed), coarse
         self.kept: list[tuple[str, np.ndarray]] = []
 
     def uniform(self, shape: Any, dtype: Any = None) -> Any:
         """Uniforms strictly inside (0, 1), exact in float32."""
         import torch
 
-        u = (self.rng.integers(1, 2**23, tuple(shape)) + 0.5) / 2**23
+        if self.coarse and dtype in (torch.bfloat16, torch.float16):
+            u = self.rng.integers(1, 2**8, tuple(shape)) / 2**8
+        else:
+            u = (self.rng.integers(1, 2**23, tuple(shape)) + 0.5) / 2**23
         self.kept.append(("uniform", u))
         return torch.from_numpy(u).to(dtype or torch.get_default_dtype())
 
@@ -183,9 +192,19 @@ class TorchNoise:
             setattr(owner, name, function)
 
 
-def gumbel_of(u: np.ndarray) -> np.ndarray:
-    """-log(-log u) in float64."""
-    return -np.log(-np.log(u))
+def gumbel_of(u: np.ndarray, dtype: str = "float32") -> np.ndarray:
+    """-log(-log u) in float64, or with each operation rounded to a dtype of half precision."""
+    if dtype == "float32":
+        return -np.log(-np.log(u))
+    import torch
+
+    rounded = torch.from_numpy(u).to(getattr(torch, dtype))
+    return (-(-rounded.log()).log()).double().numpy()
+
+
+def bits_of(dtype: str) -> int:
+    """What a stub's logits may have, to be exact in a dtype and as fine as it allows."""
+    return 8 if dtype == "bfloat16" else 9
 
 
 def write_loop(recorder: Recorder, calls: list[dict[str, Any]], **about: Any) -> None:

@@ -8,7 +8,9 @@ that leaves for masked ones).  `halton-confidence-known` has such known tokens, 
 only by a rule that overwrites; without known tokens in the input that happens from step 1 on.
 The Halton sampler commits a fixed order (`scores` is minus the rank) of `num_commit` positions.
 Temperatures multiply.  Guidance (1 + w) c - w u is ours with 1 + w; where w grows by step, and
-where the temperature changes, the logits that are kept are those in the softmax.
+where the temperature changes, the logits that are kept are those in the softmax; in half precision they
+are those before guidance, and each step has its scale.  There torch's Categorical refuses rounded
+probabilities whose sum is not 1: many runs end so, those here do not.
 """
 
 import contextlib
@@ -25,10 +27,11 @@ N, V, MASK = SIDE * SIDE, CODES + 1, CODES
 RULE = {"clamps": [], "score_temperature": None}
 
 
-def record(sampler, source, name, *, known, seed, rule, split=None, rolls=None):
+def record(sampler, source, name, *, known, seed, rule, split=None, rolls=None,
+           dtype="float32"):  # fmt: skip
     """Run a sampler on sequences of which `known` tokens are given; write one file."""
     tokens, rows = sequences(known, N, CODES, MASK, seed), len(known)
-    model = Guided(rows, V, N, V, seed)
+    model = Guided(rows, V, N, V, seed, dtype)
     for stub in model.stubs:
         stub.place[:, MASK] = -100  # the mask class has a column; the stub does not favour it
 
@@ -58,7 +61,7 @@ def record(sampler, source, name, *, known, seed, rule, split=None, rolls=None):
     token = [g for kind, g in noise.kept if kind == "gumbel"]
     states = [ids for ids, _ in model.calls] + decoded
     recorder = Recorder(name, source=source, codebase="valeoai/Halton-MaskGIT", mask_token_id=MASK,
-                        function=f"{type(sampler).__name__}.__call__", rule=RULE | rule,
+                        function=f"{type(sampler).__name__}.__call__", rule=RULE | rule, dtype=dtype,
                         guidance_scale=split)  # fmt: skip
     scores = None
     if ordered:
@@ -101,6 +104,10 @@ def main():
     record(Halton(w=0, step=6), source, "halton", known=(0, 0), seed=1, rule=order)
     record(Halton(w=2, step=7, randomize=True), source, "halton-rolled", known=(0, 0, 0), seed=2,
            rule=order, split=3.0, rolls=[3, 0, 11])  # fmt: skip
+    record(Halton(w=2, step=7), source, "halton-cfg-bf16", known=(0, 0, 0), seed=11, rule=order,
+           split=3.0, dtype="bfloat16")  # fmt: skip
+    record(Confidence(w=3, step=6), source, "halton-confidence-cfg-bf16", known=(0, 0), seed=4,
+           rule=surest, split=[1 + 3 * s / 5 for s in range(6)], dtype="bfloat16")  # fmt: skip
     few = Halton(w=1, step=6, sm_temp_min=0.8, sm_temp_max=1.4, temp_pow=2, top_k=5, temp_warmup=2)
     record(few, source, "halton-top-k", known=(0, 0), seed=3,
            rule=order | {"filters": ["top_k"], "top_k": 5})  # fmt: skip

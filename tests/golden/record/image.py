@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Stub
+from common import Stub, bits_of
 
 
 def sequences(known: tuple[int, ...], length: int, vocab: int, mask: int, seed: int) -> np.ndarray:
@@ -46,13 +46,15 @@ class Guided:
 
     device = torch.device("cpu")
 
-    def __init__(self, rows: int, vocab: int, length: int, num_ids: int, seed: int):
-        self.rows = rows
-        self.stubs = [Stub(vocab, length, num_ids, seed + i) for i in range(2)]
+    def __init__(
+        self, rows: int, vocab: int, length: int, num_ids: int, seed: int, dtype: str = "float32"
+    ):
+        self.rows, self.dtype = rows, getattr(torch, dtype)
+        self.stubs = [Stub(vocab, length, num_ids, seed + i, bits_of(dtype)) for i in range(2)]
         self.calls: list[tuple[np.ndarray, np.ndarray]] = []
 
     def __call__(self, x: Any, *_: Any, **__: Any) -> Any:
         x = np.array(x)
         parts = [self.stubs[i](x[self.rows * i :][: self.rows]) for i in range(len(x) // self.rows)]
         self.calls.append((x[: self.rows], np.concatenate(parts)))
-        return torch.from_numpy(self.calls[-1][1].copy())
+        return torch.from_numpy(self.calls[-1][1].copy()).to(self.dtype)

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 import torch
-from common import Recorder, Stub, TorchNoise, gumbel_of, source_argument
+from common import Recorder, Stub, TorchNoise, bits_of, gumbel_of, source_argument
 from text import Model, add, extract, load
 
 V, TEXT, MASK, NEWLINE, START = 16, 6, 40, 1, 4
@@ -27,7 +27,8 @@ class Multimodal(Model):
         return None
 
 
-def record(generate, source, name, rule, *, seed, steps, cfg=0.0, temperature=1.0, known=0):
+def record(generate, source, name, rule, *, seed, steps, cfg=0.0, temperature=1.0, known=0,
+           dtype="float32"):  # fmt: skip
     """Run `generate_image` on a 4 x 4 image and write one file."""
     rng = np.random.default_rng(seed)
     image = np.full((4, 5), MASK)
@@ -35,15 +36,15 @@ def record(generate, source, name, rule, *, seed, steps, cfg=0.0, temperature=1.
     image[:, 4] = NEWLINE
     x = np.concatenate([rng.integers(0, TEXT, START), image.reshape(-1), [2, 2]])[None]
     uncond = rng.integers(0, TEXT, (1, START - 2))
-    model = Multimodal(Stub(TEXT + V, x.shape[1], MASK + 1, seed))
+    model = Multimodal(Stub(TEXT + V, x.shape[1], MASK + 1, seed, bits_of(dtype)), dtype)
     prompt = torch.from_numpy(x.copy())
-    with TorchNoise(seed) as noise:
+    with TorchNoise(seed, coarse=True) as noise:
         generate(model, prompt, seq_len=16, newline_every=4, timesteps=steps, mask_token_id=MASK,
                  newline_id=NEWLINE, temperature=temperature, cfg_scale=cfg, code_start=START,
                  uncon_ids=torch.from_numpy(uncond), codebook_size=V,
                  text_vocab_size=TEXT)  # fmt: skip
     recorder = Recorder(name, source=source, codebase="Alpha-VLLM/Lumina-DiMOO", rule=rule,
-                        function="generate_image", mask_token_id=MASK,
+                        function="generate_image", mask_token_id=MASK, dtype=dtype,
                         guidance_scale=1 + cfg if cfg else None)  # fmt: skip
     calls = [model.calls[i :: 2 if cfg else 1] for i in range(2 if cfg else 1)]
     states = [tokens[:, START:-2] for tokens, _ in calls[0]] + [prompt[:, START:-2].numpy()]
@@ -52,8 +53,8 @@ def record(generate, source, name, rule, *, seed, steps, cfg=0.0, temperature=1.
         masked = states[s] == MASK
         token, choice = np.zeros((*masked.shape, V)), np.zeros(masked.shape)
         if temperature:
-            token[masked] = gumbel_of(next(kept)[1][0])
-        choice[masked] = gumbel_of(next(kept)[1][0])
+            token[masked] = gumbel_of(next(kept)[1][0], dtype)
+        choice[masked] = gumbel_of(next(kept)[1][0], dtype)
         add(recorder, states[s], states[s + 1], logits=logits[:, START:-2], step=s, num_steps=steps,
             uncond_logits=calls[1][s][1][:, START:-2] if cfg else None,
             num_masked_at_start=(states[0] == MASK).sum(1), choice_gumbel=choice,
@@ -79,6 +80,7 @@ def main():
     warm = {"sample_temperature": 0.5, "choice_temperature": 0.5}
     record(generate, source, "lumina-few", rule | warm, seed=4, steps=12, known=12,
            temperature=0.5)  # fmt: skip
+    record(generate, source, "lumina-cfg-bf16", rule, seed=6, steps=6, cfg=4.0, dtype="bfloat16")
 
 
 if __name__ == "__main__":

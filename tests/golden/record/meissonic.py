@@ -3,7 +3,7 @@
 python tests/golden/record/meissonic.py --source <checkout>
 """
 
-from amused import record, scheduler_module
+from amused import guidance, record, scheduler_module
 from common import source_argument
 
 
@@ -16,6 +16,9 @@ def main():
     ):
         record(code, code.Scheduler, source, name, rule, codebase="viiika/Meissonic", known=known,
                function="Scheduler.step", temperature=temperature, seed=len(name), steps=8)  # fmt: skip
+    record(code, code.Scheduler, source, "meissonic-cfg-bf16", "meissonic", known=(0, 5), seed=13,
+           codebase="viiika/Meissonic", function="Scheduler.step", dtype="bfloat16", scale=9.0,
+           guide=guidance(source / "src/pipeline.py", "Pipeline.__call__"))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Recorder, Stub, TorchNoise, gumbel_of, source_argument
+from common import Recorder, Stub, TorchNoise, bits_of, gumbel_of, source_argument
 from einops import rearrange
 from image import kept
 from text import add, extract
@@ -34,11 +34,12 @@ RULE = {
 
 
 def record(source, name, *, seed, steps=6, thres=0.8, critic=None, scale=3.0, temperature=1.0,
-           remask=False):  # fmt: skip
+           remask=False, dtype="float32"):  # fmt: skip
     """Run `generate` from nothing; write one file.  `critic` is "token" or "self"."""
     path = source / "muse_maskgit_pytorch/muse_maskgit_pytorch.py"
     code = extract(path, *HELPERS[:-2], math=math, partial=partial, rearrange=rearrange, F=F)
-    stubs, calls = [Stub(V, N, V + 1, seed + i) for i in range(2)], ([], [])
+    stubs = [Stub(V, N, V + 1, seed + i, bits_of(dtype)) for i in range(2)]
+    calls = ([], [])
     judges = [Stub(1, N, V + 1, seed + 50 + i) for i in range(2)]
 
     def forward(ids, return_embed=False, cond_drop_prob=0.0, **_):
@@ -46,7 +47,8 @@ def record(source, name, *, seed, steps=6, thres=0.8, critic=None, scale=3.0, te
         if (ids == MASK).any():
             calls[int(cond_drop_prob)].append((ids.numpy().copy(), logits))
         embed = torch.from_numpy(judges[0](ids))
-        return (torch.from_numpy(logits), embed) if return_embed else torch.from_numpy(logits)
+        logits = torch.from_numpy(logits).to(getattr(torch, dtype))
+        return (logits, embed) if return_embed else logits
 
     def judge(ids, cond_drop_prob=0.0, return_embed=False, **_):
         out = torch.from_numpy(judges[int(cond_drop_prob)](ids))
@@ -69,7 +71,7 @@ def record(source, name, *, seed, steps=6, thres=0.8, critic=None, scale=3.0, te
         no_mask_token_prob=0.25,
     )  # fmt: skip
     with (
-        TorchNoise(seed) as noise,
+        TorchNoise(seed, coarse=True) as noise,
         kept(torch.Tensor, "topk") as tops,
         kept(torch, "where") as fills,
     ):
@@ -80,13 +82,14 @@ def record(source, name, *, seed, steps=6, thres=0.8, critic=None, scale=3.0, te
     if critic or remask:
         rule |= {"score": "given", "revise": "held", "choice_temperature": float(bool(critic))}
     recorder = Recorder(name, source=source, codebase="lucidrains/muse-maskgit-pytorch", rule=rule,
-                        function="MaskGit.generate", mask_token_id=MASK, guidance_scale=scale)  # fmt: skip
-    token = [gumbel_of(u) for _, u in noise.kept if u.ndim == 3]
+                        function="MaskGit.generate", mask_token_id=MASK, guidance_scale=scale,
+                        dtype=dtype)  # fmt: skip
+    token = [gumbel_of(u, dtype) for _, u in noise.kept if u.ndim == 3]
     uniform = [u for _, u in noise.kept if u.ndim == 2]
     for s, (before, logits) in enumerate(calls[0]):
         last = s == steps - 1
         scores, count = (torch.zeros(ROWS, N), 0) if last else tops[2 * s + 2][0]
-        given = -scores.numpy()
+        given = -scores.float().numpy()
         if critic:  # taken apart again: logit and noise
             given = given + (uniform[s] - 0.5) * (1 - (s + 1) / steps)
         competing = np.full(ROWS, N) if critic or remask else (before == MASK).sum(1)
@@ -105,6 +108,8 @@ def main():
     record(source, "muse-critic", seed=3, critic="token")
     record(source, "muse-self-critic", seed=4, critic="self")
     record(source, "muse-remask", seed=5, remask=True)
+    record(source, "muse-cfg-bf16", seed=5, dtype="bfloat16")
+    record(source, "muse-critic-cfg-bf16", seed=13, critic="token", dtype="bfloat16")
 
 
 if __name__ == "__main__":

@@ -19,19 +19,20 @@ V, N, MASK = 24, 16, 30
 
 
 def record(method, source, name, rule, *, function, known, seed, steps=6, scale=0.0, mixed=False,
-           **options):  # fmt: skip
+           dtype="float32", **options):  # fmt: skip
     """Run `method` on sequences of which `known` tokens are given; write one file."""
     tokens, rows = sequences(known, N, V, MASK, seed), len(known)
-    model = Guided(rows, V + 3, N, MASK + 1, seed)  # the table is wider than the codebook
+    model = Guided(rows, V + 3, N, MASK + 1, seed, dtype)  # the table is wider than the codebook
     model.config = SimpleNamespace(mask_token_id=MASK, codebook_size=V, num_vq_tokens=N)
     where, softmax = kept(torch, "where"), kept(torch.Tensor, "softmax")
-    with TorchNoise(seed) as noise, where as wheres, softmax as mixes:
+    with TorchNoise(seed, coarse=True) as noise, where as wheres, softmax as mixes:
         final = method(model, input_ids=torch.from_numpy(tokens), timesteps=steps,
                        encoder_hidden_states=torch.zeros(rows, 1, 1), guidance_scale=scale,
                        **options).numpy()  # fmt: skip
     split = scale and not mixed
     recorder = Recorder(name, source=source, codebase="huggingface/open-muse", function=function,
-                        rule=rule, mask_token_id=MASK, guidance_scale=scale if split else None)  # fmt: skip
+                        rule=rule, mask_token_id=MASK, dtype=dtype,
+                        guidance_scale=scale if split else None)  # fmt: skip
     wheres = [call for call in wheres if isinstance(call[0][1], int)]  # masked again, or kept
     for s, (before, logits) in enumerate(model.calls):
         (_, _, candidates), after = wheres[s]
@@ -40,7 +41,7 @@ def record(method, source, name, rule, *, function, known, seed, steps=6, scale=
             uncond_logits=logits[rows:, :, :V] if split else None,
             num_masked_at_start=(tokens == MASK).sum(1),
             token_gumbel=noise.kept[2 * s][1].reshape(rows, N, V),
-            choice_gumbel=gumbel_of(noise.kept[2 * s + 1][1]))  # fmt: skip
+            choice_gumbel=gumbel_of(noise.kept[2 * s + 1][1], dtype))  # fmt: skip
     assert (final == candidates.numpy()).all()
     recorder.write()
 
@@ -62,6 +63,7 @@ def main():
     linear = sampling.get_mask_chedule("linear")
     one("open-muse-cfg", {"preset": "open-muse", "schedule": "linear"}, known=(0, 3), seed=3,
         scale=3.0, noise_schedule=linear)  # fmt: skip
+    one("open-muse-cfg-bf16", "open-muse", known=(0, 5), seed=2, scale=3.0, dtype="bfloat16")
     other = torch.zeros(1, 1, 1)
     two = partial(record, second.generate2, source, function="MaskGiTUViT_v2.generate2",
                   cond_embeds=other[0], empty_cond_embeds=other[0], empty_embeds=other, seq_len=N,
@@ -72,6 +74,8 @@ def main():
         guidance_schedule="cosine")  # fmt: skip
     two("open-muse-v2-scalar", rule | {"choice_temperature": 1.5}, known=(0, 0), seed=6,
         temperature=1.5)  # fmt: skip
+    two("open-muse-v2-cfg-bf16", "open-muse-v2", known=(0, 5), seed=1, temperature=(2, 0),
+        dtype="bfloat16")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ MASK = SHIFT + V  # the last column of the table, which upstream cuts off
 
 
 def record(method, source, name, rule, *, known, seed, steps=6, scale=0.0, temperature=1.0,
-           **options):  # fmt: skip
+           dtype="float32", **options):  # fmt: skip
     """Run `t2i_generate` on images of which `known` tokens are given; write one file."""
     start, rows = sequences(known, N, V, MASK, seed), len(known)
     prompt = np.random.default_rng(seed).integers(0, TEXT, (rows, PREFIX))
     ids = np.concatenate([prompt, np.where(start == MASK, MASK, start + SHIFT), prompt[:, :1]], 1)
-    model = Guided(rows, MASK + 1, PREFIX + N + 1, MASK + 1, seed)
+    model = Guided(rows, MASK + 1, PREFIX + N + 1, MASK + 1, seed, dtype)
     model.config = SimpleNamespace(mask_token_id=MASK)
     showo = SimpleNamespace(num_vq_tokens=N, num_new_special_tokens=SPECIAL, llm_vocab_size=TEXT)
     config = SimpleNamespace(
@@ -34,11 +34,11 @@ def record(method, source, name, rule, *, known, seed, steps=6, scale=0.0, tempe
         dataset=SimpleNamespace(preprocessing=SimpleNamespace(max_seq_length=PREFIX - 1)),
     )
     ids = torch.from_numpy(ids)
-    with TorchNoise(seed) as noise, kept(torch, "where") as wheres:
+    with TorchNoise(seed, coarse=True) as noise, kept(torch, "where") as wheres:
         final = method(model, ids, uncond_input_ids=ids.clone() if scale else None, config=config,
                        temperature=temperature, timesteps=steps, guidance_scale=scale, **options)  # fmt: skip
     recorder = Recorder(name, source=source, codebase="showlab/Show-o", function="Showo.t2i_generate",
-                        rule=rule, mask_token_id=MASK,
+                        rule=rule, mask_token_id=MASK, dtype=dtype,
                         guidance_scale=1 + scale if scale else None)  # fmt: skip
     masked = [call for call in wheres[1:] if isinstance(call[0][1], int)][1::2]
     cut = np.s_[:, PREFIX : PREFIX + N, SHIFT : SHIFT + V]
@@ -49,7 +49,7 @@ def record(method, source, name, rule, *, known, seed, steps=6, scale=0.0, tempe
             logits=logits[:rows][cut], uncond_logits=logits[rows:][cut] if scale else None, step=s,
             num_steps=steps, num_masked_at_start=(start == MASK).sum(1),
             token_gumbel=noise.kept[2 * s][1].reshape(rows, N, V),
-            choice_gumbel=gumbel_of(noise.kept[2 * s + 1][1]))  # fmt: skip
+            choice_gumbel=gumbel_of(noise.kept[2 * s + 1][1], dtype))  # fmt: skip
     assert (final == candidates).all()
     recorder.write()
 
@@ -64,6 +64,8 @@ def main():
     record(method, source, "show-o-known", {"preset": "open-muse", "schedule": "pow2.0",
            "choice_temperature": 2.0}, known=(4, 9, 15), seed=2, temperature=2.0,
            noise_schedule=sampling.get_mask_chedule("pow2.0"))  # fmt: skip
+    record(method, source, "show-o-cfg-bf16", "show-o", known=(0, 5), seed=2, scale=5.0,
+           dtype="bfloat16")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -64,6 +64,25 @@ def extract(path: Path, *names: str, **scope: Any) -> SimpleNamespace:
     return SimpleNamespace(**{n.split(".")[-1]: scope[n.split(".")[-1]] for n in names})
 
 
+def branch(path: Path, name: str, pair: str) -> Any:
+    """The branch of a method "Class.method" that unpacks `pair`: from its variables to them after it."""
+    tree: Any = ast.parse(path.read_text())
+    for part in name.split("."):
+        tree = next(n for n in tree.body if getattr(n, "name", None) == part)
+    body = next(
+        n.body
+        for n in ast.walk(tree)
+        if isinstance(n, ast.If) and ast.unparse(n.body[0]).strip("(").startswith(pair)
+    )
+    code = compile(ast.Module(body, []), str(path), "exec")
+
+    def run(**scope: Any) -> SimpleNamespace:
+        exec(code, scope)
+        return SimpleNamespace(**scope)
+
+    return run
+
+
 def prompts(stub_ids: int, mask: int, rows: int, length: int, seed: int, holes: int = 2) -> Any:
     """(rows, length) known tokens with some masks left in all rows but the first."""
     rng = np.random.default_rng(seed)

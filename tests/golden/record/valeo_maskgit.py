@@ -5,7 +5,8 @@
 Logits are kept after the guidance, which grows by step, and before the softmax, with sm_temp (it
 multiplies) left out.  The number to commit comes from upstream's table (`num_commit` (S, B)), which
 always sums to N.  The mask class has a column and could be drawn; the stub does not favour it.
-Without random confidence ("none") upstream runs for one sequence only, as its shapes go wrong.
+Without random confidence ("none") upstream runs for one sequence only, as its shapes go wrong.  There is
+no guided run in half precision: under upstream's autocast a float32 bias makes its logits float32.
 """
 
 import contextlib
