@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from .kernels.common.arrays import library_of, place_of, signed
 from .kernels.decode_step import StepResult, StepRule
 from .kernels.decode_step.parts import scoring
+from .kernels.decode_step.run import usual_jax
 
 
 class Trajectory(NamedTuple):
@@ -45,6 +46,10 @@ class Recorder:
 
     def add(self, number: int, output: Any, before: Any, result: StepResult, after: Any) -> None:
         """Step `number`, from the tokens `before` to those `after` that the loop goes on with."""
+        with usual_jax(before):
+            self._add(number, output, before, result, after)
+
+    def _add(self, number: int, output: Any, before: Any, result: StepResult, after: Any) -> None:
         log, library = self.trajectory, library_of(before)
         log.next_tokens.append(result.next_tokens)
         log.candidate_tokens.append(result.candidate_tokens)

@@ -258,6 +258,37 @@ def test_one_program_for_every_temperature_and_threshold(op: str) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_small_arguments_beside_tensors(compiled: bool) -> None:
+    """Seeds and counts as sequences, NumPy's arrays and numbers, in compiled code as in any other."""
+    given = problem("torch")
+    logits, tokens = given.pop("logits"), given.pop("tokens")
+    for name in ("seeds", "num_masked_at_start", "positions"):
+        given.pop(name)
+
+    def call(seeds: Any, counts: Any) -> Any:
+        return maskgit.decode_step(logits, tokens, **given, seeds=seeds, num_masked_at_start=counts)
+
+    wanted = call([3, 4], [6, 6])
+    words = np.array([[3, 0], [4, 0]], np.uint32)
+    seeds = [(3, 4), range(3, 5), np.array([3, 4]), np.array([3, 4], np.uint64), words]
+    read_only = np.array([6, 6])
+    read_only.flags.writeable = False
+    counts = [6, np.int64(6), (6, 6), np.array(6), np.array([6, 6], np.uint8), [np.int64(6), 6]]
+    cases = [(s, 6) for s in [*seeds, [np.int64(3), 4]]] + [
+        ([3, 4], c) for c in [*counts, read_only]
+    ]
+    for case in cases:
+        torch._dynamo.reset()
+        way = torch.compile(call, fullgraph=True, backend="eager") if compiled else call
+        same(wanted, way(*case))
+    for bad in (np.array([1.5, 2.0]), np.array([True, False]), np.array(["a", "b"])):
+        with pytest.raises(TypeError, match="seeds: expected"):
+            call(bad, 6)
+        with pytest.raises(TypeError, match="num_masked_at_start: expected"):
+            call([3, 4], bad)
+
+
 def test_lists_that_change_under_torch_compile() -> None:
     given = problem("torch", "llada")
     logits, tokens = given.pop("logits"), given.pop("tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ SWITCHES = {
     "dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
     "x64": lambda: jax.enable_x64(True),
     "rbg": lambda: jax.default_prng_impl("rbg"),
+    "host to device": lambda: jax.transfer_guard_host_to_device("disallow"),
     "no jit": jax.disable_jit,
 }
 
@@ -62,6 +64,36 @@ def test_every_switch(backend: str, switch: str) -> None:
         wanted = call(rule, backend, given)
         with SWITCHES[switch]():
             same(wanted, call(rule, backend, given))
+
+
+@pytest.mark.parametrize(
+    "switch", ["rank_promotion", "dtype_promotion", "debug_nans", "debug_infs"]
+)
+@pytest.mark.parametrize("rule", ["maskgit", "random", "mdlm", "llada-fp64"])
+def test_every_switch_for_the_other_ops(rule: str, switch: str) -> None:
+    given, rng = arguments(), np.random.default_rng(3)
+    hidden, head = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 8, 4), (50, 4)))
+    logits, numbers = given.pop("logits"), {"mask_token_id": 50, "step": 1, "num_steps": 4}
+
+    def calls() -> list[Any]:
+        out = [maskgit.decode_step_from_hidden(hidden, head, **given, rule=rule, **numbers)]
+        candidates = jnp.zeros_like(given["tokens"])
+        out.append(maskgit.commit_tokens(candidates, hidden[..., 0], **given, rule=rule, **numbers))
+        if rule not in ("random", "mdlm"):
+            out.append(maskgit.sample_tokens(logits, rule=rule, seeds=given["seeds"]))
+        options: dict[str, Any] = {"mask_token_id": 50, "num_steps": 2, "seeds": jnp.arange(3)}
+        whole = jnp.nan_to_num(logits, neginf=-30.0, posinf=30.0)
+        made = maskgit.generate(
+            lambda tokens: whole, given["tokens"], rule=rule, record=True, **options
+        )
+        return [*out, (made.tokens, *made.trajectory.confidence[:1], made.trajectory.entropies[0])]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        wanted = calls()
+        with SWITCHES[switch]():
+            for a, b in zip(wanted, calls(), strict=True):
+                same(a, b)
 
 
 @pytest.mark.parametrize("backend", HERE)

@@ -91,11 +91,11 @@ def decode_step(
     if kind_of(logits) == "torch":
         from .ops import decode_step_op
 
-        num_masked_at_start = counts_tensor(num_masked_at_start, logits)
+        num_masked_at_start = counts_tensor("num_masked_at_start", num_masked_at_start, logits)
         arrays = {"tokens": tokens, "seeds": seeds, "noise.token_gumbel": token_gumbel}
         arrays |= {"noise.choice_gumbel": choice_gumbel, "uncond_logits": uncond_logits}
         arrays |= {"eligible": eligible, "num_masked_at_start": num_masked_at_start}
-        num_commit = counts_tensor(num_commit, logits)
+        num_commit = counts_tensor("num_commit", num_commit, logits)
         arrays |= {"scores": scores, "num_commit": num_commit, "positions": positions}
         numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
         check_op_arguments(logits, arrays, numbers)
@@ -167,10 +167,10 @@ def commit_tokens(
         return StepResult(*run.at_step(at, step_rule, step, num_steps, scores))
     from .ops import commit_tokens_op
 
-    num_masked_at_start = counts_tensor(num_masked_at_start, scores)
+    num_masked_at_start = counts_tensor("num_masked_at_start", num_masked_at_start, scores)
     arrays = {"candidate_tokens": candidate_tokens, "tokens": tokens, "seeds": seeds}
     arrays |= {"choice_gumbel": choice_gumbel, "eligible": eligible}
-    num_commit = counts_tensor(num_commit, scores)
+    num_commit = counts_tensor("num_commit", num_commit, scores)
     arrays |= {"num_masked_at_start": num_masked_at_start, "num_commit": num_commit}
     arrays |= {"positions": positions}
     numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
@@ -263,6 +263,8 @@ def seeds_like(seeds: Any, logits: Any) -> Any:
     kind = kind_of(logits)
     if seeds is None or kind is None or kind_of(seeds) == kind:
         return seeds
+    if kind == "torch" and isinstance(seeds, np.ndarray):
+        return _as_tensor("seeds", seeds, logits)
     if kind_of(seeds) is None:
         values = _seed_values(seeds)
         if kind == "torch":
@@ -277,9 +279,6 @@ def seeds_like(seeds: Any, logits: Any) -> Any:
         from ..common.philox import seed_words
 
         seeds = np.stack(seed_words(seeds), axis=1).astype(np.uint32)
-    if kind == "torch":
-        seeds = seeds.view(np.int64) if seeds.dtype == np.uint64 else seeds.astype(np.int64)
-        return to_kind(seeds, "torch", logits.device)
     return to_kind(seeds, kind)
 
 
@@ -294,16 +293,32 @@ def _seed_values(seeds: Any) -> list[int]:
     raise TypeError(f"seeds: expected (B,) integers, got {seeds!r}")
 
 
-def counts_tensor(counts: Any, logits: Any) -> Any:
-    """A number of masked positions for all sequences, as the tensor that the op takes."""
-    if not isinstance(counts, (int, np.integer, list, tuple)):
+def _as_tensor(name: str, array: Any, model: Any) -> Any:
+    """A NumPy array of integers as a tensor beside `model`, in compiled code too."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return torch.as_tensor(array, device=model.device)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
+    return to_kind(array, "torch", model.device)
+
+
+def counts_tensor(name: str, counts: Any, logits: Any) -> Any:
+    """Numbers of masked positions, or one for all sequences, as the tensor that the op takes."""
+    if not isinstance(counts, (int, np.integer, np.ndarray, list, tuple)):
         return counts
     import torch
 
+    if isinstance(counts, np.ndarray):  # in compiled code NumPy's scalars too
+        counts = _as_tensor(name, counts, logits)
+        return counts.expand(logits.shape[0]) if counts.ndim == 0 else counts
     if not isinstance(counts, (bool, list, tuple)):  # no copy from the host, which breaks a capture
         return torch.full((logits.shape[0],), int(counts), device=logits.device)
     if isinstance(counts, (list, tuple)) and all(type(count) is int for count in counts):
         return torch.tensor(counts, dtype=torch.int64, device=logits.device)
+    if torch.compiler.is_compiling() and isinstance(counts, (list, tuple)):
+        return torch.stack([torch.as_tensor(count) for count in counts]).to(logits.device)
     values = torch.as_tensor(counts, device=logits.device)
     return values.expand(logits.shape[0]) if values.ndim == 0 else values
 

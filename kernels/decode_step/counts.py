@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("linear", "cosine", "sine", "square", "cubic", "exp", "sqrt", "log", "arccos")
 _POW = re.compile(r"pow(\d+(?:\.\d*)?|\.\d+)$")
+_MOST_COUNTS = 1 << 26  # half a gigabyte of them
 _FLOOR = 1e-6  # google-research/maskgit clips its ratios to [1e-6, 1]
 
 
@@ -276,6 +277,11 @@ def plan_masked_counts(
     if size < largest:
         raise ValueError(
             f"num_positions: expected at least the {largest} masked positions, got {num_positions}"
+        )
+    if num_steps * max(len(start), 1) > _MOST_COUNTS:
+        raise ValueError(
+            f"num_steps: expected at most {_MOST_COUNTS} counts in all, got {num_steps} steps of "
+            f"{len(start)} sequences"
         )
     now = start.astype(np.int64)
     counts = np.zeros((num_steps, len(start)), np.int64)

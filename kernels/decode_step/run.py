@@ -11,9 +11,9 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache, partial, wraps
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -73,6 +73,7 @@ _MODULES = {
     "jax": ".jax_ref",
     "reference": ".reference",
 }
+T = TypeVar("T")
 _UNSIGNED = ("uint16", "uint32", "uint64")
 MOST_TRACED_STEPS = 4096
 _SCALARS = ("guidance_scale", "mask_token_id")
@@ -84,6 +85,45 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name], __package__)
 
 
+def in_usual_jax(function: Callable[..., T]) -> Callable[..., T]:
+    """For jax arrays a function runs in jax as it is written for, whatever else the caller has set.
+
+    Infinities are part of the contract, NaN may stand in what a `where` then leaves out, and the numbers
+    of a step come from the host.  The first argument says what arrays they are.
+    """
+
+    @wraps(function)
+    def wrapped(model: Any, *args: Any, **options: Any) -> T:
+        with usual_jax(model):
+            return function(model, *args, **options)
+
+    return wrapped
+
+
+def usual_jax(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Where `model` is a jax array, the context of `in_usual_jax`."""
+    return _usual_jax() if kind_of(model) == "jax" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _usual_jax() -> Iterator[None]:
+    import jax
+
+    wanted = {
+        "jax_numpy_rank_promotion": ("allow", jax.numpy_rank_promotion),
+        "jax_numpy_dtype_promotion": ("standard", jax.numpy_dtype_promotion),
+        "jax_debug_nans": (False, jax.debug_nans),
+        "jax_debug_infs": (False, jax.debug_infs),
+        "jax_transfer_guard_host_to_device": ("allow", jax.transfer_guard_host_to_device),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, (value, switch) in wanted.items():
+            if getattr(jax.config, name) not in (None, value):
+                stack.enter_context(switch(value))
+        yield
+
+
+@in_usual_jax
 def decode_step(
     logits: Any,
     tokens: Any,
@@ -298,6 +338,7 @@ def complete(x: StepInputs, plan: StepPlan) -> StepInputs:
     )
 
 
+@in_usual_jax
 def commit_tokens(
     candidate_tokens: Any,
     scores: Any,
@@ -371,6 +412,7 @@ def results(out: Any, model: Any, tokens: Any) -> tuple[Any, Any, Any]:
     return _cast_like(next_tokens, tokens), _cast_like(candidates, tokens), confidence
 
 
+@in_usual_jax
 def sample_tokens(
     logits: Any,
     rule: StepRule,
@@ -415,32 +457,6 @@ def sample_tokens(
 
 def call(name: str, x: StepInputs, plan: StepPlan, logits: Any, backend: str) -> Any:
     """Run the chosen backend on arrays of its own kind; `logits` says which kind and dtype."""
-    with usual_jax() if kind_of(logits) == "jax" else contextlib.nullcontext():
-        return _call(name, x, plan, logits, backend)
-
-
-@contextlib.contextmanager
-def usual_jax() -> Iterator[None]:
-    """jax as the kernels are written for, whatever the caller has switched on for their own code.
-
-    Infinities are part of the contract, and NaN may stand in what a `where` then leaves out.
-    """
-    import jax
-
-    wanted = {
-        "jax_numpy_rank_promotion": ("allow", jax.numpy_rank_promotion),
-        "jax_numpy_dtype_promotion": ("standard", jax.numpy_dtype_promotion),
-        "jax_debug_nans": (False, jax.debug_nans),
-        "jax_debug_infs": (False, jax.debug_infs),
-    }
-    with contextlib.ExitStack() as stack:
-        for name, (value, switch) in wanted.items():
-            if getattr(jax.config, name) != value:
-                stack.enter_context(switch(value))
-        yield
-
-
-def _call(name: str, x: StepInputs, plan: StepPlan, logits: Any, backend: str) -> Any:
     chosen = backend_for(logits, backend)
     dtype = "float32" if x.logits is None else dtype_name(logits)
     if chosen == "pallas" and backend == "auto" and _exceeds_tpu(x, dtype):
@@ -671,7 +687,7 @@ def _counts(name: str, given: Any, tokens: Any, batch: int, length: int) -> Any:
     """Numbers of positions as (B,) integers, where they are given."""
     if given is None:
         return None
-    if kind_of(given) is None:
+    if kind_of(given) in (None, "numpy"):
         array = np.asarray(given)
         if array.dtype.kind not in "iu":
             raise TypeError(f"{name}: expected integers, got {given!r}")
@@ -693,11 +709,20 @@ def _counts(name: str, given: Any, tokens: Any, batch: int, length: int) -> Any:
 def _cast(x: Any, dtype: str) -> Any:
     if dtype_name(x) == dtype:
         return x
+    if kind_of(x) == "jax" and dtype == "float64" and not has_float64():
+        dtype = "float32"
     if kind_of(x) == "torch":
         import torch
 
         return x.to(getattr(torch, dtype))
     return x.astype(dtype)
+
+
+def has_float64() -> bool:
+    """Whether jax has 64-bit types."""
+    import jax
+
+    return bool(jax.config.read("jax_enable_x64"))
 
 
 def _cast_like(x: Any, model: Any) -> Any:

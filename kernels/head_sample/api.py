@@ -93,11 +93,11 @@ def decode_step_from_hidden(
         return StepResult(*run.at_step(at, step_rule, step, num_steps, hidden))
     from .ops import decode_step_from_hidden_op
 
-    num_masked_at_start = counts_tensor(num_masked_at_start, hidden)
+    num_masked_at_start = counts_tensor("num_masked_at_start", num_masked_at_start, hidden)
     arrays = {"head_weight": head_weight, "tokens": tokens, "head_bias": head_bias, "seeds": seeds}
     arrays |= {"uncond_hidden": uncond_hidden, "noise.token_gumbel": token_gumbel}
     arrays |= {"noise.choice_gumbel": choice_gumbel, "eligible": eligible, "scores": scores}
-    num_commit = counts_tensor(num_commit, hidden)
+    num_commit = counts_tensor("num_commit", num_commit, hidden)
     arrays |= {"num_masked_at_start": num_masked_at_start, "num_commit": num_commit}
     arrays |= {"positions": positions}
     numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
@@ -111,6 +111,7 @@ def decode_step_from_hidden(
     return StepResult(*out)
 
 
+@run.in_usual_jax
 def decode(
     hidden: Any, head_weight: Any, tokens: Any, rule: StepRule, mask_token_id: int, step: int,
     num_steps: int, head_bias: Any, uncond_hidden: Any, guidance_scale: Any,

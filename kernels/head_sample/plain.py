@@ -87,7 +87,8 @@ def _has_dead_rows(drawn: Any, wanted: Any) -> bool:
 
 def chosen(x: StepInputs, plan: StepPlan, hidden: Any, backend: str) -> Any:
     """(B, N) bool: the positions that this step commits, whatever their tokens."""
-    scores = x.scores if plan.row.score == "given" else x.tokens * 0.0
+    nothing = library_of(x.tokens).zeros(x.tokens.shape, **place_of(x.tokens))
+    scores = x.scores if plan.row.score == "given" else nothing
     never = plan.row.vocab_start
     other = never if x.mask_token_id != never else never + 1
     drawn = x.tokens * 0 + other
