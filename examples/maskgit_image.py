@@ -9,7 +9,6 @@ import argparse
 
 import torch
 
-from maskgit import images
 from maskgit.pipeline import load
 
 
@@ -33,7 +32,7 @@ def main() -> None:
     filled = pipeline.fill(tokens, given.classes[:1] * len(tokens), seeds=given.seed + 1)
 
     rows = [list(pictures[:, 0].numpy()), list(pipeline.decode(filled.tokens)[:, 0].numpy())]
-    print(images.save_png(images.grid(rows, row_labels=["drawn", "redrawn"]), given.out))
+    print(pictures.save_png(pictures.grid(rows, row_labels=["drawn", "redrawn"]), given.out))
 
 
 if __name__ == "__main__":

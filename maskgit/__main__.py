@@ -56,9 +56,10 @@ def _run_plainly(words: list[str]) -> bool:
     if words == ["--version"]:
         print(__version__)
     elif words[:1] in (["env"], ["presets"]) and set(words[1:]) <= {"--json"}:
-        from maskgit import cli_presets, env_report
+        from maskgit import cli_presets
+        from maskgit.report import environment
 
-        show = env_report.show if words[0] == "env" else cli_presets.show
+        show = environment.show if words[0] == "env" else cli_presets.show
         show(as_json="--json" in words)
     else:
         return False

@@ -131,18 +131,18 @@ def generate(
 
 
 def _write_grid(pipeline: Any, tokens: Any, classes: list[int], per_class: int, out: Path) -> Path:
-    from maskgit import images
+    from maskgit.report import pictures
 
     pixels = pipeline.decode(tokens)[:, 0].numpy()
     rows = [list(pixels[i * per_class : (i + 1) * per_class]) for i in range(len(classes))]
-    return images.save_png(images.grid(rows, row_labels=[str(c) for c in classes]), out)
+    return pictures.save_png(pictures.grid(rows, row_labels=[str(c) for c in classes]), out)
 
 
 def _write_strip(pipeline: Any, result: Any, classes: list[int], per_class: int, out: Path) -> Path:
     """One row per class: all masked, then each step's kept tokens, then the final image."""
     import numpy as np
 
-    from maskgit import images
+    from maskgit.report import pictures
 
     rows = list(range(0, len(classes) * per_class, per_class))
     candidates, kept = result.trajectory.candidate_tokens, result.trajectory.next_tokens
@@ -159,14 +159,14 @@ def _write_strip(pipeline: Any, result: Any, classes: list[int], per_class: int,
         pixels = [pipeline.decode(candidates[t][row : row + 1])[0, 0].numpy() for t in shown]
         tiles.append([final, *pixels, final])
         masks.append([*hidden, None])
-    picture = images.grid(
+    picture = pictures.grid(
         tiles,
         masked=masks,
         row_labels=[str(c) for c in classes],
         column_labels=["start", *(str(t + 1) for t in shown), str(steps)],
         scale=10,
     )
-    return images.save_png(picture, out)
+    return pictures.save_png(picture, out)
 
 
 def _spread(count: int, limit: int) -> list[int]:
@@ -180,7 +180,7 @@ def _spread(count: int, limit: int) -> list[int]:
 @common.user_errors
 def env(as_json: common.JsonOption = False) -> None:
     """Say which versions, devices and backends are here, and why others are not."""
-    from maskgit.env_report import show
+    from maskgit.report.environment import show
 
     show(as_json)
 

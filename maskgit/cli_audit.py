@@ -13,7 +13,7 @@ import numpy as np
 import typer
 
 from maskgit import cli_common as common
-from maskgit import tables
+from maskgit.report import tables
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 MAX_HEADER = 100_000_000  # bytes, as the safetensors format says

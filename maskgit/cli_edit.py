@@ -144,8 +144,8 @@ def _region(pipeline: Any, inpaint: str | None, outpaint: str | None, box: str |
 def _read_pixels(pipeline: Any, image: str, invert: bool | None) -> Any:
     import torch
 
-    from maskgit import images
     from maskgit.digits import load_split
+    from maskgit.report import pictures
 
     size = pipeline.weights.config.tokenizer.image_size
     if image.startswith("test:"):
@@ -155,20 +155,20 @@ def _read_pixels(pipeline: Any, image: str, invert: bool | None) -> Any:
             raise common.bad("IMAGE", f"expected test:0 to test:{len(test.labels) - 1}")
         return torch.from_numpy(test.images[int(number)])
     try:
-        return torch.from_numpy(images.read_gray(image, size, invert=invert))[None]
-    except images.ImageError as error:
+        return torch.from_numpy(pictures.read_gray(image, size, invert=invert))[None]
+    except pictures.ImageError as error:
         raise common.bad("IMAGE", str(error)) from error
 
 
 def _write_edit(edits: Any, out: Path) -> Path:
-    from maskgit import images
+    from maskgit.report import pictures
 
     before = edits.before[0].numpy()
     after = [pixels[0].numpy() for pixels in edits.after]
-    picture = images.grid(
+    picture = pictures.grid(
         [[before, before, *after]],
         masked=[[None, edits.masked, *(None for _ in after)]],
         column_labels=["before", "mask", *("after" for _ in after)],
         scale=12,
     )
-    return images.save_png(picture, out)
+    return pictures.save_png(picture, out)

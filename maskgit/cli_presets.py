@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from maskgit import StepRule, tables
+from maskgit import StepRule
+from maskgit.report import tables
 
 
 def show(as_json: bool) -> None:

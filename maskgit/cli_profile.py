@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from maskgit import cli_common as common
-from maskgit import tables
 from maskgit.kernels.common.extras import pip_install
 from maskgit.kernels.common.names import unknown
+from maskgit.report import tables
 
 OPS = ("decode-step", "head", "attention")
 GPU_OPS = (*OPS, "residual-norm")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from maskgit import cli_common as common
-from maskgit import tables
+from maskgit.report import tables
 
 train_app = typer.Typer(
     help="Train the tokenizer, the transformer, or both.",

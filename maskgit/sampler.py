@@ -14,7 +14,7 @@ from .kernels.common.arrays import is_on_host, kind_of, library_of, to_numpy
 from .kernels.common.selection import check_name
 from .kernels.decode_step import StepNoise, StepRule, as_rule
 from .kernels.decode_step.checks import as_index, check_eligible, check_integers, check_scores
-from .progress import Progress
+from .report.progress import Progress
 from .trajectory import Recorder, Trajectory
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from maskgit.checkpoint import CheckpointError, check_tensors, load_checkpoint, save_checkpoint
 from maskgit.config import TrainConfig, to_dict
 from maskgit.files import check_writable
-from maskgit.progress import Progress
+from maskgit.report.progress import Progress
 from maskgit.tasks import Task
 
 SEED_STRIDE = 1_000_003

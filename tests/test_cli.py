@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 import maskgit
 from maskgit.cli import app
-from maskgit.images import read_gray
+from maskgit.report.pictures import read_gray
 
 TILE, GAP, MARGIN = 64, 6, 12
 

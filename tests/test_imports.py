@@ -60,7 +60,7 @@ with warnings.catch_warnings(record=True) as caught:
         maskgit.sample_tokens(logits, rule="llada")
     maskgit.sample_tokens(logits, rule="llada", backend="reference")
 print(len(caught), caught[0].category.__name__, caught[0].message)
-from maskgit.env_report import collect
+from maskgit.report.environment import collect
 print(collect()["backends"]["cpp"]["reason"])
 try:
     maskgit.sample_tokens(np.zeros((1, 2, 5), np.float32), rule="llada", backend="cpp")
@@ -101,6 +101,8 @@ def test_every_folder_with_code_is_a_package():
     from pathlib import Path
 
     root = Path(__file__).parent.parent
-    folders = {p.parent for f in ("maskgit", "kernels", "benchmarks") for p in (root / f).rglob("*.py")}
+    folders = {
+        p.parent for f in ("maskgit", "kernels", "benchmarks") for p in (root / f).rglob("*.py")
+    }
     assert len(folders) > 5
     assert all((folder / "__init__.py").exists() for folder in folders)

@@ -14,9 +14,10 @@ from maskgit.kernels.decode_step.plan import resolve
 from typer.testing import CliRunner
 
 import maskgit
-from maskgit import StepRule, progress
+from maskgit import StepRule
 from maskgit.cli import app
-from maskgit.progress import Progress
+from maskgit.report import progress
+from maskgit.report.progress import Progress
 
 HUGE = 10**9
 

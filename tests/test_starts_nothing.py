@@ -91,7 +91,7 @@ for line in ("generate --per-class 1 --steps 1 --out x.png", "edit test:0 --outp
         main()
     except SystemExit as end:
         assert end.code == (2 if "abacus" in line else 0), (line, end.code)
-from maskgit.env_report import facts
+from maskgit.report.environment import facts
 facts()
 assert not loaded("jax", "jaxlib"), loaded("jax", "jaxlib")
 import jax  # and where somebody has imported it, it is not started

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskgit import cli_audit, cli_profile, cli_train, tables
+from maskgit import cli_audit, cli_profile, cli_train
+from maskgit.report import tables
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = (40, 60, 80, 200)
@@ -69,13 +70,13 @@ def audit(monkeypatch):
 
 
 def env(monkeypatch):
-    from maskgit import env_report
+    from maskgit.report import environment
 
-    report = env_report.facts() | {
+    report = environment.facts() | {
         "backends": {"pallas": {"available": False, "reason": "no " * 40}}
     }
-    monkeypatch.setattr(env_report, "collect", lambda: report)
-    return lambda: env_report.show(as_json=False)
+    monkeypatch.setattr(environment, "collect", lambda: report)
+    return lambda: environment.show(as_json=False)
 
 
 @pytest.mark.parametrize("make", [evaluate, bench, shapes, profile, audit, env])
