@@ -263,8 +263,8 @@ def bench_maskgit(bench: Bench) -> Iterator[Row]:
     import torch
 
     import maskgit
-    from maskgit.config import preset
-    from maskgit.model import MaskGitTransformer
+    from maskgit.models.transformer import MaskGitTransformer
+    from maskgit.pipelines.recipes import preset
 
     for batch, tokens, steps in bench.some(((1, 256, 8), (64, 256, 8), (1, 1024, 12))):
         if bench.is_over():

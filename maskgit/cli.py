@@ -89,7 +89,7 @@ def generate(
     )
     common.check_out("--out", out)
     common.check_out("--strip", strip)
-    from maskgit.pipeline import load
+    from maskgit.pipelines.images import load
 
     pipeline = load(weights)
     common.check_range("--steps", steps, 1, pipeline.weights.config.transformer.num_tokens)

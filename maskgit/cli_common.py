@@ -77,7 +77,7 @@ FinishOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
-MAX_SEED = 1 << 42  # as maskgit.pipeline, which is not imported here because it needs torch
+MAX_SEED = 1 << 42  # as maskgit.pipelines.images, which is not imported here because it needs torch
 
 # what the library raises for arguments; a file to be read that is missing among them
 WRONG_ARGUMENTS = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError)

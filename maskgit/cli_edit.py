@@ -77,7 +77,7 @@ def edit(
         rule, backend, choice_temperature, sample_temperature, guidance, seed, order
     )
     common.check_out("--out", out)
-    from maskgit.pipeline import load
+    from maskgit.pipelines.images import load
 
     pipeline = load(weights)
     shape = pipeline.weights.config.transformer
@@ -86,7 +86,7 @@ def edit(
     common.check_range("--class", class_id, 0, shape.num_classes - 1)
     masked = _region(pipeline, inpaint, outpaint, box)
     pixels = _read_pixels(pipeline, image, invert)
-    from maskgit.editing import edit as run_edit
+    from maskgit.pipelines.editing import edit as run_edit
 
     edits = run_edit(
         pipeline,
@@ -129,7 +129,7 @@ def _bad_choice(count: int) -> typer.BadParameter:
 
 
 def _region(pipeline: Any, inpaint: str | None, outpaint: str | None, box: str | None) -> Any:
-    from maskgit.editing import Box, EditError, box_mask, outpaint_mask
+    from maskgit.pipelines.editing import Box, EditError, box_mask, outpaint_mask
 
     config = pipeline.weights.config.tokenizer
     option = "--inpaint" if inpaint is not None else "--outpaint" if outpaint else "--box"
@@ -144,8 +144,8 @@ def _region(pipeline: Any, inpaint: str | None, outpaint: str | None, box: str |
 def _read_pixels(pipeline: Any, image: str, invert: bool | None) -> Any:
     import torch
 
-    from maskgit.digits import load_split
     from maskgit.report import pictures
+    from maskgit.training.data.digits import load_split
 
     size = pipeline.weights.config.tokenizer.image_size
     if image.startswith("test:"):

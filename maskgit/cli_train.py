@@ -94,9 +94,9 @@ def train_transformer(
     """
     config = _prepare(preset, seed, threads, checkpoint_every, tokenizer_steps, steps)
     common.check_out("--out", out)
-    from maskgit.digits import load_split
-    from maskgit.tasks import TokenizerTask
-    from maskgit.train import averaged_model, load_state
+    from maskgit.training.data.digits import load_split
+    from maskgit.training.loop import averaged_model, load_state
+    from maskgit.training.tasks import TokenizerTask
 
     task = TokenizerTask(config, load_split()[0])
     trained = averaged_model(task, load_state(tokenizer, task))
@@ -138,7 +138,7 @@ def _prepare(
     transformer_steps: int | None,
 ) -> Any:
     """Check the shared options, set the thread count, and return the configuration."""
-    from maskgit.config import PRESETS, preset
+    from maskgit.pipelines.recipes import PRESETS, preset
 
     if name not in PRESETS:
         raise common.bad("--preset", f"expected digits, got {name!r}")
@@ -166,9 +166,9 @@ def _prepare(
 def _fit_tokenizer(
     config: Any, seed: int, state: Path, resume: bool, every: int, quiet: bool
 ) -> Any:
-    from maskgit.digits import load_split
-    from maskgit.tasks import TokenizerTask
-    from maskgit.train import fit
+    from maskgit.training.data.digits import load_split
+    from maskgit.training.loop import fit
+    from maskgit.training.tasks import TokenizerTask
 
     started = time.perf_counter()
     task = TokenizerTask(config, load_split()[0])
@@ -182,10 +182,10 @@ def _fit_transformer(
 ) -> None:
     import torch
 
-    from maskgit.checkpoint import save_weights
-    from maskgit.digits import load_split
-    from maskgit.tasks import TransformerTask
-    from maskgit.train import fit
+    from maskgit.pipelines.weights import save_weights
+    from maskgit.training.data.digits import load_split
+    from maskgit.training.loop import fit
+    from maskgit.training.tasks import TransformerTask
 
     started = time.perf_counter()
     task = TransformerTask(config, tokenizer, load_split()[0])
@@ -229,8 +229,8 @@ def evaluate(
     common.check_sampling(
         rule, backend, choice_temperature, sample_temperature, guidance, seed, order
     )
-    from maskgit import metrics
-    from maskgit.pipeline import load
+    from maskgit.evaluation import metrics
+    from maskgit.pipelines.images import load
 
     pipeline = load(weights)
     wanted = common.parse_steps(steps, pipeline.weights.config.transformer.num_tokens)

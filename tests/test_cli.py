@@ -28,7 +28,7 @@ def files_in(folder: Path) -> list[str]:
 
 def digit_file(tmp_path: Path) -> Path:
     """A PNG of a held-out digit, dark on light, at an odd size."""
-    from maskgit.digits import load_split
+    from maskgit.training.data.digits import load_split
 
     ink = load_split()[1].images[21, 0]
     light = Image.fromarray(((1 - ink) * 255).round().astype(np.uint8))

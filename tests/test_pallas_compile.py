@@ -173,19 +173,20 @@ def test_a_whole_generation_is_one_program() -> None:
     """MaskGIT in JAX, 3 steps, for a v5e: attention, head and commit as kernels, nothing on the host."""
     import dataclasses
 
-    from maskgit import model_jax
-    from maskgit.config import preset
+    from maskgit.models.transformer_jax import shapes
+    from maskgit.pipelines import images_jax
+    from maskgit.pipelines.recipes import preset
 
     config = preset("maskgit-official")
     config = dataclasses.replace(
         config, transformer=dataclasses.replace(config.transformer, num_layers=2)
     )
     of = jax.ShapeDtypeStruct
-    params = {n: of(s, jnp.bfloat16) for n, s in model_jax.shapes(config.transformer).items()}
+    params = {n: of(s, jnp.bfloat16) for n, s in shapes(config.transformer).items()}
 
     def run(params: Any, classes: Any, seeds: Any) -> Any:
-        weights = model_jax.Weights(params, config)
-        return model_jax.generate(weights, classes, seeds=seeds, num_steps=3, backend="pallas")
+        weights = images_jax.Weights(params, config)
+        return images_jax.generate(weights, classes, seeds=seeds, num_steps=3, backend="pallas")
 
     arrays = (params, of((8,), jnp.int32), of((8, 2), jnp.uint32))
     text = tpu_compiler.compiled(run, arrays, "tpu-v5e").as_text()

@@ -8,9 +8,9 @@ import torch
 
 from maskgit import StepRule, metrics
 from maskgit.checkpoint import CheckpointError
-from maskgit.digits import Digits, load_split
 from maskgit.orders import order_scores
-from maskgit.pipeline import WEIGHTS_DIR, Pipeline, load
+from maskgit.pipelines.images import WEIGHTS_DIR, Pipeline, load
+from maskgit.training.data.digits import Digits, load_split
 
 PER_CLASS = 30
 

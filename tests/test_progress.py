@@ -107,9 +107,9 @@ def test_output_that_cannot_be_written_is_one_line():
 
 def test_an_interrupt_says_where_the_state_is(monkeypatch, tmp_path):
     pytest.importorskip("torch")
-    from maskgit import train
+    from maskgit.training import loop
 
-    step = train.train_step
+    step = loop.train_step
     stop = [7]
 
     def interrupted(task, state):
@@ -117,7 +117,7 @@ def test_an_interrupt_says_where_the_state_is(monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return step(task, state)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(loop, "train_step", interrupted)
     out = tmp_path / "t.safetensors"
     words = [
         "train",

@@ -11,20 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskgit.checkpoint import CheckpointError, Weights, load_weights
-from maskgit.config import PRESETS, GenerateConfig
+from maskgit.checkpoint import CheckpointError
 from maskgit.kernels.common.names import unknown
 from maskgit.orders import ORDERS, order_scores
+from maskgit.pipelines.recipes import PRESETS, GenerateConfig
+from maskgit.pipelines.weights import Weights, load_weights
 
 if TYPE_CHECKING:
     from maskgit import GenerateResult, StepRule
-    from maskgit.model import MaskGitTransformer
+    from maskgit.models.transformer import MaskGitTransformer
 
 FORWARD_ROWS = 128
 COUNTED = ("masked", "quota", "fraction", "given")  # rules that know how many they commit
 SEED_SHIFT = 20
 MAX_SEED = 1 << 42
-WEIGHTS_DIR = Path(__file__).parent / "weights"
+WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskgit.config import TokenizerConfig
 from maskgit.kernels.common.names import unknown
-from maskgit.pipeline import Pipeline
+from maskgit.models.config import TokenizerConfig
+from maskgit.pipelines.images import Pipeline
 
 HALVES = ("left", "right", "top", "bottom")
 GUESS_ROUNDS = 6

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.config import TransformerConfig
 from maskgit.kernels.attention import attention
 from maskgit.kernels.residual_norm import residual_norm
+from maskgit.models.config import TransformerConfig
 
 INIT_STD = 0.02
 

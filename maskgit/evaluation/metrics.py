@@ -2,7 +2,7 @@
 
 All are measured in the eyes of a small scikit-learn network trained on real digits; its hidden
 activations are the feature space. The reference is the held-out test digits with the same shifts
-that the generator was trained with (`maskgit.digits.with_shifts`).
+that the generator was trained with (`maskgit.training.data.digits.with_shifts`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maskgit.digits import Digits, load_split, with_shifts
+from maskgit.training.data.digits import Digits, load_split, with_shifts
 
 if TYPE_CHECKING:
     from sklearn.neural_network import MLPClassifier
 
-    from maskgit.pipeline import Pipeline
+    from maskgit.pipelines.images import Pipeline
 
 HIDDEN_UNITS = 64
 NEIGHBOURS = 3

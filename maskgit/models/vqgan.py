@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.config import TokenizerConfig
+from maskgit.models.config import TokenizerConfig
 
 NORM_EPS = 1e-6
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from maskgit.checkpoint import CheckpointError, check_tensors, load_checkpoint, save_checkpoint
-from maskgit.config import TrainConfig, to_dict
 from maskgit.files import check_writable
 from maskgit.report.progress import Progress
-from maskgit.tasks import Task
+from maskgit.settings import to_dict
+from maskgit.training.config import TrainConfig
+from maskgit.training.tasks import Task
 
 SEED_STRIDE = 1_000_003
 

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.config import PresetConfig, TrainConfig, to_dict
-from maskgit.digits import Digits, with_shifts
-from maskgit.model import MaskGitTransformer
-from maskgit.schedule import gamma
-from maskgit.tokenizer import Tokenizer
+from maskgit.kernels.decode_step.counts import gamma
+from maskgit.models.config import TokenizerConfig, TransformerConfig
+from maskgit.models.transformer import MaskGitTransformer
+from maskgit.models.vqgan import Tokenizer
+from maskgit.settings import to_dict
+from maskgit.training.config import TrainConfig
+from maskgit.training.data.digits import Digits, with_shifts
 
 RESTART_EVERY = 50
 
@@ -34,6 +36,26 @@ class Task(Protocol):
 
     def after_step(self, model: nn.Module, generator: torch.Generator, step: int) -> None:
         """Called after the update of `step` (counted from 0)."""
+
+
+class Stages(Protocol):
+    """What of a recipe (`maskgit.pipelines.recipes.PresetConfig`) is trained, and how."""
+
+    @property
+    def tokenizer(self) -> TokenizerConfig:
+        """Shape of the tokenizer."""
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        """Shape of the transformer."""
+
+    @property
+    def tokenizer_training(self) -> TrainConfig:
+        """How the first stage is trained."""
+
+    @property
+    def transformer_training(self) -> TrainConfig:
+        """How the second stage is trained."""
 
 
 class ImageSource:
@@ -58,7 +80,7 @@ class TokenizerTask:
 
     name = "tokenizer"
 
-    def __init__(self, preset: PresetConfig, digits: Digits) -> None:
+    def __init__(self, preset: Stages, digits: Digits) -> None:
         self.config = preset.tokenizer_training
         self.model_config = to_dict(preset.tokenizer)
         self._shape = preset.tokenizer
@@ -91,7 +113,7 @@ class TransformerTask:
 
     name = "transformer"
 
-    def __init__(self, preset: PresetConfig, tokenizer: Tokenizer, digits: Digits) -> None:
+    def __init__(self, preset: Stages, tokenizer: Tokenizer, digits: Digits) -> None:
         self.config = preset.transformer_training
         self.model_config = to_dict(preset.transformer)
         self._shape = preset.transformer
