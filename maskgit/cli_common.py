@@ -172,7 +172,7 @@ def check_sampling(
         raise bad("--seed", f"expected 0 to {MAX_SEED - 1}, got {seed}")
     from maskgit import StepRule
     from maskgit.kernels.common.selection import check_able
-    from maskgit.orders import ORDERS
+    from maskgit.sampling.orders import ORDERS
 
     if order not in ORDERS:
         raise bad("--order", unknown("order", ORDERS, order).removeprefix("order: "))

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit import StepRule, metrics
+from maskgit import StepRule
 from maskgit.checkpoint import CheckpointError
-from maskgit.orders import order_scores
+from maskgit.evaluation import metrics
 from maskgit.pipelines.images import WEIGHTS_DIR, Pipeline, load
+from maskgit.sampling.orders import order_scores
 from maskgit.training.data.digits import Digits, load_split
 
 PER_CLASS = 30

@@ -42,7 +42,7 @@ from typing import Any
 from ..kernels.common.arrays import kind_of
 from ..kernels.decode_step import StepNoise, StepRule
 from ..kernels.decode_step.checks import as_index
-from ..sampler import generate as run_steps
+from ..sampling.loop import generate as run_steps
 from .common import Handle, Report, as_count, as_number, draw_seeds
 from .fingerprint import AdapterError, check_signature, check_version, names_in, read_ids
 from .head import Head, output_layer

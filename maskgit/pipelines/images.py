@@ -13,9 +13,9 @@ from torch import Tensor
 
 from maskgit.checkpoint import CheckpointError
 from maskgit.kernels.common.names import unknown
-from maskgit.orders import ORDERS, order_scores
 from maskgit.pipelines.recipes import PRESETS, GenerateConfig
 from maskgit.pipelines.weights import Weights, load_weights
+from maskgit.sampling.orders import ORDERS, order_scores
 
 if TYPE_CHECKING:
     from maskgit import GenerateResult, StepRule

@@ -26,8 +26,8 @@ from maskgit.kernels.decode_step.run import backend_for, key_words
 from maskgit.models.config import TransformerConfig
 from maskgit.models.transformer_jax import Params, check, head_weight, hidden, project
 from maskgit.pipelines.recipes import PresetConfig
-from maskgit.sampler import GenerateResult
-from maskgit.sampler import generate as generate_tokens
+from maskgit.sampling.loop import generate as generate_tokens
+from maskgit.sampling.result import GenerateResult
 from maskgit.settings import ConfigError, from_dict
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from .kernels.common.arrays import dtype_name, library_of, signed
-from .kernels.decode_step import StepResult, StepRule, commit_tokens, decode_step
-from .kernels.decode_step.checks import check_scores
-from .kernels.decode_step.parts import candidates_of, committing
-from .kernels.head_sample import decode_step_from_hidden
+from ..kernels.common.arrays import dtype_name, library_of, signed
+from ..kernels.decode_step import StepResult, StepRule, commit_tokens, decode_step
+from ..kernels.decode_step.checks import check_scores
+from ..kernels.decode_step.parts import candidates_of, committing
+from ..kernels.head_sample import decode_step_from_hidden
 
 
-class Head:
+class Stepper:
     """Decode steps from the model's output and, with guidance, its unconditional output."""
 
     def __init__(self, weight: Any, bias: Any, scale: float | None, backend: str) -> None:

@@ -6,32 +6,17 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
+from ..kernels.common.arrays import is_on_host, kind_of, library_of, to_numpy
+from ..kernels.common.selection import check_name
+from ..kernels.decode_step import StepNoise, StepRule, as_rule
+from ..kernels.decode_step.checks import as_index, check_eligible, check_integers, check_scores
+from ..report.progress import Progress
 from .blocks import plan_blocks
-from .head import Head
-from .kernels.common.arrays import is_on_host, kind_of, library_of, to_numpy
-from .kernels.common.selection import check_name
-from .kernels.decode_step import StepNoise, StepRule, as_rule
-from .kernels.decode_step.checks import as_index, check_eligible, check_integers, check_scores
-from .report.progress import Progress
-from .trajectory import Recorder, Trajectory
-
-
-class GenerateResult(NamedTuple):
-    """What `generate` returns.
-
-    tokens: (B, N), the last step's candidates under rules with a schedule (count="masked", MaskGIT's
-        final image), else the state after it.  Masks may be left where a row had no finite logit,
-        where the model predicted the mask token itself, and under rules that stop short of it by
-        chance or by a mean over the batch (mdlm, remdm-*, dream-* with uneven rows), unless `finish`.
-    num_forwards: how often `forward` was called.
-    trajectory: the steps, with record=True, else None.
-    """
-
-    tokens: Any
-    num_forwards: int
-    trajectory: Trajectory | None
+from .result import GenerateResult
+from .steps import Stepper
+from .trajectory import Recorder
 
 
 def generate(
@@ -138,13 +123,13 @@ def generate(
         from .graphs import replayed
 
         return replayed(
-            forward, tokens, seeds, rule=step_rule, mask_token_id=mask_token_id, num_steps=num_steps,
-            guidance_scale=guidance_scale, progress=progress, backend=backend,
+            generate, forward, tokens, seeds, rule=step_rule, mask_token_id=mask_token_id,
+            num_steps=num_steps, guidance_scale=guidance_scale, progress=progress, backend=backend,
             block_length=block_length, prompt_length=prompt_length, eligible=eligible,
             positions=positions, scores=scores, num_commit=num_commit, head_weight=head_weight,
             head_bias=head_bias, record=record, noise=noise, finish=finish,
         )  # fmt: skip
-    head = Head(head_weight, head_bias, guidance_scale, backend)
+    head = Stepper(head_weight, head_bias, guidance_scale, backend)
     log = Recorder(tokens, step_rule, mask_token_id, head.decode) if record else None
     allowed = _both(tokens == mask_token_id if step_rule.touches_known else None, eligible)
     num_forwards = 0
@@ -303,6 +288,3 @@ def _is_done(masked: Any, takes_part: Any) -> bool:
     if not is_on_host(masked):
         return False
     return not bool(to_numpy(_both(masked, takes_part)).any())
-
-
-__all__ = ["GenerateResult", "Trajectory", "generate"]

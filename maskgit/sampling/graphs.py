@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from .kernels.common.arrays import kind_of
-from .kernels.decode_step.checks import as_index
-
-if TYPE_CHECKING:
-    from .sampler import GenerateResult
+from ..kernels.common.arrays import kind_of
+from ..kernels.decode_step.checks import as_index
+from .result import GenerateResult
 
 _WARM_UPS = 2  # the first compiles kernels and copies tables, the second fills the allocator's pool
 
@@ -29,13 +27,14 @@ _graphs: weakref.WeakKeyDictionary[Any, dict[Any, _Captured]] = weakref.WeakKeyD
 
 
 def replayed(
-    forward: Callable[[Any], Any], tokens: Any, seeds: Any, **options: Any
-) -> GenerateResult:
+    generate: Callable[..., GenerateResult], forward: Callable[[Any], Any], tokens: Any, seeds: Any,
+    **options: Any,
+) -> GenerateResult:  # fmt: skip
     """`generate(forward, tokens, seeds=seeds, **options)` from a graph that is captured once."""
     _check(tokens, options)
     options["prompt_length"] = one_length(options["prompt_length"])
     if seeds is not None:
-        from .kernels.decode_step.api import seeds_like
+        from ..kernels.decode_step.api import seeds_like
 
         seeds = seeds_like(seeds, tokens)
     known = _graphs.setdefault(getattr(forward, "__self__", forward), {})
@@ -44,7 +43,7 @@ def replayed(
         tuple((name, _signature(value)) for name, value in options.items()),
     )  # fmt: skip
     if key not in known:
-        known[key] = _capture(forward, tokens, seeds, options)
+        known[key] = _capture(generate, forward, tokens, seeds, options)
     captured = known[key]
     captured.tokens.copy_(tokens)
     if seeds is not None:
@@ -54,10 +53,11 @@ def replayed(
     return result._replace(tokens=result.tokens.clone())
 
 
-def _capture(forward: Any, tokens: Any, seeds: Any, options: dict[str, Any]) -> _Captured:
+def _capture(
+    generate: Callable[..., GenerateResult], forward: Any, tokens: Any, seeds: Any,
+    options: dict[str, Any],
+) -> _Captured:  # fmt: skip
     import torch
-
-    from .sampler import generate
 
     own_tokens, own_seeds = tokens.clone(), None if seeds is None else seeds.clone()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .kernels.common.arrays import library_of, place_of, signed
-from .kernels.decode_step import StepResult, StepRule
-from .kernels.decode_step.parts import scoring
+from ..kernels.common.arrays import library_of, place_of, signed
+from ..kernels.decode_step import StepResult, StepRule
+from ..kernels.decode_step.parts import scoring
 
 
 class Trajectory(NamedTuple):
