@@ -62,7 +62,7 @@ def loaded(*names):
 
 NUMPY = """
 calls(("cpp", "reference"), *ARRAYS)
-from maskgit.adapters.common import _check_options
+from maskgit.adapters.registry import _check_options
 _check_options({"backend": "cpp"})
 assert not loaded("torch", "jax", "jaxlib", "triton"), loaded("torch", "jax", "jaxlib", "triton")
 """
@@ -77,7 +77,7 @@ try:
 except ValueError as error:
     assert "cannot run" in str(error) and "available: cpp, torch, reference" in str(error), error
 import maskgit.adapters
-from maskgit.adapters.common import _check_options
+from maskgit.adapters.registry import _check_options
 for name in ("auto", "cpp", "torch"):
     _check_options({"backend": name})
 from maskgit.__main__ import main

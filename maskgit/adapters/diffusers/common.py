@@ -10,8 +10,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .common import draw_seeds
-from .fingerprint import AdapterError, check_version
+from ..fingerprint import AdapterError, check_version
+from ..patching import draw_seeds
 
 DEFAULTS: dict[str, Any] = {"seeds": None, "backend": "auto", "report": None}
 

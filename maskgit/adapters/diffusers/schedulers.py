@@ -5,7 +5,7 @@ Follows huggingface/diffusers@58eb52c0803ea9af3abec60841c2a093bdf1f951: `AmusedS
 relied on has the same code in the releases 0.39 to 0.42.1 (in 0.36 to 0.38, AmusedScheduler's alone);
 another is refused unless it is trusted.  What a caller leaves out has diffusers' own defaults.
 
-    from maskgit.adapters.diffusers_schedulers import AmusedScheduler
+    from maskgit.adapters.diffusers.schedulers import AmusedScheduler
     scheduler = AmusedScheduler.from_pretrained("amused/amused-512", subfolder="scheduler")
     pipe = AmusedPipeline.from_pretrained("amused/amused-512", scheduler=scheduler)
 
@@ -42,10 +42,19 @@ import functools
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ..kernels.common.extras import pip_install
-from ..kernels.decode_step import StepNoise, StepRule, decode_step, sample_tokens
-from .common import Handle, Report, as_number
-from .diffusers_common import (
+from ...kernels.common.extras import pip_install
+from ...kernels.decode_step import StepNoise, StepRule, decode_step, sample_tokens
+from ..fingerprint import (
+    TRUSTED,
+    AdapterError,
+    check_attributes,
+    check_signature,
+    check_version,
+    with_their_defaults,
+)
+from ..lazy_head import obstacle, output_layer
+from ..patching import Handle, Report, as_number
+from .common import (
     DEFAULTS,
     backend_of,
     check_code,
@@ -57,16 +66,7 @@ from .diffusers_common import (
     starting_again,
     stock_class,
 )
-from .diffusers_uniform import discrete_ddim_step, entropy_bound_step
-from .fingerprint import (
-    TRUSTED,
-    AdapterError,
-    check_attributes,
-    check_signature,
-    check_version,
-    with_their_defaults,
-)
-from .head import obstacle, output_layer
+from .uniform import discrete_ddim_step, entropy_bound_step
 
 if TYPE_CHECKING:
     AmusedScheduler: Any
