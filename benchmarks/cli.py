@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from maskgit.cli_common import check_out, user_errors
+from maskgit.cli.options import check_out, user_errors
 from maskgit.files import atomic_write
 from maskgit.report import tables
 from maskgit.report.progress import Progress

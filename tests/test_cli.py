@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import maskgit
-from maskgit.cli import app
+from maskgit.cli.main import app
 from maskgit.report.pictures import read_gray
 
 TILE, GAP, MARGIN = 64, 6, 12
@@ -321,7 +321,7 @@ def test_evaluate_table_and_json() -> None:
 
 def test_no_traceback_and_nothing_heavy_at_import(tmp_path: Path) -> None:
     code = (
-        "import sys, maskgit.cli; from maskgit.__main__ import main; "
+        "import sys, maskgit.cli.main; from maskgit.__main__ import main; "
         "heavy = {'torch', 'sklearn', 'PIL', 'jax'} & set(sys.modules); "
         "assert not heavy, heavy; sys.argv = ['maskgit', 'generate', '--classes', 'q']; "
         "main()"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import maskgit
 from maskgit import StepRule
-from maskgit.cli import app
+from maskgit.cli.main import app
 from maskgit.report import progress
 from maskgit.report.progress import Progress
 

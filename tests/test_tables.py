@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskgit import cli_audit, cli_profile, cli_train
+from maskgit.cli import audit as cli_audit
+from maskgit.cli import environment
+from maskgit.cli import profile as cli_profile
+from maskgit.cli import train as cli_train
 from maskgit.report import tables
 
 ROOT = Path(__file__).parent.parent
@@ -70,11 +73,9 @@ def audit(monkeypatch):
 
 
 def env(monkeypatch):
-    from maskgit.report import environment
+    from maskgit.report.environment import facts
 
-    report = environment.facts() | {
-        "backends": {"pallas": {"available": False, "reason": "no " * 40}}
-    }
+    report = facts() | {"backends": {"pallas": {"available": False, "reason": "no " * 40}}}
     monkeypatch.setattr(environment, "collect", lambda: report)
     return lambda: environment.show(as_json=False)
 

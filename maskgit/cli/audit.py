@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from maskgit import cli_common as common
+from maskgit.cli import options as common
 from maskgit.report import tables
 
 SUFFIXES = (".npy", ".npz", ".safetensors")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from maskgit import cli_common as common
+from maskgit.cli import options as common
 
 
 @common.user_errors

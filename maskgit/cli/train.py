@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from maskgit import cli_common as common
+from maskgit.cli import options as common
 from maskgit.report import tables
 
 train_app = typer.Typer(

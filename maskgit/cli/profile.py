@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from maskgit import cli_common as common
+from maskgit.cli import options as common
 from maskgit.kernels.common.extras import pip_install
 from maskgit.kernels.common.names import unknown
 from maskgit.report import tables
