@@ -106,7 +106,7 @@ def profile(
         raise ValueError(f"profile: needs torch and triton; {pip_install('profile')}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise ValueError("TRITON_INTERPRET: expected unset, since kernels are compiled, not run")
-    from maskgit.benchmarks.profile_triton import TARGETS, VARIANTS, budget, compiled
+    from maskgit.benchmarks.compiler.triton_profile import TARGETS, VARIANTS, budget, compiled
 
     targets = _legal("target", wanted, (*TARGETS, *TPUS))
     ops = _legal("op", op or list(GPU_OPS), GPU_OPS)
@@ -145,7 +145,7 @@ def _profile_tpus(
 ) -> None:  # fmt: skip
     """The TPU compiler's view; the compiler is loaded once it knows where to write its schedules."""
     from maskgit import StepRule
-    from maskgit.benchmarks import tpu_compiler
+    from maskgit.benchmarks.compiler import tpu_compiler
     from maskgit.benchmarks.shapes import parse_shape
 
     reason = tpu_compiler.why_missing()
@@ -156,9 +156,9 @@ def _profile_tpus(
     sizes = [parse_shape(text) for text in shapes]
     found: list[dict[str, Any]] = []
     with tpu_compiler.schedules() as folder:
-        from maskgit.benchmarks import profile_tpu
+        from maskgit.benchmarks.compiler import tpu_profile
 
-        for call in profile_tpu.calls(ops, chosen, sizes, dtypes, width, head_sizes):
+        for call in tpu_profile.calls(ops, chosen, sizes, dtypes, width, head_sizes):
             for name in targets:
                 found += _accepted(call, name, folder)
     if not found:
@@ -210,7 +210,7 @@ def _launches(
 ) -> Iterator[tuple[dict[str, Any], Any]]:  # fmt: skip
     """(what it is, a recorded launch), each kernel once for what it is compiled for."""
     from maskgit import StepRule
-    from maskgit.benchmarks import profile_triton as triton
+    from maskgit.benchmarks.compiler import triton_profile as triton
     from maskgit.benchmarks.shapes import parse_shape
 
     names = _names(rules)

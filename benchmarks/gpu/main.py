@@ -1,15 +1,15 @@
 """All that needs an NVIDIA GPU, in one go and within nine minutes: tests, sanitizer, benchmarks.
 
-    make gpu                      or: python benchmarks/gpu.py [--only tests sanitizer step ...]
+    make gpu                      or: python benchmarks/gpu/main.py [--only tests sanitizer step ...]
     make gpu-contract             every preset and field of the contract on the GPU
-    make gpu-tune                 what the tile sizes should be (gpu_tune.py)
+    make gpu-tune                 what the tile sizes should be (tune.py)
 
 Needs a checkout, torch, triton, and for the tests pytest, scipy and hypothesis; nothing is installed, and
 pytest-xdist is used where it is there.  Every row is written to
 benchmarks/results/<device>/<name>.json as soon as it is measured, so that a run that is cut off keeps what
-it has; at the end all goals are printed with what was measured (gpu_goals.py).  Each benchmark is a
+it has; at the end all goals are printed with what was measured (goals.py).  Each benchmark is a
 process of its own with a limit of time, so that a fault of the device or a hang takes no other with it.
-How it times: gpu_timing.py.
+How it times: timing.py.
 
 --smoke does the benchmarks at toy sizes wherever it runs, to see that they run; its times mean nothing.
 """
@@ -32,7 +32,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 530.0  # seconds for everything
 TESTS = ["tests/test_cuda.py", "tests/test_triton.py", "tests/test_attention.py",
          "tests/test_residual_norm.py", "tests/test_head_sample.py", "tests/test_commit.py",
@@ -50,14 +50,14 @@ Row = dict[str, Any]
 def main() -> None:
     """Run the phases in order until the time is up."""
     staged = stage()
-    from maskgit.benchmarks import gpu_goals, gpu_tune
-    from maskgit.benchmarks.gpu_benches import BENCHES, bench_probe
-    from maskgit.benchmarks.gpu_timing import Bench, machine
+    from maskgit.benchmarks.gpu import goals, tune
+    from maskgit.benchmarks.gpu.benches import BENCHES, bench_probe
+    from maskgit.benchmarks.gpu.timing import Bench, machine
     from maskgit.kernels.common.tuning import device_name
 
     parser = argparse.ArgumentParser(description="Tests, sanitizer and benchmarks on a GPU")
     phases = ["tests", "sanitizer", *BENCHES]
-    also = ["contract", "probe", *gpu_tune.TUNERS]
+    also = ["contract", "probe", *tune.TUNERS]
     parser.add_argument("--only", nargs="+", choices=[*phases, *also], default=phases)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -76,24 +76,22 @@ def main() -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu: expected an NVIDIA GPU, torch finds none; --smoke runs toy sizes on the CPU")
     if given.compile_share is not None:
-        share = gpu_tune.Sharded(device, given.compile_share, TUNE_PROCESSES)
+        share = tune.Sharded(device, given.compile_share, TUNE_PROCESSES)
         for phase in given.only:
-            list(gpu_tune.TUNERS[phase][1](share))
+            list(tune.TUNERS[phase][1](share))
         return
     about = machine(device) | {"triton": _version("triton"), "date": time.strftime("%Y-%m-%d")}
     name = "cpu" if device == "cpu" else device_name(torch.device("cuda"))
     folder = given.out / name
-    benches = (
-        BENCHES | {"probe": bench_probe} | {n: tune for n, (_, tune) in gpu_tune.TUNERS.items()}
-    )
+    benches = BENCHES | {"probe": bench_probe} | {n: found for n, (_, found) in tune.TUNERS.items()}
     if given.smoke or given.seconds is not None:  # here: toy sizes, or one benchmark of a whole run
         for phase in [phase for phase in given.only if phase in benches]:
             bench = Bench(device, given.smoke, time.monotonic() + (given.seconds or LIMIT))
             rows, is_sound = measure(benches[phase](bench), folder, phase, about)
-            if phase in gpu_tune.TUNERS and is_sound and not bench.is_over():
-                print(gpu_tune.write(gpu_tune.TUNERS[phase][0], name, rows, given.tuned))
+            if phase in tune.TUNERS and is_sound and not bench.is_over():
+                print(tune.write(tune.TUNERS[phase][0], name, rows, given.tuned))
         if given.seconds is None:
-            print(gpu_goals.table(folder))
+            print(goals.table(folder))
         return
     checks = {"tests": TESTS, "contract": CONTRACT}
     script = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
@@ -106,13 +104,13 @@ def main() -> None:
         elif phase == "sanitizer":
             save(folder, phase, about, run_sanitizer(left))
         else:
-            if phase in gpu_tune.TUNERS:
+            if phase in tune.TUNERS:
                 compile_together(phase)
             later = sum(RESERVED.get(n, 0) for n in given.only[given.only.index(phase) + 1 :])
             seconds = max(20.0, left - later)
             command = [*script, "--seconds", f"{seconds:.0f}", "--only", phase]
             apart(command, seconds + GRACE, folder, phase, about)
-    print(gpu_goals.table(folder))
+    print(goals.table(folder))
 
 
 def apart(command: list[str], seconds: float, folder: Path, phase: str, about: Row) -> None:

@@ -1,6 +1,6 @@
 """Which tile sizes, warps and stages are the fastest on this GPU: writes kernels/<op>/tuned/<device>.json.
 
-    make gpu-tune                 or: python benchmarks/gpu.py --only tune-step tune-head tune-attention
+    make gpu-tune                 or: python benchmarks/gpu/main.py --only tune-step tune-head tune-attention
 
 Each case is timed with every choice of a short list, our defaults among them; what wins is an entry of the
 device's file (kernels/common/tuning.py reads them).  Attention's entries also say whether ours beats torch's.
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .gpu_benches import Row, attempt
-from .gpu_timing import Bench
+from .benches import Row, attempt
+from .timing import Bench
 
 Choice = dict[str, int]
 STEP_CHOICES: list[Choice] = [  # at most as many logits a thread as by default: other rules keep more of each

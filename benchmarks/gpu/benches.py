@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .gpu_timing import Bench
+from .timing import Bench
 
 Row = dict[str, Any]
 

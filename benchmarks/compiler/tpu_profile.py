@@ -22,7 +22,7 @@ from maskgit.kernels.head_sample import pallas_tpu as head
 
 from maskgit import StepRule
 
-from .shapes import ITEM_SIZES, Shape, parse_shape
+from ..shapes import ITEM_SIZES, Shape, parse_shape
 from .tpu_compiler import (
     BYTES_PER_CYCLE,
     MATRIX_UNITS,
@@ -170,7 +170,7 @@ def step_facts(
     command = [
         sys.executable,
         "-m",
-        "maskgit.benchmarks.profile_tpu",
+        "maskgit.benchmarks.compiler.tpu_profile",
         rule.name,
         sizes,
         dtype,

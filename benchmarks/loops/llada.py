@@ -1,4 +1,4 @@
-"""A whole LLaDA generation on the CPU, head included: `python -m maskgit.benchmarks.llada_loop`.
+"""A whole LLaDA generation on the CPU, head included: `python -m maskgit.benchmarks.loops.llada`.
 
 A small transformer with LLaDA's vocabulary (126464) decodes blocks of a prompt's continuation at a
 temperature above 0, once by LLaDA's loop as published (full logits of every position, Gumbel noise
@@ -129,14 +129,14 @@ def setting(batch: int, width: int, dtype: str) -> tuple[Model, torch.Tensor]:
 def peak(name: str, batch: int, width: int, dtype: str) -> int:
     """Extra bytes at the peak of one loop, in a process of its own."""
     code = (
-        "import json; from maskgit.benchmarks import llada_loop, memory; "
-        f"model, prompt = llada_loop.setting({batch}, {width}, {dtype!r}); "
-        f"run = llada_loop.LOOPS[{name!r}]; s = llada_loop.SETTINGS | {{'steps': 4}}; "
+        "import json; from maskgit.benchmarks import memory; from maskgit.benchmarks.loops import llada; "
+        f"model, prompt = llada.setting({batch}, {width}, {dtype!r}); "
+        f"run = llada.LOOPS[{name!r}]; s = llada.SETTINGS | {{'steps': 4}}; "
         "run(model, prompt[:1, :4], gen_length=4, block_length=4, steps=1, temperature=1.0); "
         "open('/proc/self/clear_refs', 'w').write('5'); before = memory._status('VmRSS:'); "
         "run(model, prompt, **s); print(memory._status('VmHWM:') - before)"
     )
-    from .memory import _MALLOC
+    from ..memory import _MALLOC
 
     done = subprocess.run(
         [sys.executable, "-c", code],
