@@ -40,7 +40,7 @@ lint: setup
 types: setup
 	rm -rf build/types && mkdir -p build/types/maskgit
 	cp -r maskgit/. build/types/maskgit && cp -r kernels/. build/types/maskgit/kernels
-	mkdir -p build/types/maskgit/benchmarks && cp benchmarks/*.py build/types/maskgit/benchmarks
+	cp -r benchmarks/. build/types/maskgit/benchmarks
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p maskgit
 
 bench: setup
@@ -48,14 +48,14 @@ bench: setup
 
 # on a machine with an NVIDIA GPU, torch, triton and pytest; needs no setup
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu/main.py
 
 gpu-contract:
-	$(PYTHON) benchmarks/gpu.py --only contract
+	$(PYTHON) benchmarks/gpu/main.py --only contract
 
 # the same machine: tile sizes for it, into kernels/*/tuned
 gpu-tune:
-	$(PYTHON) benchmarks/gpu.py --only tune-attention tune-step tune-head
+	$(PYTHON) benchmarks/gpu/main.py --only tune-attention tune-step tune-head
 
 clean:
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info maskgit/*.so

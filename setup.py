@@ -6,17 +6,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGE_DIR = {
-    "maskgit": "maskgit",
-    "maskgit.adapters": "maskgit/adapters",
-    "maskgit.kernels": "maskgit/kernels",
-    "maskgit.kernels.common": "kernels/common",
-    "maskgit.kernels.decode_step": "kernels/decode_step",
-    "maskgit.kernels.head_sample": "kernels/head_sample",
-    "maskgit.kernels.attention": "kernels/attention",
-    "maskgit.kernels.residual_norm": "kernels/residual_norm",
-    "maskgit.benchmarks": "benchmarks",
-}
+ROOTS = {"maskgit": "maskgit", "kernels": "maskgit.kernels", "benchmarks": "maskgit.benchmarks"}
 
 ISA_FLAGS = {
     "scalar": [],
@@ -33,6 +23,16 @@ ISA_FLAGS = {
     ],
     "neon": [],
 }
+
+
+def packages():
+    """Package -> folder, for every folder below the roots that has an __init__.py."""
+    found = {}
+    for root, package in ROOTS.items():
+        for path in sorted(Path(root).rglob("__init__.py")):
+            inner = path.parent.relative_to(root).parts
+            found[".".join((package, *inner))] = path.parent.as_posix()
+    return found
 
 
 def extension():
@@ -80,4 +80,5 @@ def extension():
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildPerIsa}}
 
 
-setup(packages=list(PACKAGE_DIR), package_dir=PACKAGE_DIR, **extension())
+PACKAGES = packages()
+setup(packages=list(PACKAGES), package_dir=PACKAGES, **extension())

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from maskgit import tables
-from maskgit.cli_common import check_out, user_errors
+from maskgit.cli.options import check_out, user_errors
 from maskgit.files import atomic_write
-from maskgit.progress import Progress
+from maskgit.report import tables
+from maskgit.report.progress import Progress
 
 from .shapes import SHAPES
 

@@ -12,7 +12,7 @@ import torch
 from maskgit.kernels.common.names import unknown
 from maskgit.kernels.common.selection import BACKENDS, check_able, why_missing
 
-from maskgit.env_report import facts
+from maskgit.report.environment import facts
 
 from . import gate, memory
 from .providers import MODES, RULES, Inputs, Provider, make_inputs, providers

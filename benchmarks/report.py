@@ -4,7 +4,7 @@
     python -m maskgit.benchmarks.report --check   # exit code 1 where a document is out of date
 
 A table stands between `<!-- table: KIND FOLDER -->` and `<!-- end -->`; its figures are those of
-benchmarks/results/FOLDER/KIND.json; kind "gpu" is made of all files of a folder (gpu_goals.py).
+benchmarks/results/FOLDER/KIND.json; kind "gpu" is made of all files of a folder (gpu/goals.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import gpu_goals
+from .gpu import goals
 from .shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +76,7 @@ def digits_table(report: dict[str, Any]) -> str:
 
 
 def llada_loop_table(report: dict[str, Any]) -> str:
-    """One row per loop, as `python -m maskgit.benchmarks.llada_loop` gave it; MDLM's where measured."""
+    """One row per loop, as `python -m maskgit.benchmarks.loops.llada` gave it; MDLM's where measured."""
     lines = ["| loop | seconds | times faster | extra MB |", "|---|---|---|---|"]
     slow = report["seconds"]["published loop"]
     for name, seconds in report["seconds"].items():
@@ -162,7 +162,7 @@ def render(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         if match[2] == "gpu":
-            return match[1] + gpu_goals.table(RESULTS / match[3]) + match[4]
+            return match[1] + goals.table(RESULTS / match[3]) + match[4]
         path = RESULTS / match[3] / f"{match[2]}.json"
         return match[1] + TABLES[match[2]](json.loads(path.read_text())) + match[4]
 

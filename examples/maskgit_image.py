@@ -9,8 +9,8 @@ import argparse
 
 import torch
 
-from maskgit import images
-from maskgit.pipeline import load
+from maskgit.pipelines.images import load
+from maskgit.report import pictures
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
 
     pipeline = load("digits")
     result = pipeline.generate_tokens(given.classes, num_steps=given.steps, seeds=given.seed)
-    pictures = pipeline.decode(result.tokens)  # (B, 1, 8, 8) in [0, 1]
+    images = pipeline.decode(result.tokens)  # (B, 1, 8, 8) in [0, 1]
 
     # known tokens stay: what is set to the mask id is drawn anew
     tokens = result.tokens[:1].repeat(len(given.classes), 1)
@@ -32,8 +32,8 @@ def main() -> None:
     tokens[:, half] = pipeline.mask_token_id
     filled = pipeline.fill(tokens, given.classes[:1] * len(tokens), seeds=given.seed + 1)
 
-    rows = [list(pictures[:, 0].numpy()), list(pipeline.decode(filled.tokens)[:, 0].numpy())]
-    print(images.save_png(images.grid(rows, row_labels=["drawn", "redrawn"]), given.out))
+    rows = [list(images[:, 0].numpy()), list(pipeline.decode(filled.tokens)[:, 0].numpy())]
+    print(pictures.save_png(pictures.grid(rows, row_labels=["drawn", "redrawn"]), given.out))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from .kernels.decode_step import (
     sample_tokens,
 )
 from .kernels.head_sample import decode_step_from_hidden
-from .sampler import GenerateResult, Trajectory, generate
+from .sampling.loop import generate
+from .sampling.result import GenerateResult
+from .sampling.trajectory import Trajectory
 
 __all__ = [
     "GenerateResult",

@@ -24,7 +24,7 @@ def main() -> None:
     code: int | str | None = 0
     try:
         if not _run_plainly(sys.argv[1:]):
-            from maskgit.cli import app
+            from maskgit.cli.main import app
 
             app(prog_name="maskgit")
     except ModuleNotFoundError as error:
@@ -56,9 +56,9 @@ def _run_plainly(words: list[str]) -> bool:
     if words == ["--version"]:
         print(__version__)
     elif words[:1] in (["env"], ["presets"]) and set(words[1:]) <= {"--json"}:
-        from maskgit import cli_presets, env_report
+        from maskgit.cli import environment, presets
 
-        show = env_report.show if words[0] == "env" else cli_presets.show
+        show = environment.show if words[0] == "env" else presets.show
         show(as_json="--json" in words)
     else:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from maskgit.checkpoint_format import FORMAT, FORMAT_VERSION, WEIGHTS, digest
-from maskgit.config import ConfigError, PresetConfig, from_dict, to_dict
-from maskgit.files import atomic_write
-from maskgit.model import MaskGitTransformer
-from maskgit.tokenizer import Tokenizer
-
-TRAINING_ONLY = ("tokenizer.quantizer.ema_count", "tokenizer.quantizer.ema_sum")
+from maskgit.files import FORMAT, FORMAT_VERSION, atomic_write, digest
 
 
 class CheckpointError(ValueError):
@@ -33,16 +27,6 @@ class Checkpoint:
     kind: str
     tensors: dict[str, Tensor]
     config: dict[str, Any]
-    info: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A tokenizer and a transformer ready to use, in eval mode, float32."""
-
-    config: PresetConfig
-    tokenizer: Tokenizer
-    transformer: MaskGitTransformer
     info: dict[str, Any]
 
 
@@ -147,49 +131,3 @@ def check_tensors(path: str | Path, got: Mapping[str, Tensor], want: Mapping[str
             raise CheckpointError(
                 f"{path}: tensor {name!r}: expected {tensor.dtype}, got {got[name].dtype}"
             )
-
-
-def save_weights(
-    path: str | Path,
-    config: PresetConfig,
-    tokenizer: nn.Module,
-    transformer: nn.Module,
-    *,
-    info: Mapping[str, Any],
-    dtype: torch.dtype = torch.float32,
-) -> Path:
-    """Write both models for inference (without what only training needs) as `dtype`."""
-    tensors = {f"tokenizer.{k}": v for k, v in tokenizer.state_dict().items()}
-    tensors.update({f"transformer.{k}": v for k, v in transformer.state_dict().items()})
-    kept = {k: v.to(dtype) for k, v in tensors.items() if k not in TRAINING_ONLY}
-    return save_checkpoint(path, kept, kind=WEIGHTS, config=to_dict(config), info=info)
-
-
-def load_weights(path: str | Path) -> Weights:
-    """Read a file written by `save_weights` and build both models from the configuration in it.
-
-    Raises CheckpointError, naming the tensor or field, when anything does not fit.
-    """
-    checkpoint = load_checkpoint(path, kind=WEIGHTS)
-    try:
-        config = from_dict(PresetConfig, checkpoint.config)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: bad configuration: {error}") from error
-    with torch.device("meta"):
-        tokenizer, transformer = Tokenizer(config.tokenizer), MaskGitTransformer(config.transformer)
-    want = {f"tokenizer.{k}": v for k, v in tokenizer.state_dict().items()}
-    want.update({f"transformer.{k}": v for k, v in transformer.state_dict().items()})
-    check_tensors(path, checkpoint.tensors, _without(want, TRAINING_ONLY))
-    tensors = {name: tensor.float() for name, tensor in checkpoint.tensors.items()}
-    for name in TRAINING_ONLY:
-        tensors[name] = torch.zeros(want[name].shape)
-    for prefix, module in (("tokenizer.", tokenizer), ("transformer.", transformer)):
-        part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        module.load_state_dict(part, assign=True)
-        module.eval().requires_grad_(False)
-    return Weights(config, tokenizer, transformer, checkpoint.info)
-
-
-def _without(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    dropped = set(names)
-    return {name: tensor for name, tensor in tensors.items() if name not in dropped}

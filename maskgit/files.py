@@ -1,10 +1,16 @@
-"""Writing files whole or not at all."""
+"""Files, written whole or not at all, and what a checkpoint says of itself, to torch and jax alike."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+
+FORMAT = "maskgit-checkpoint"
+FORMAT_VERSION = "1"
+WEIGHTS = "weights"
 
 
 def check_writable(path: str | Path, what: str = "output path") -> Path:
@@ -57,3 +63,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], bytes]], *texts: str) -> str:
+    """SHA-256 (hex) over texts, then (name, dtype as torch names it, shape, bytes) in the order of names."""
+    found = hashlib.sha256("\0".join(texts).encode())
+    for name, dtype, shape, data in tensors:
+        found.update(f"{name}|{dtype}|{shape}|".encode())
+        found.update(data)
+    return found.hexdigest()

@@ -164,7 +164,7 @@ def test_diffusers_block_refinement_without_a_mask_token(nothing):
     diffusers = pytest.importorskip("diffusers")
     if "mask_token_id" not in diffusers.BlockRefinementScheduler.step.__kwdefaults__:
         pytest.skip("this diffusers has no uniform corruption")
-    from maskgit.adapters import diffusers_schedulers as ours
+    from maskgit.adapters.diffusers import schedulers as ours
 
     logits = torch.randn(2, 8, 20, generator=torch.manual_seed(0))
     logits[:, 3] = nothing

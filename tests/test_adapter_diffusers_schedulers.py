@@ -16,7 +16,7 @@ from diffusers.schedulers import scheduling_amused  # noqa: E402
 import maskgit  # noqa: E402
 from maskgit import StepNoise, adapters  # noqa: E402
 from maskgit.adapters import AdapterError  # noqa: E402
-from maskgit.adapters import diffusers_schedulers as ours  # noqa: E402
+from maskgit.adapters.diffusers import schedulers as ours  # noqa: E402
 
 MASK, CODES, SIDE = 39, 32, 8
 GOLDEN = Path(__file__).parent / "golden"

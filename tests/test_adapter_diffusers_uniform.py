@@ -20,8 +20,8 @@ from diffusers.pipelines.diffusion_gemma import pipeline_diffusion_gemma  # noqa
 from maskgit.kernels.common import philox  # noqa: E402
 
 from maskgit import StepNoise, adapters  # noqa: E402
-from maskgit.adapters import diffusers_schedulers as ours  # noqa: E402
-from maskgit.adapters.diffusers_uniform import random_ids, ways  # noqa: E402
+from maskgit.adapters.diffusers import schedulers as ours  # noqa: E402
+from maskgit.adapters.diffusers.uniform import random_ids, ways  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = ["EntropyBoundScheduler", "DiscreteDDIMScheduler"]

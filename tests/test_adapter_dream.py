@@ -16,7 +16,7 @@ from maskgit import StepNoise, adapters
 torch = pytest.importorskip("torch")
 from maskgit.adapters import dream  # noqa: E402
 from maskgit.adapters.fingerprint import TRUSTED  # noqa: E402
-from maskgit.adapters.head import HIDDEN  # noqa: E402
+from maskgit.adapters.lazy_head import HIDDEN  # noqa: E402
 
 NUCLEUS = {"temperature": 0.7, "top_p": 0.9, "top_k": 6}
 GOLDEN = {  # what their own `_sample` was called with; in dream-nucleus-bf16 scores of 1 tie at a cut

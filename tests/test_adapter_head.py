@@ -16,8 +16,8 @@ import test_adapter_titok as titok_test  # noqa: E402
 from test_adapter_llada import Tiny, greedy  # noqa: E402
 
 from maskgit.adapters import llada, mdlm  # noqa: E402
-from maskgit.adapters.common import is_patched  # noqa: E402
-from maskgit.adapters.head import CHANGED, HIDDEN, REMEMBERED, Head  # noqa: E402
+from maskgit.adapters.lazy_head import CHANGED, HIDDEN, REMEMBERED, Head  # noqa: E402
+from maskgit.adapters.patching import is_patched  # noqa: E402
 
 V, MASK = 60, 59
 

@@ -25,7 +25,7 @@ import test_adapter_muse as muse_test  # noqa: E402
 import test_adapter_remdm as remdm_test  # noqa: E402
 import test_adapter_titok as titok_test  # noqa: E402
 
-from maskgit.adapters.head import HIDDEN, Head  # noqa: E402
+from maskgit.adapters.lazy_head import HIDDEN, Head  # noqa: E402
 
 SECONDS = 60
 
@@ -324,7 +324,7 @@ def test_threads_in_calls_of_one_patched_object(name):
         handle.undo()
     for owner, values in zip(one.owners, before, strict=True):
         assert vars(owner) == values
-    assert not adapters.common.is_patched(one.target)
+    assert not adapters.patching.is_patched(one.target)
     if name.startswith("muse"):
         assert one.target.training
         assert not any(one.door.seen[1:-2])  # of all passes but the plain ones

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import importlib
 import inspect
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from maskgit.adapters import (  # noqa: E402
     titok,
 )
 from maskgit.adapters.__main__ import main  # noqa: E402
+from maskgit.adapters.registry import module_of  # noqa: E402
 
 LLADA = '''
 import torch
@@ -474,7 +474,7 @@ def test_every_adapter_is_here_and_has_the_option():
     here = {name.split()[0] for name in NAMES} | {"diffusers_schedulers"}  # in a file of its own
     assert here == set(adapters.supported())
     for name in here:
-        module_ = importlib.import_module(f"maskgit.adapters.{name}")
+        module_ = module_of(name)
         assert "trust_version" in inspect.signature(module_.install).parameters
 
 
@@ -485,7 +485,7 @@ def test_the_page_has_a_row_for_every_adapter():
     versions = {"dinfer": ["fce4e328"], "diffusers_schedulers": ["0.39"]}
     for row in rows:
         name = row.split("`")[1]
-        module_ = importlib.import_module(f"maskgit.adapters.{name}")
+        module_ = module_of(name)
         labels = versions.get(name) or [label.split()[0] for label in module_.VERSIONS]
         assert name == "dream" or all(label in row for label in labels)
 

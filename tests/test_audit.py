@@ -239,7 +239,7 @@ def test_errors():
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     testing = pytest.importorskip("typer.testing")
-    from maskgit.cli import app
+    from maskgit.cli.main import app
 
     monkeypatch.chdir(tmp_path)
     return lambda *args: testing.CliRunner().invoke(app, ["audit", *map(str, args)])

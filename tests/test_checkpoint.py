@@ -10,17 +10,14 @@ import pytest
 import torch
 
 from maskgit import files
-from maskgit.checkpoint import (
-    CheckpointError,
-    digest_of,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_weights,
-)
-from maskgit.config import PresetConfig, TokenizerConfig, TrainConfig, TransformerConfig, to_dict
-from maskgit.model import MaskGitTransformer
-from maskgit.tokenizer import Tokenizer
+from maskgit.checkpoint import CheckpointError, digest_of, load_checkpoint, save_checkpoint
+from maskgit.models.config import TokenizerConfig, TransformerConfig
+from maskgit.models.transformer import MaskGitTransformer
+from maskgit.models.vqgan import Tokenizer
+from maskgit.pipelines.recipes import PresetConfig
+from maskgit.pipelines.weights import load_weights, save_weights
+from maskgit.settings import to_dict
+from maskgit.training.config import TrainConfig
 
 TRAINING = TrainConfig(steps=1, batch_size=1, learning_rate=1e-3)
 TINY = PresetConfig(

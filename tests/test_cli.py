@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import maskgit
-from maskgit.cli import app
-from maskgit.images import read_gray
+from maskgit.cli.main import app
+from maskgit.report.pictures import read_gray
 
 TILE, GAP, MARGIN = 64, 6, 12
 
@@ -28,7 +28,7 @@ def files_in(folder: Path) -> list[str]:
 
 def digit_file(tmp_path: Path) -> Path:
     """A PNG of a held-out digit, dark on light, at an odd size."""
-    from maskgit.digits import load_split
+    from maskgit.training.data.digits import load_split
 
     ink = load_split()[1].images[21, 0]
     light = Image.fromarray(((1 - ink) * 255).round().astype(np.uint8))
@@ -321,7 +321,7 @@ def test_evaluate_table_and_json() -> None:
 
 def test_no_traceback_and_nothing_heavy_at_import(tmp_path: Path) -> None:
     code = (
-        "import sys, maskgit.cli; from maskgit.__main__ import main; "
+        "import sys, maskgit.cli.main; from maskgit.__main__ import main; "
         "heavy = {'torch', 'sklearn', 'PIL', 'jax'} & set(sys.modules); "
         "assert not heavy, heavy; sys.argv = ['maskgit', 'generate', '--classes', 'q']; "
         "main()"

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit import editing, metrics
-from maskgit.config import preset
-from maskgit.digits import Digits, load_split
-from maskgit.editing import Box, EditError, box_mask, edit, guess_class, outpaint_mask
-from maskgit.pipeline import Pipeline, load
+from maskgit.evaluation import metrics
+from maskgit.pipelines import editing
+from maskgit.pipelines.editing import Box, EditError, box_mask, edit, guess_class, outpaint_mask
+from maskgit.pipelines.images import Pipeline, load
+from maskgit.pipelines.recipes import preset
+from maskgit.training.data.digits import Digits, load_split
 
 DIGITS = preset("digits").tokenizer
 OFFICIAL = preset("maskgit-official").tokenizer

@@ -9,7 +9,7 @@ from toys import MASK, VOCAB, Toy, run
 
 import maskgit
 from maskgit import StepRule
-from maskgit.graphs import one_length
+from maskgit.sampling.graphs import one_length
 
 SLOW_ON_JAX = [
     pytest.param(name, marks=pytest.mark.slow) if name == "jax" else name

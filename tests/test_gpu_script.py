@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from maskgit.benchmarks import gpu, gpu_goals
+from maskgit.benchmarks.gpu import goals
+from maskgit.benchmarks.gpu import main as gpu
 from maskgit.kernels.common import tuning
 
 pytest.importorskip("torch")
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 def script(*arguments):
     return subprocess.run(
-        [sys.executable, "benchmarks/gpu.py", *map(str, arguments)],
+        [sys.executable, "benchmarks/gpu/main.py", *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -119,7 +120,7 @@ def test_goals_are_judged_by_their_worst_row(tmp_path):
     ]  # fmt: skip
     rows.append(rows[0] | {"dtype": "float32", "share_of_copy": 0.5})
     (tmp_path / "step.json").write_text(json.dumps({"device": "a GPU", "rows": rows}))
-    table = gpu_goals.table(tmp_path)
+    table = goals.table(tmp_path)
     assert "share of a copy's rate | >= 0.88 | 0.5 (missed) |" in table
     assert (
         "| draw + score over greedy + score, V >= 8192, bfloat16 | <= 1.1 x | 1.2 x (missed) |"

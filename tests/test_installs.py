@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from maskgit.__main__ import EXTRAS
-from maskgit.cli import app
+from maskgit.cli.main import app
 
 COMMAND_LINE = {"typer", "click", "rich", "tqdm"}
 MODEL = {"torch", "PIL", "scipy", "sklearn", "safetensors"}

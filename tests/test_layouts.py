@@ -291,13 +291,13 @@ def test_one_position_can_be_shifted():
 def test_the_logits_are_not_copied(monkeypatch):
     logits, tokens = RNG.normal(size=(2, 9, 6)).astype(np.float32), np.full((2, 9), 6)
     seen = []
-    inner = layouts.decode_step
+    inner = layouts.steps.decode_step
 
     def watching(part, *args, **kwargs):
         seen.append(part)
         return inner(part, *args, **kwargs)
 
-    monkeypatch.setattr(layouts, "decode_step", watching)
+    monkeypatch.setattr(layouts.steps, "decode_step", watching)
     layouts.decode_shifted(logits, tokens, rule="llada", mask_token_id=6, step=0, num_steps=3)
     assert [part.shape[1] for part in seen] == [1, 8]
     assert all(np.shares_memory(part, logits) for part in seen)

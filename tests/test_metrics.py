@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from maskgit import metrics
-from maskgit.digits import Digits
-from maskgit.pipeline import load
+from maskgit.evaluation import metrics
+from maskgit.pipelines.images import load
+from maskgit.training.data.digits import Digits
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit.config import ConfigError, TransformerConfig, from_dict, preset, to_dict
-from maskgit.model import MaskGitTransformer
+from maskgit.models.config import TransformerConfig
+from maskgit.models.transformer import MaskGitTransformer
+from maskgit.pipelines.recipes import preset
+from maskgit.settings import ConfigError, from_dict, to_dict
 
 TINY = TransformerConfig(
     codebook_size=11,

@@ -9,13 +9,15 @@ jax = pytest.importorskip("jax")
 torch = pytest.importorskip("torch")
 import jax.numpy as jnp  # noqa: E402
 
-from maskgit import checkpoint, model, model_jax, pipeline  # noqa: E402
-from maskgit.config import preset  # noqa: E402
+from maskgit.models import transformer, transformer_jax  # noqa: E402
+from maskgit.pipelines import images, images_jax  # noqa: E402
+from maskgit.pipelines.recipes import preset  # noqa: E402
+from maskgit.pipelines.weights import load_weights  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return model_jax.load(pipeline.WEIGHTS_DIR / "digits.safetensors")
+    return images_jax.load(images.WEIGHTS_DIR / "digits.safetensors")
 
 
 def official(layers):
@@ -25,11 +27,11 @@ def official(layers):
 
 def pair(config, seed=0):
     torch.manual_seed(seed)
-    net = model.MaskGitTransformer(config).eval()
+    net = transformer.MaskGitTransformer(config).eval()
     with torch.no_grad():  # biases and norms that are not the identity
         for p in net.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    return net, model_jax.from_torch(net.state_dict())
+    return net, transformer_jax.from_torch(net.state_dict())
 
 
 def inputs(config, batch, seed=1):
@@ -52,17 +54,17 @@ def test_the_official_forward_is_that_of_torch(layers):
         theirs = net(*given).numpy()
         exact = net.double()(*given).numpy()
     small = jnp.asarray(classes, jnp.uint8)  # ids of the words do not fit into their dtype
-    ours = np.asarray(model_jax.logits(params, config, jnp.asarray(tokens), small))
+    ours = np.asarray(transformer_jax.logits(params, config, jnp.asarray(tokens), small))
     own, other = np.abs(ours - exact).max(), np.abs(theirs - exact).max()
     assert own <= 2 * other + np.finfo(np.float32).eps * np.abs(exact).max()
 
 
 def test_one_file_serves_both(digits):
-    net = checkpoint.load_weights(pipeline.WEIGHTS_DIR / "digits.safetensors").transformer
+    net = load_weights(images.WEIGHTS_DIR / "digits.safetensors").transformer
     tokens, classes = inputs(net.config, 3)
     with torch.inference_mode():
         expected = net(torch.from_numpy(tokens), torch.from_numpy(classes)).numpy()
-    got = model_jax.logits(
+    got = transformer_jax.logits(
         digits.params, digits.config.transformer, jnp.asarray(tokens), jnp.asarray(classes)
     )
     np.testing.assert_allclose(got, expected, atol=2e-4 * np.abs(expected).max())
@@ -71,17 +73,15 @@ def test_one_file_serves_both(digits):
 def test_generation_is_one_program_and_gives_the_tokens_of_torch(digits):
     classes, seeds = np.arange(6) % 10, np.arange(6) + 100
     words = np.stack([seeds, seeds * 0], axis=1).astype(np.uint32)
-    before = model_jax._program.cache_info().misses
-    got = np.asarray(model_jax.generate(digits, jnp.asarray(classes), seeds=jnp.asarray(words)))
-    expected = (
-        pipeline.load().generate_tokens(classes.tolist(), seeds=seeds.tolist()).tokens.numpy()
-    )
+    before = images_jax._program.cache_info().misses
+    got = np.asarray(images_jax.generate(digits, jnp.asarray(classes), seeds=jnp.asarray(words)))
+    expected = images.load().generate_tokens(classes.tolist(), seeds=seeds.tolist()).tokens.numpy()
     assert (
         got == expected
     ).mean() > 0.99  # near ties may go the other way, and change what follows
-    other = model_jax.generate(digits, jnp.asarray(classes[::-1]), seeds=jnp.asarray(words + 1))
+    other = images_jax.generate(digits, jnp.asarray(classes[::-1]), seeds=jnp.asarray(words + 1))
     assert (np.asarray(other) != got).any()
-    assert model_jax._program.cache_info().misses == before + 1
+    assert images_jax._program.cache_info().misses == before + 1
 
 
 def test_generation_has_no_host_callback_and_traces_seeds_and_classes(digits):
@@ -89,8 +89,8 @@ def test_generation_has_no_host_callback_and_traces_seeds_and_classes(digits):
 
     @jax.jit
     def run(params, classes, seeds):
-        weights = model_jax.Weights(params, digits.config)
-        return model_jax.generate(weights, classes, seeds=seeds, num_steps=3)
+        weights = images_jax.Weights(params, digits.config)
+        return images_jax.generate(weights, classes, seeds=seeds, num_steps=3)
 
     args = digits.params, jnp.arange(2), jnp.zeros((2, 2), jnp.uint32)
     text = run.lower(*args).as_text()
@@ -104,7 +104,7 @@ def test_known_tokens_stay(digits):
     config = digits.config.transformer
     tokens = np.full((2, config.num_tokens), config.mask_token_id)
     tokens[:, :5] = 7
-    out = model_jax.generate(
+    out = images_jax.generate(
         digits, jnp.array([1, 2]), seeds=jnp.zeros((2, 2), jnp.uint32), tokens=jnp.asarray(tokens)
     )
     assert (np.asarray(out)[:, :5] == 7).all()
@@ -115,9 +115,9 @@ def test_what_does_not_fit_is_named(digits, tmp_path):
     bare = dataclasses.replace(digits.config.transformer, null_class=False)
     bare = digits._replace(config=dataclasses.replace(digits.config, transformer=bare))
     with pytest.raises(ValueError, match="no null class"):
-        model_jax.generate(bare, jnp.arange(2), seeds=seeds, guidance_scale=2.0)
+        images_jax.generate(bare, jnp.arange(2), seeds=seeds, guidance_scale=2.0)
     with pytest.raises(ValueError, match="tokens: expected shape"):
-        model_jax.generate(digits, jnp.arange(2), seeds=seeds, tokens=jnp.zeros((2, 3), jnp.int32))
+        images_jax.generate(digits, jnp.arange(2), seeds=seeds, tokens=jnp.zeros((2, 3), jnp.int32))
     for wrong, message in (
         ({"num_steps": 2.0}, "num_steps: expected an integer"),
         ({"guidance_scale": "a"}, "guidance_scale: expected a number"),
@@ -131,29 +131,30 @@ def test_what_does_not_fit_is_named(digits, tmp_path):
     ):  # fmt: skip
         options = {"class_ids": jnp.arange(2), "seeds": seeds, "num_steps": 2} | wrong
         with pytest.raises((TypeError, ValueError), match=message):
-            model_jax.generate(digits, **options)
+            images_jax.generate(digits, **options)
     assert (
-        model_jax.generate(digits, jnp.arange(2), seeds=seeds, num_steps=jnp.int32(2)).shape[0] == 2
+        images_jax.generate(digits, jnp.arange(2), seeds=seeds, num_steps=jnp.int32(2)).shape[0]
+        == 2
     )
     with pytest.raises(ValueError, match="no such file"):
-        model_jax.load(tmp_path / "none.safetensors")
+        images_jax.load(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"not one")
     with pytest.raises(ValueError, match="not a readable"):
-        model_jax.load(tmp_path / "bad.safetensors")
+        images_jax.load(tmp_path / "bad.safetensors")
     short = {k: v for k, v in digits.params.items() if k != "head.bias"}
     with pytest.raises(ValueError, match=r"'head.bias' is missing"):
-        model_jax.check(short, digits.config.transformer)
-    raw = bytearray((pipeline.WEIGHTS_DIR / "digits.safetensors").read_bytes())
+        transformer_jax.check(short, digits.config.transformer)
+    raw = bytearray((images.WEIGHTS_DIR / "digits.safetensors").read_bytes())
     raw[-5] ^= 1
     (tmp_path / "altered.safetensors").write_bytes(raw)
     with pytest.raises(ValueError, match="SHA-256"):
-        model_jax.load(tmp_path / "altered.safetensors")
+        images_jax.load(tmp_path / "altered.safetensors")
 
 
 def test_guidance_uses_the_null_class(digits):
     args = {"seeds": jnp.zeros((3, 2), jnp.uint32), "num_steps": 2}
     weak, strong = (
-        np.asarray(model_jax.generate(digits, jnp.arange(3), guidance_scale=scale, **args))
+        np.asarray(images_jax.generate(digits, jnp.arange(3), guidance_scale=scale, **args))
         for scale in (1.0, 8.0)
     )
     assert (weak != strong).any()
@@ -161,7 +162,7 @@ def test_guidance_uses_the_null_class(digits):
 
 def test_all_64_bits_of_a_seed_count(digits):
     seeds = np.array([1, 2**32 + 1, 2**40], np.int64)
-    out = np.asarray(model_jax.generate(digits, np.array([1, 1, 1]), seeds=seeds, num_steps=2))
+    out = np.asarray(images_jax.generate(digits, np.array([1, 1, 1]), seeds=seeds, num_steps=2))
     assert len(np.unique(out, axis=0)) == 3
     with pytest.raises(ValueError, match="seeds: expected"):
-        model_jax.generate(digits, np.array([1]), seeds=None)
+        images_jax.generate(digits, np.array([1]), seeds=None)

@@ -3,7 +3,7 @@
 import pytest
 from maskgit.kernels.common.names import unknown
 
-from maskgit import config, editing
+from maskgit.pipelines import editing, recipes
 
 
 def test_the_nearest_name_is_offered():
@@ -16,8 +16,8 @@ def test_the_nearest_name_is_offered():
 
 def test_it_is_offered_where_names_are_taken():
     for call, meant in (
-        (lambda: config.preset("digit"), "digits"),
-        (lambda: editing.outpaint_mask(config.preset("digits").tokenizer, "lef"), "left"),
+        (lambda: recipes.preset("digit"), "digits"),
+        (lambda: editing.outpaint_mask(recipes.preset("digits").tokenizer, "lef"), "left"),
     ):
         with pytest.raises(ValueError, match=rf"did you mean '{meant}'\?"):
             call()

@@ -7,7 +7,7 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("torch")  # whose error is the measure
 
 import jax.numpy as jnp  # noqa: E402
-from maskgit.benchmarks import tpu_compiler  # noqa: E402
+from maskgit.benchmarks.compiler import tpu_compiler  # noqa: E402
 from maskgit.kernels.attention import pallas_tpu  # noqa: E402
 from test_attention import SIZES, check, problem, run  # noqa: E402
 

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import pytest
-from maskgit.benchmarks import tpu_compiler
+from maskgit.benchmarks.compiler import tpu_compiler
 from maskgit.benchmarks.shapes import SHAPES, parse_shape
 
 from maskgit import StepRule
@@ -24,7 +24,7 @@ tpu_compiler.prepare()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from maskgit.benchmarks import profile_tpu  # noqa: E402
+from maskgit.benchmarks.compiler import tpu_profile  # noqa: E402
 
 TARGETS = ("tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu7x")
 SAMPLE = [
@@ -44,8 +44,8 @@ SAMPLE = [
 @pytest.mark.parametrize(("target", "rule", "shape", "dtype"), SAMPLE)
 def test_the_compiler_accepts_it(target: str, rule: str, shape: str, dtype: str) -> None:
     size, step_rule = SHAPES[shape], StepRule.preset(rule)
-    step = profile_tpu.fused_step(step_rule, size, dtype)
-    program = tpu_compiler.compiled(step, profile_tpu.step_arrays(size, dtype), target)
+    step = tpu_profile.fused_step(step_rule, size, dtype)
+    program = tpu_compiler.compiled(step, tpu_profile.step_arrays(size, dtype), target)
     assert tpu_compiler.memory(program)["temporary_bytes"] < 1 << 20
     text = program.as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2
@@ -58,8 +58,8 @@ def test_the_compiler_accepts_it(target: str, rule: str, shape: str, dtype: str)
 def test_packed_rows_lie_in_memory_already(target: str, shape: str) -> None:
     """The view by leaves of 4 or 8 rows costs no copy of the logits."""
     rule, size = StepRule.preset("maskgit"), parse_shape(shape)
-    step = profile_tpu.fused_step(rule, size, "bfloat16")
-    arrays = profile_tpu.step_arrays(size, "bfloat16")
+    step = tpu_profile.fused_step(rule, size, "bfloat16")
+    arrays = tpu_profile.step_arrays(size, "bfloat16")
     text = tpu_compiler.compiled(step, arrays, target).as_text()
     view = f"bf16[{size.batch},{size.vocab // 128},{size.length},128]"
     lines = [line.split(" = ")[1] for line in text.splitlines() if " = " + view in line]
@@ -76,8 +76,8 @@ def test_packed_rows_lie_in_memory_already(target: str, shape: str) -> None:
 def test_few_and_many_positions(target: str, shape: str, dtype: str) -> None:
     """Sequences shorter than a register is high, and the longest; rows of many columns uncopied."""
     rule, size = StepRule.preset("maskgit"), parse_shape(shape)
-    step = profile_tpu.fused_step(rule, size, dtype)
-    program = tpu_compiler.compiled(step, profile_tpu.step_arrays(size, dtype), target)
+    step = tpu_profile.fused_step(rule, size, dtype)
+    program = tpu_compiler.compiled(step, tpu_profile.step_arrays(size, dtype), target)
     assert tpu_compiler.memory(program)["temporary_bytes"] < 1 << 20
     if size.vocab >= 1 << 13:
         assert program.cost_analysis()["bytes accessed"] < 1.05 * size.num_bytes(dtype)
@@ -91,7 +91,7 @@ def test_every_kernel_of_every_preset(target: str, shape: str, dtype: str) -> No
     size, seen = SHAPES[shape], set()
     for name in StepRule.presets():
         rule = StepRule.preset(name)
-        for key, kernel, arrays in profile_tpu.kernels(rule, size, dtype):
+        for key, kernel, arrays in tpu_profile.kernels(rule, size, dtype):
             if key not in seen:
                 seen.add(key)
                 tpu_compiler.compiled(kernel, arrays, target)
@@ -106,8 +106,8 @@ def test_every_kernel_of_every_preset(target: str, shape: str, dtype: str) -> No
 ])  # fmt: skip
 def test_filters(target: str, filters: dict[str, Any]) -> None:
     rule, size = StepRule(**filters), parse_shape("2x64x5000")
-    step = profile_tpu.fused_step(rule, size, "bfloat16")
-    tpu_compiler.compiled(step, profile_tpu.step_arrays(size, "bfloat16"), target)
+    step = tpu_profile.fused_step(rule, size, "bfloat16")
+    tpu_compiler.compiled(step, tpu_profile.step_arrays(size, "bfloat16"), target)
 
 
 def test_cycles_of_the_schedule() -> None:
@@ -146,7 +146,7 @@ def test_trip_counts_are_read_from_the_schedule() -> None:
     """A kernel with a known number of additions: the parser counts its loops as often as they run."""
     code = """
 import sys
-from maskgit.benchmarks import tpu_compiler as t
+from maskgit.benchmarks.compiler import tpu_compiler as t
 with t.schedules() as folder:
     import jax, jax.numpy as jnp
     from jax.experimental import pallas as pl
@@ -173,19 +173,20 @@ def test_a_whole_generation_is_one_program() -> None:
     """MaskGIT in JAX, 3 steps, for a v5e: attention, head and commit as kernels, nothing on the host."""
     import dataclasses
 
-    from maskgit import model_jax
-    from maskgit.config import preset
+    from maskgit.models.transformer_jax import shapes
+    from maskgit.pipelines import images_jax
+    from maskgit.pipelines.recipes import preset
 
     config = preset("maskgit-official")
     config = dataclasses.replace(
         config, transformer=dataclasses.replace(config.transformer, num_layers=2)
     )
     of = jax.ShapeDtypeStruct
-    params = {n: of(s, jnp.bfloat16) for n, s in model_jax.shapes(config.transformer).items()}
+    params = {n: of(s, jnp.bfloat16) for n, s in shapes(config.transformer).items()}
 
     def run(params: Any, classes: Any, seeds: Any) -> Any:
-        weights = model_jax.Weights(params, config)
-        return model_jax.generate(weights, classes, seeds=seeds, num_steps=3, backend="pallas")
+        weights = images_jax.Weights(params, config)
+        return images_jax.generate(weights, classes, seeds=seeds, num_steps=3, backend="pallas")
 
     arrays = (params, of((8,), jnp.int32), of((8, 2), jnp.uint32))
     text = tpu_compiler.compiled(run, arrays, "tpu-v5e").as_text()

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit import StepRule, metrics
+from maskgit import StepRule
 from maskgit.checkpoint import CheckpointError
-from maskgit.digits import Digits, load_split
-from maskgit.orders import order_scores
-from maskgit.pipeline import WEIGHTS_DIR, Pipeline, load
+from maskgit.evaluation import metrics
+from maskgit.pipelines.images import WEIGHTS_DIR, Pipeline, load
+from maskgit.sampling.orders import order_scores
+from maskgit.training.data.digits import Digits, load_split
 
 PER_CLASS = 30
 

@@ -14,9 +14,10 @@ from maskgit.kernels.decode_step.plan import resolve
 from typer.testing import CliRunner
 
 import maskgit
-from maskgit import StepRule, progress
-from maskgit.cli import app
-from maskgit.progress import Progress
+from maskgit import StepRule
+from maskgit.cli.main import app
+from maskgit.report import progress
+from maskgit.report.progress import Progress
 
 HUGE = 10**9
 
@@ -106,9 +107,9 @@ def test_output_that_cannot_be_written_is_one_line():
 
 def test_an_interrupt_says_where_the_state_is(monkeypatch, tmp_path):
     pytest.importorskip("torch")
-    from maskgit import train
+    from maskgit.training import loop
 
-    step = train.train_step
+    step = loop.train_step
     stop = [7]
 
     def interrupted(task, state):
@@ -116,7 +117,7 @@ def test_an_interrupt_says_where_the_state_is(monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return step(task, state)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(loop, "train_step", interrupted)
     out = tmp_path / "t.safetensors"
     words = [
         "train",

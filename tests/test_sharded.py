@@ -18,7 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 from helpers import make_case, native_seeds, to_dtype  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
-from maskgit.benchmarks import tpu_compiler  # noqa: E402
+from maskgit.benchmarks.compiler import tpu_compiler  # noqa: E402
 from test_contract import spoil  # noqa: E402
 
 import maskgit  # noqa: E402

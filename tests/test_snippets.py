@@ -4,7 +4,6 @@ What a snippet takes as given (a model, tokens, another codebase) is declared he
 """
 
 import contextlib
-import importlib
 import inspect
 import re
 import sys
@@ -81,7 +80,9 @@ def stub_of(heading):
 
     @contextlib.contextmanager
     def fast_sampler(target, adapter=None, **options):
-        module = importlib.import_module(f"maskgit.adapters.{adapter or heading or 'llada'}")
+        from maskgit.adapters.registry import module_of
+
+        module = module_of(adapter or heading or "llada")
         inspect.signature(module.install).bind(target, **options)
         yield types.SimpleNamespace(report="llada")
 

@@ -62,7 +62,7 @@ def loaded(*names):
 
 NUMPY = """
 calls(("cpp", "reference"), *ARRAYS)
-from maskgit.adapters.common import _check_options
+from maskgit.adapters.registry import _check_options
 _check_options({"backend": "cpp"})
 assert not loaded("torch", "jax", "jaxlib", "triton"), loaded("torch", "jax", "jaxlib", "triton")
 """
@@ -77,7 +77,7 @@ try:
 except ValueError as error:
     assert "cannot run" in str(error) and "available: cpp, torch, reference" in str(error), error
 import maskgit.adapters
-from maskgit.adapters.common import _check_options
+from maskgit.adapters.registry import _check_options
 for name in ("auto", "cpp", "torch"):
     _check_options({"backend": name})
 from maskgit.__main__ import main
@@ -91,7 +91,7 @@ for line in ("generate --per-class 1 --steps 1 --out x.png", "edit test:0 --outp
         main()
     except SystemExit as end:
         assert end.code == (2 if "abacus" in line else 0), (line, end.code)
-from maskgit.env_report import facts
+from maskgit.report.environment import facts
 facts()
 assert not loaded("jax", "jaxlib"), loaded("jax", "jaxlib")
 import jax  # and where somebody has imported it, it is not started

@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskgit import cli_audit, cli_profile, cli_train, tables
+from maskgit.cli import audit as cli_audit
+from maskgit.cli import environment
+from maskgit.cli import profile as cli_profile
+from maskgit.cli import train as cli_train
+from maskgit.report import tables
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = (40, 60, 80, 200)
@@ -69,13 +73,11 @@ def audit(monkeypatch):
 
 
 def env(monkeypatch):
-    from maskgit import env_report
+    from maskgit.report.environment import facts
 
-    report = env_report.facts() | {
-        "backends": {"pallas": {"available": False, "reason": "no " * 40}}
-    }
-    monkeypatch.setattr(env_report, "collect", lambda: report)
-    return lambda: env_report.show(as_json=False)
+    report = facts() | {"backends": {"pallas": {"available": False, "reason": "no " * 40}}}
+    monkeypatch.setattr(environment, "collect", lambda: report)
+    return lambda: environment.show(as_json=False)
 
 
 @pytest.mark.parametrize("make", [evaluate, bench, shapes, profile, audit, env])

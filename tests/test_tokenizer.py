@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from maskgit.config import ConfigError, TokenizerConfig, preset
-from maskgit.tokenizer import Quantizer, Tokenizer
+from maskgit.models.config import TokenizerConfig
+from maskgit.models.vqgan import Quantizer, Tokenizer
+from maskgit.pipelines.recipes import preset
+from maskgit.settings import ConfigError
 
 TINY = TokenizerConfig(
     image_size=8,

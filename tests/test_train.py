@@ -8,12 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit import digits
 from maskgit.checkpoint import CheckpointError
-from maskgit.config import PresetConfig, TokenizerConfig, TrainConfig, TransformerConfig
-from maskgit.tasks import TokenizerTask, TransformerTask, draw_mask, masked_count
-from maskgit.tokenizer import Tokenizer
-from maskgit.train import TrainState, fit, learning_rate, load_state, save_state, start, train
+from maskgit.models.config import TokenizerConfig, TransformerConfig
+from maskgit.models.vqgan import Tokenizer
+from maskgit.pipelines.recipes import PresetConfig
+from maskgit.training.config import TrainConfig
+from maskgit.training.data import digits
+from maskgit.training.loop import (
+    TrainState,
+    fit,
+    learning_rate,
+    load_state,
+    save_state,
+    start,
+    train,
+)
+from maskgit.training.tasks import TokenizerTask, TransformerTask, draw_mask, masked_count
 
 TRAINING = TrainConfig(
     steps=60,
@@ -60,7 +70,7 @@ def make_task(name: str, preset: PresetConfig = TINY) -> TokenizerTask | Transfo
 
 
 def everything(state: TrainState) -> dict[str, torch.Tensor]:
-    from maskgit.train import _state_tensors
+    from maskgit.training.loop import _state_tensors
 
     return _state_tensors(state)
 

@@ -328,7 +328,7 @@ def test_parts_of_the_temporary_are_aligned(rows, splits, wide):
 
 def test_what_is_recorded_of_a_pointer_is_where_it_lies():
     """As Triton's launcher sees it: an offset tensor is not promised to be aligned."""
-    from maskgit.benchmarks.profile_triton import _place
+    from maskgit.benchmarks.compiler.triton_profile import _place
 
     for device in ("cpu", "meta"):
         memory = torch.empty(64, device=device)

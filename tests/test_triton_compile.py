@@ -1,7 +1,7 @@
 """Triton's kernels compiled ahead of time: no spills, and instructions within the budget of memory.
 
 `maskgit profile` does it, in a process of its own since the interpreter would be in the way here.
-The budget (benchmarks/profile_triton.py) is what an H100 can issue while a logit arrives.
+The budget (benchmarks/compiler/triton_profile.py) is what an H100 can issue while a logit arrives.
 """
 
 import json

@@ -8,7 +8,8 @@ holds its function.  Only that object changes; nothing happens on import; an unk
 refused, never half patched.
 """
 
-from .common import Handle, Report, fast_sampler, patch, supported
 from .fingerprint import AdapterError
+from .patching import Handle, Report
+from .registry import fast_sampler, patch, supported
 
 __all__ = ["AdapterError", "Handle", "Report", "fast_sampler", "patch", "supported"]

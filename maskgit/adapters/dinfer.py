@@ -37,8 +37,8 @@ from ..kernels.decode_step import (
     decode_step,
     sample_tokens,
 )
-from .common import Handle, Report, draw_seeds, without_logits
 from .fingerprint import AdapterError, check_attributes, check_signature, check_version
+from .patching import Handle, Report, draw_seeds, without_logits
 
 _CODEBASE = (
     "inclusionAI/dInfer@fce4e32804103baa5d55230dff0352da0cdd6ceb "

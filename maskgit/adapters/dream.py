@@ -36,9 +36,9 @@ from functools import lru_cache, partial
 from typing import Any
 
 from ..kernels.decode_step import StepNoise, StepRule, commit_tokens
-from .common import Handle, Report, draw_seeds, nucleus
 from .fingerprint import AdapterError, check_attributes, check_signature, check_version, original_of
-from .head import Head, output_layer
+from .lazy_head import Head, output_layer
+from .patching import Handle, Report, draw_seeds, nucleus
 
 _CODEBASE = (
     "NVlabs/Fast-dLLM@5332e2fc0edad553a5ac4fae6d6ec7b8cefc410a dream/model/generation_utils.py"

@@ -29,8 +29,8 @@ from types import ModuleType
 from typing import Any
 
 from ..kernels.decode_step import StepNoise, StepRule, commit_tokens, decode_step
-from .common import Handle, Report, draw_seeds, without_logits
 from .fingerprint import check_signature, check_version
+from .patching import Handle, Report, draw_seeds, without_logits
 
 _CODEBASE = "NVlabs/Fast-dLLM@5332e2fc0edad553a5ac4fae6d6ec7b8cefc410a llada/generate.py"
 _ARGUMENTS = "logits, temperature, remasking, mask_index, x, num_transfer_tokens"

@@ -42,10 +42,10 @@ from typing import Any
 from ..kernels.common.arrays import kind_of
 from ..kernels.decode_step import StepNoise, StepRule
 from ..kernels.decode_step.checks import as_index
-from ..sampler import generate as run_steps
-from .common import Handle, Report, as_count, as_number, draw_seeds
+from ..sampling.loop import generate as run_steps
 from .fingerprint import AdapterError, check_signature, check_version, names_in, read_ids
-from .head import Head, output_layer
+from .lazy_head import Head, output_layer
+from .patching import Handle, Report, as_count, as_number, draw_seeds
 
 _CODEBASE = "ML-GSAI/LLaDA@b7e6c3565f194352da44b38dd12b6970597309f3 generate.py"
 _OLD = "model, prompt, steps, gen_length, block_length, temperature, cfg_scale, remasking, mask_id"

@@ -31,8 +31,8 @@ from types import ModuleType
 from typing import Any
 
 from ..kernels.decode_step import StepNoise, StepRule, decode_step
-from .common import Handle, Report, draw_seeds, guided_by_tensor
 from .fingerprint import check_signature, check_version
+from .patching import Handle, Report, draw_seeds, guided_by_tensor
 
 _CODEBASE = (
     "markweberdev/maskbit@5ea3d733c62625eaf86dab8364bdb7e6e71def99 modeling/modules/sampling.py"

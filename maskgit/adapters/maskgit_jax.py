@@ -31,8 +31,8 @@ from typing import Any
 from ..kernels.decode_step import StepRule, decode_step
 from ..kernels.decode_step.checks import as_index
 from ..kernels.decode_step.counts import check_schedule
-from .common import Handle, Report
 from .fingerprint import check_signature, check_version
+from .patching import Handle, Report
 
 _CODEBASE = (
     "google-research/maskgit@1db23594e1bd328ee78eadcd148a19281cd0f5b8 "

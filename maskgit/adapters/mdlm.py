@@ -29,9 +29,9 @@ from typing import Any
 
 from ..kernels.decode_step import StepNoise, StepRule, sample_tokens
 from ..kernels.decode_step.api import seeds_like
-from .common import Handle, Report, draw_seeds
 from .fingerprint import AdapterError, Known, check_attributes, check_signature, check_version
-from .head import Head
+from .lazy_head import Head
+from .patching import Handle, Report, draw_seeds
 from .switch import replaced
 
 _CODEBASE = "kuleshov-group/mdlm@c112c526d193436838c98d81455ee51f90309470 diffusion.py"

@@ -32,7 +32,6 @@ from functools import lru_cache
 from typing import Any
 
 from ..kernels.decode_step import StepNoise, StepResult, StepRule, commit_tokens
-from .common import Handle, Report, draw_seeds
 from .fingerprint import (
     TRUSTED,
     check_attributes,
@@ -40,7 +39,8 @@ from .fingerprint import (
     check_version,
     original_of,
 )
-from .head import Head
+from .lazy_head import Head
+from .patching import Handle, Report, draw_seeds
 from .switch import evaluating, replaced
 
 _CODEBASE = (

@@ -26,9 +26,9 @@ from typing import Any
 
 from ..kernels.decode_step import StepNoise, StepRule
 from . import mdlm
-from .common import Handle, Report
 from .fingerprint import check_signature
-from .head import Head
+from .lazy_head import Head
+from .patching import Handle, Report
 
 _CODEBASE = "kuleshov-group/remdm@f830d659fb98d9b2c79ff71bfa12d578312b688a diffusion.py"
 _UPDATE = "x, t, dt, p_x0, conf"

@@ -28,9 +28,9 @@ from functools import lru_cache, partial
 from typing import Any
 
 from ..kernels.decode_step import StepNoise, StepRule
-from .common import Handle, Report, draw_seeds, guided_by_tensor
 from .fingerprint import check_attributes, check_signature, check_version
-from .head import Head
+from .lazy_head import Head
+from .patching import Handle, Report, draw_seeds, guided_by_tensor
 
 _CODEBASE = "bytedance/1d-tokenizer@942a96fbdd873780179d1b78d5462911528bf8c8 modeling/maskgit.py"
 _ARGUMENTS = (

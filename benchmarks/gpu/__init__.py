@@ -1,0 +1,1 @@
+"""All that needs an NVIDIA GPU: `make gpu`."""

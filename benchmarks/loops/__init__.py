@@ -1,0 +1,1 @@
+"""Whole generations, against the codebases' own."""

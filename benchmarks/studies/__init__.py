@@ -1,0 +1,1 @@
+"""Figures behind decisions of the design; each a script."""

@@ -1,0 +1,1 @@
+"""huggingface/diffusers: its schedulers, the steps of uniform corruption, what they share."""

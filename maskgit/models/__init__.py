@@ -1,0 +1,1 @@
+"""Networks and their shapes: arrays in, arrays out; nothing here samples, trains or reads files."""
