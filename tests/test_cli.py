@@ -136,6 +136,9 @@ def test_unwritable_output(option: str, tmp_path: Path) -> None:
         result = run("generate", *extra, option, place)
         assert result.exit_code == 2
         assert f"Invalid value for {option}" in result.stderr
+    wrong = run("generate", "--out", tmp_path / "ok.png", option, tmp_path / "x.jpg")
+    assert wrong.exit_code == 2
+    assert "expected a name that ends in .png, got" in wrong.stderr
     assert files_in(tmp_path) == ["file"]
 
 

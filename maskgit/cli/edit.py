@@ -76,7 +76,7 @@ def edit(
     common.check_sampling(
         rule, backend, choice_temperature, sample_temperature, guidance, seed, order
     )
-    common.check_out("--out", out)
+    common.check_out("--out", out, ".png")
     from maskgit.pipelines.images import load
 
     pipeline = load(weights)

@@ -43,8 +43,8 @@ def generate(
     common.check_sampling(
         rule, backend, choice_temperature, sample_temperature, guidance, seed, order
     )
-    common.check_out("--out", out)
-    common.check_out("--strip", strip)
+    common.check_out("--out", out, ".png")
+    common.check_out("--strip", strip, ".png")
     from maskgit.pipelines.images import load
 
     pipeline = load(weights)

@@ -134,12 +134,14 @@ def bad(option: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=option)
 
 
-def check_out(option: str, path: Path | None) -> None:
-    """Usage error unless a file can be written at `path` (None is fine)."""
+def check_out(option: str, path: Path | None, suffix: str = "") -> None:
+    """Usage error unless a file of that suffix can be written at `path` (None is fine)."""
     from maskgit.files import check_writable
 
     if path is None:
         return
+    if suffix and path.suffix and path.suffix.lower() != suffix:
+        raise bad(option, f"expected a name that ends in {suffix}, got {str(path)!r}")
     try:
         check_writable(path, "path")
     except OSError as error:

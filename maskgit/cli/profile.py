@@ -103,7 +103,7 @@ def profile(
         )  # fmt: skip
         return
     if importlib.util.find_spec("triton") is None or importlib.util.find_spec("torch") is None:
-        raise ValueError(f"profile: needs torch and triton; {pip_install('profile')}")
+        raise ImportError(f"profile: needs torch and triton; {pip_install('profile')}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise ValueError("TRITON_INTERPRET: expected unset, since kernels are compiled, not run")
     from maskgit.benchmarks.compiler.triton_profile import TARGETS, VARIANTS, budget, compiled

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
-from ..kernels.common.arrays import is_on_host, kind_of, library_of, to_numpy
+from ..kernels.common.arrays import is_on_host, is_traced, kind_of, library_of, to_numpy
 from ..kernels.common.selection import check_name
 from ..kernels.decode_step import StepNoise, StepRule, as_rule
-from ..kernels.decode_step.checks import as_index, check_eligible, check_integers, check_scores
+from ..kernels.decode_step.checks import (
+    as_index,
+    as_scalar,
+    check_eligible,
+    check_integers,
+    check_scores,
+)
 from ..report.progress import Progress
 from .blocks import plan_blocks
 from .result import GenerateResult
@@ -42,7 +47,7 @@ def generate(
     noise: Callable[[int], StepNoise] | None = None,
     cuda_graph: bool = False,
     finish: bool = False,
-    temperature: float | None = None,
+    temperature: Any = None,
 ) -> GenerateResult:
     """Fill in the masked positions of `tokens` in `num_steps` steps of parallel decoding.
 
@@ -179,13 +184,15 @@ def generate(
     return GenerateResult(tokens, num_forwards, log.trajectory if log is not None else None)
 
 
-def _at_temperature(rule: StepRule, temperature: float | None) -> StepRule:
+def _at_temperature(rule: StepRule, temperature: Any) -> StepRule:
     if temperature is None:
         return rule
-    is_number = isinstance(temperature, Real) and not isinstance(temperature, bool)
-    if not is_number or not 0 <= temperature < float("inf"):
+    number = as_scalar("temperature", temperature)
+    if is_traced(number):
+        raise TypeError("temperature: expected a number, got one that the program computes")
+    if number < 0:
         raise ValueError(f"temperature: expected a number of at least 0, got {temperature!r}")
-    return dataclasses.replace(rule, sample_temperature=float(temperature))
+    return dataclasses.replace(rule, sample_temperature=number)
 
 
 def _check_functions(forward: Any, noise: Any) -> None:
