@@ -248,13 +248,11 @@ def test_the_layouts_are_those_of_the_installed_jaxlib(tmp_path: Path) -> None:
 
 def test_what_a_handler_refuses_is_an_error_of_xla() -> None:
     call = jax.ffi.ffi_call("maskgit_sample_tokens", [jax.ShapeDtypeStruct((1,), jnp.float32)] * 3)
-    x = jnp.zeros((1, 2, 3))
-    for attributes, message in (
-        ({}, "names, params and threads expected"),
-        (
-            {"names": "logits", "params": np.zeros(3, np.uint8), "threads": np.int64(1)},
-            "another build",
-        ),
+    x, ours = jnp.zeros((1, 2, 3)), {"names": "logits", "threads": np.int64(1)}
+    for arrays, attributes, message in (
+        ((x,), {}, "names and threads expected"),
+        ((jnp.zeros(3, jnp.uint8), x), ours, "another build"),
+        ((x,), ours, "another build"),
     ):
         with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-            call(x, **attributes)
+            call(*arrays, **attributes)

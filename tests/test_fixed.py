@@ -129,7 +129,7 @@ def test_factor_does_not_commit_a_failing_last_position(backend):
     rule = dataclasses.replace(StepRule.preset("factor"), sample_temperature=0.0)
     fixed = dataclasses.replace(rule, factor_tail=False)
     assert fixed == dataclasses.replace(
-        StepRule.preset("factor-fixed"), name=rule.name, sample_temperature=0.0
+        StepRule.preset("factor-fixed"), name=rule.name, source=rule.source, sample_temperature=0.0
     )
     table = np.zeros((1, 3, VOCAB), np.float32)
     table[0, :, 0] = [12.0, 12.0, 0.5]  # sure, sure, and far from it
