@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from maskgit.kernels.decode_step.counts import linspace
-from maskgit.kernels.decode_step.plan import resolve
+from maskgit.kernels.decode_step.plan import _resolved, resolve
 from typer.testing import CliRunner
 
 import maskgit
@@ -146,7 +146,7 @@ def test_an_interrupt_says_where_the_state_is(monkeypatch, tmp_path):
 
 
 def test_a_step_of_many_takes_no_memory_that_grows_with_them():
-    resolve.cache_clear()
+    _resolved.cache_clear()
     tracemalloc.start()
     for rule in map(StepRule.preset, StepRule.presets()):
         for step in (0, HUGE // 2, HUGE - 1):
