@@ -1,8 +1,12 @@
 """Models that do more after their head: the adapters that leave it out see that, and say so."""
 
 import copy
+import ctypes
+import gc
+import pickle
 import types
 
+import numpy
 import pytest
 from helpers import on_toy
 
@@ -252,15 +256,245 @@ def test_a_touched_pass_is_not_run_twice():
     assert len(calls) == 4
 
 
-def test_a_change_that_comes_later_is_an_error():
-    passes = []
+@pytest.mark.parametrize("cfg", [0.0, 1.0])
+def test_a_change_that_comes_later_counts_from_then_on(cfg):
+    """In as many passes as without the patch."""
 
-    def later(logits):
-        passes.append(1)
-        return logits if len(passes) < 4 else logits.flip(-1)
+    def later():
+        passes = []
 
-    with pytest.raises(adapters.AdapterError, match="hidden_states=False"):
-        run(Model(later))
+        def after(logits):
+            passes.append(1)
+            return logits if len(passes) < 3 else logits.flip(-1)
+
+        return after, passes
+
+    (after, passes), (other, expected) = later(), later()
+    _, out, notes = run(Model(after), cfg)
+    assert torch.equal(out, run(Model(other), cfg, hidden_states=False)[1])
+    assert notes == [HIDDEN, CHANGED]
+    assert len(passes) == len(expected) == 4
+
+
+@torch.jit.script
+def scripted(logits: torch.Tensor):
+    return torch.tanh(logits)
+
+
+@torch.jit.script
+def scripted_in_place(logits: torch.Tensor):
+    return logits.mul_(-1.0)
+
+
+@torch.library.custom_op("maskgit_tests::negated", mutates_args=())
+def negated(logits: torch.Tensor) -> torch.Tensor:
+    return -logits
+
+
+@torch.library.custom_op("maskgit_tests::negate", mutates_args=("logits",))
+def negate(logits: torch.Tensor) -> None:
+    logits.neg_()
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return -logits
+
+
+def capsule(logits):
+    """What C++ gets of a tensor: its memory."""
+    return torch.from_dlpack(torch.utils.dlpack.to_dlpack(logits))
+
+
+def through_memory(logits):
+    count = logits.numel()
+    (ctypes.c_float * count).from_address(logits.data_ptr())[:] = [*range(count)]
+    return logits
+
+
+def pickled(logits):
+    return -pickle.loads(pickle.dumps(logits))
+
+
+def unseen(logits):
+    """Work that leaves no trace in the result: what is read is kept."""
+    unseen.seen.append(scripted(logits))
+    unseen.seen.append(capsule(logits).clone())
+    return logits
+
+
+AROUND = {  # what goes around `__torch_function__`, or reaches for a tensor's memory
+    "TorchScript": scripted,
+    "TorchScript in place": scripted_in_place,
+    "TorchScript in place, the result left": lambda logits: (scripted_in_place(logits), logits)[1],
+    "a trace": lambda logits: torch.jit.trace(torch.tanh, torch.ones(logits.shape))(logits),
+    "vmap": torch.vmap(torch.tanh),
+    "a derivative": lambda logits: torch.func.jvp(torch.tanh, (logits,), (logits,))[1],
+    "functionalized": torch.func.functionalize(torch.tanh),
+    "an op": negated,
+    "an op in place": lambda logits: (negate(logits), logits)[1],
+    "a function of autograd": Function.apply,
+    "a capsule": lambda logits: -capsule(logits),
+    "a write through a capsule": lambda logits: (capsule(logits).neg_(), logits)[1],
+    "DLPack": lambda logits: -torch.from_dlpack(logits),
+    "NumPy": lambda logits: torch.from_numpy(-numpy.asarray(logits)),
+    "an address": through_memory,
+    "a list": lambda logits: -torch.tensor(logits.tolist()),
+    "a storage": lambda logits: (logits.untyped_storage().fill_(0), logits)[1],
+    "a copy": lambda logits: -copy.deepcopy(logits),
+    "a pickle": pickled,
+    "other memory": lambda logits: logits.set_(torch.arange(float(logits.numel())).view_as(logits)),
+    "other data": lambda logits: (
+        setattr(logits, "data", torch.arange(float(logits.numel())).view_as(logits)),
+        logits,
+    )[1],
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", AROUND)
+def test_what_python_does_not_see_counts_too(name, first, mode):
+    """In the first pass and in a later one, as hidden states and as rows."""
+    layer, notes, after = torch.nn.Linear(4, 6).eval(), [], AROUND[name]
+    hidden, wanted = torch.randn(1, 3, 4), torch.tensor([[True, False, True]])
+    with mode():
+        expected = after(layer(hidden)).clone()
+        for rows in (False, True):
+            head = Head(layer, notes.append)
+            if not first:
+                head.run(lambda: layer(hidden))
+                assert head.is_used
+            if rows:
+                assert torch.equal(
+                    head.rows(lambda: after(layer(hidden)), wanted), expected[wanted]
+                )
+            else:
+                assert torch.equal(head.run(lambda: after(layer(hidden)))[0], expected)
+            assert not head.is_used
+    assert "forward" not in vars(layer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_function_after_the_head_counts(backend):
+    layer, hidden = torch.nn.Linear(4, 6).eval(), torch.randn(1, 3, 4)
+    compiled = torch.compile(torch.tanh, backend=backend)
+    for before in (0, 1):
+        head = Head(layer, [].append)
+        with torch.no_grad():
+            for _ in range(before):
+                head.run(lambda: layer(hidden))
+            (out,) = head.run(lambda: compiled(layer(hidden)))
+            torch.testing.assert_close(out, layer(hidden).tanh())
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_is_read_on_the_side_are_logits(passes):
+    layer, hidden, unseen.seen = torch.nn.Linear(4, 6).eval(), torch.randn(1, 3, 4), []
+    head = Head(layer, [].append)
+    with torch.no_grad():
+        for number in range(passes):
+            last = number == passes - 1
+            (out,) = head.run(lambda: unseen(layer(hidden)) if last else layer(hidden))  # noqa: B023
+        assert torch.equal(out, layer(hidden))
+        for one in unseen.seen:
+            assert torch.equal(one, layer(hidden)) or torch.equal(one, layer(hidden).tanh())
+    assert len(unseen.seen) == 3  # of a pass that was run again, the first half twice
+
+
+class Reuses(Model):
+    """A model that changes what it gave to its head, or the head, once that was called."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        self.eval()
+
+    def forward(self, tokens, attention_mask=None):
+        hidden, weight = self.embed(tokens), self.head.weight
+        if self.what == "other weights for the call":
+            weight.data, before = -weight.data, weight.data
+            logits = self.head(hidden)
+            weight.data = before
+        elif self.what == "weights changed for the call":
+            with torch.no_grad():
+                weight.neg_()
+                logits = self.head(hidden)
+                weight.neg_()
+        else:
+            logits = self.head(input=hidden)
+            hidden.zero_() if self.what == "zeros" else hidden.numpy().fill(1)
+        return types.SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "what", ["zeros", "NumPy", "other weights for the call", "weights changed for the call"]
+)
+def test_what_went_into_the_head_is_what_it_was_then(what, cfg):
+    model = Reuses(what)
+    _, out, notes = run(model, cfg)
+    assert torch.equal(out, run(model, cfg, hidden_states=False)[1])
+    assert notes == [CHANGED if "weights" in what else HIDDEN]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_pass_that_is_run_again_meets_the_same_random_numbers(first, training):
+    """In training mode a later one is not: its modules may count their passes."""
+    layer, hidden = torch.nn.Linear(4, 6).train(training), torch.randn(1, 3, 4)
+
+    def forward():
+        return capsule(layer(torch.nn.functional.dropout(hidden)))
+
+    with torch.no_grad():
+        torch.manual_seed(3)
+        expected, then = forward(), torch.rand(2)
+        head = Head(layer, [].append)
+        if not first:
+            head.run(lambda: layer(hidden))
+        torch.manual_seed(3)
+        if training and not first:
+            with pytest.raises(RuntimeError, match="data pointer") as error:
+                head.run(forward)
+            assert any("call eval()" in note for note in error.value.__notes__)
+            return
+        assert torch.equal(head.run(forward)[0], expected)
+        assert torch.equal(torch.rand(2), then)
+
+
+@pytest.mark.parametrize("after", [lambda logits: logits, scripted, capsule])
+def test_nothing_of_a_pass_waits_for_the_garbage_collector(after):
+    layer, hidden = torch.nn.Linear(4, 6).eval(), torch.randn(1, 3, 4)
+
+    def tensors():
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+    with torch.no_grad():
+        Head(layer, [].append).run(lambda: after(layer(hidden)))
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        with torch.no_grad():
+            Head(layer, [].append).run(lambda: after(layer(hidden)))
+        assert tensors() == before
+    finally:
+        gc.enable()
+
+
+def test_whether_logits_have_a_gradient_is_no_matter_of_the_patch():
+    layer, hidden = torch.nn.Linear(4, 6), torch.randn(1, 3, 4)
+
+    def after(logits):
+        return logits * (2 if logits.requires_grad else 3)
+
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            (out,) = Head(layer, [].append).run(lambda: after(layer(hidden)))
+            assert torch.equal(out, after(layer(hidden)))
 
 
 def test_an_error_of_the_model_is_its_own():

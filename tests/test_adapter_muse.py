@@ -116,7 +116,8 @@ class MaskGit(torch.nn.Module):
         topk_filter_thres=0.9, can_remask_prev_masked=False, force_not_use_token_critic=False,
         timesteps=18, cond_scale=3, critic_noise_scale=1,
     ):  # fmt: skip
-        assert not self.training
+        if self.training:  # no assert: pytest writes those anew, and code is compared with its file
+            raise RuntimeError
         given = {"text_embeds": self.transformer.encode_text(texts), "cond_scale": cond_scale}
         given["conditioning_token_ids"] = cond_images
         x, bad, embed = torch.full((len(texts), N), MASK), torch.zeros(len(texts), N), None

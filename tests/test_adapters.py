@@ -321,7 +321,7 @@ def test_a_wrapper_of_somebody_else_is_refused(monkeypatch, tmp_path):
     with pytest.raises(AdapterError, match="unknown version of LLaDA's generate; expected"):
         adapters.patch(target)
     target.generate = functools.wraps(theirs)(louder)
-    with pytest.raises(AdapterError, match=f"generate is wrapped by a function of {__name__}"):
+    with pytest.raises(AdapterError, match=rf"generate is wrapped by \S+louder of {__name__}"):
         adapters.patch(target)
     patch_toy(target).undo()
 
@@ -354,6 +354,91 @@ def test_what_stands_around_the_code_counts_too(what, monkeypatch, tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(AdapterError, match=r"is wrapped by flipped|stands for .* in it"):
         adapters.patch(module(code, tmp_path / "b"))
+
+
+LAYERS = {  # what is put around a function afterwards, and who is named where that is refused
+    "torch.no_grad()": None,
+    "torch.no_grad": None,
+    "torch.inference_mode()": None,
+    "torch.compile": None,
+    "torch.compiler.disable": None,
+    "torch.enable_grad()": "context_decorator",
+    "torch.autocast('cpu', dtype=torch.bfloat16)": "autocast_decorator",
+    "torch.random.fork_rng()": "ContextDecorator",
+    "torch.profiler.record_function('x')": "ContextDecorator",
+    "torch.overrides.wrap_torch_function(lambda *a, **k: a)": "wrap_torch_function",
+    # whose own function is another than what it says that it wraps
+    "lambda f: functools.wraps(f)(torch.no_grad()(lambda *a, **k: -f(*a, **k)))": "context_decorator",
+    "lambda f: functools.wraps(f)(torch.compile(lambda *a, **k: -f(*a, **k)))": "_TorchDynamoContext",
+}
+
+
+@pytest.mark.parametrize("name", ["generate", "add_gumbel_noise"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_is_trusted_for_what_it_is_not_for_whose_it_is(layer, name, monkeypatch, tmp_path):
+    known = fingerprint.digests(module(LLADA, tmp_path), ("generate",), ids_in="generate")
+    monkeypatch.setattr(llada, "VERSIONS", {"toy": known})
+    code = f"{LLADA}\nimport functools\n{name} = ({layer})({name})\n"
+    target = module(code, tmp_path, "other")
+    if LAYERS[layer] is None:
+        assert adapters.patch(target).report.version == "toy"
+        return
+    with pytest.raises(AdapterError, match=rf"{name} is wrapped by {LAYERS[layer]}\S* of \w+"):
+        adapters.patch(target)
+
+
+LOADED = {  # what runs is not what the file says
+    "a line": ("logits + temperature", "logits - temperature"),
+    "a constant": ("- 1 + BIAS[0]", "- 2 + BIAS[0]"),
+    "a constant's type": ("* 2  # half", "* 2.0  # half"),
+    "a name": ("return logits\n", "return prompt\n"),
+    "a helper's default": ("(logits, temperature)", "(logits, temperature=1)"),
+}
+
+
+@pytest.mark.parametrize("what", LOADED)
+def test_the_code_that_is_loaded_counts_not_its_file_alone(what, monkeypatch, tmp_path):
+    """A file that was changed for the import and put back, or a function changed in place."""
+    source = LLADA.replace("(logits, temperature)", "(logits, temperature=0)", 1)
+    assert source.count(LOADED[what][0]) >= 1 or what == "a helper's default"
+    known = fingerprint.digests(module(source, tmp_path), ("generate",), ids_in="generate")
+    monkeypatch.setattr(llada, "VERSIONS", {"toy": known})
+    before, after = LOADED[what]
+    before = before.replace("temperature)", "temperature=0)") if "default" in what else before
+    target = module(source.replace(before, after), tmp_path, "other")
+    Path(target.__file__).write_text(source)
+    with pytest.raises(AdapterError, match="as it is loaded is not what its file says"):
+        adapters.patch(target)
+    Path(target.__file__).write_text("\n\n" + source)  # the same code in another place is no proof
+    with pytest.raises(AdapterError, match=r"is not what its file says|cannot be read"):
+        adapters.patch(target)
+    target = module(source, tmp_path, "again")
+    adapters.patch(target).undo()
+    target.add_gumbel_noise.__defaults__ = (True,)
+    with pytest.raises(AdapterError, match="add_gumbel_noise as it is loaded"):
+        adapters.patch(target)
+
+
+@pytest.mark.parametrize(
+    "shadow",
+    [
+        "class range: pass",
+        "from random import randint as range",
+        "import math as range",
+        "range = staticmethod(len)",
+        "range = 7",
+        "def range(n): return [n]",
+        "__builtins__ = {**vars(__import__('builtins')), 'range': list}",
+    ],
+)
+def test_what_has_the_name_of_a_builtin_must_be_it(shadow, monkeypatch, tmp_path):
+    source = LLADA.replace("logits + temperature", "logits + temperature + sum(range(3))")
+    known = fingerprint.digests(module(source, tmp_path), ("generate",), ids_in="generate")
+    monkeypatch.setattr(llada, "VERSIONS", {"toy": known})
+    adapters.patch(module(f"class filter: pass\n{source}", tmp_path, "unused")).undo()
+    target = module(f"{shadow}\n{source}", tmp_path, "other")
+    with pytest.raises(AdapterError, match=r"range stands for .* in it|other builtins"):
+        adapters.patch(target)
 
 
 class Value:

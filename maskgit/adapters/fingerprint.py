@@ -5,6 +5,8 @@ and decorators that do not change a result are left out, literals stay.  What an
 target is left out too: the defaults of the functions that it replaces and, where it asks for them, token
 ids.  A target is known if every function that is replaced or relied on, and each one of the codebase that
 those call by name, has the digest that a known version lists, and each constant that they name its value.
+What is digested is the text in the file; the code that runs must be what this Python makes of that text, and
+nothing may lie around it but decorators of its own definition and those that change no result.
 
     python -m maskgit.adapters generate.py generate --helpers add_gumbel_noise
 
@@ -14,12 +16,15 @@ prints the digests of functions in a file.
 from __future__ import annotations
 
 import ast
+import builtins
 import hashlib
 import inspect
 import os
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType, ModuleType
+from functools import lru_cache
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 Known = Mapping[str, Mapping[str, str]]  # label of a version -> name of a function -> digest
@@ -29,7 +34,10 @@ _HARMLESS = (
     *("torch.no_grad", "torch.inference_mode", "torch.compile"),
     *("staticmethod", "classmethod", "replace_example_docstring"),
 )
-_DECORATORS = ("torch", "jax", "jaxlib", "beartype", "builtins")  # whose wrappers are seen through
+_COMPILING = (  # where torch.compile's layers are made, and which of a module's functions make them
+    ("torch._dynamo.eval_frame", ""),
+    ("torch._dynamo.external_utils", "wrap_inline."),
+)
 _LIBRARIES = {  # what these names must stand for, since their code is not looked at
     "torch": "torch", "F": "torch.nn.functional", "np": "numpy", "math": "math",
     "jax": "jax", "jnp": "jax.numpy", "lax": "jax.lax",
@@ -111,7 +119,9 @@ def digests(
             continue
         _check_layers(name, value)
         function = original_of(value)
-        code = read_code(function, name, defaults=not is_replaced, ids=name == ids_in)
+        node = _definition(function, name)
+        _check_loaded(function, node.args, name, not is_replaced)
+        code = code_of(node, defaults=not is_replaced, ids=name == ids_in)
         found[name] = code.digest
         left += [(n, v, False) for n, v in _named(function, code.names, home)]
     return found
@@ -120,13 +130,13 @@ def digests(
 def read_ids(function: Any) -> tuple[int, ...]:
     """The token ids in the code of a function, in the order in which they stand there."""
     try:
-        return read_code(original_of(function), "", defaults=False, ids=True).ids
+        return code_of(_definition(original_of(function), ""), defaults=False, ids=True).ids
     except _Unreadable:
         return ()
 
 
-def read_code(function: Any, name: str, *, defaults: bool = True, ids: bool = False) -> Code:
-    """The code of a function in Python."""
+def _definition(function: Any, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
+    """A function in Python, as its file has it."""
     try:
         source = inspect.getsource(function)
         tree = ast.parse(f"if True:\n{source}" if source[:1].isspace() else source).body[0]
@@ -135,7 +145,44 @@ def read_code(function: Any, name: str, *, defaults: bool = True, ids: bool = Fa
     node = tree.body[0] if isinstance(tree, ast.If) else tree
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         raise _Unreadable(f"the source of {name} cannot be read (it is no def)")
-    return code_of(node, defaults=defaults, ids=ids)
+    return node
+
+
+def _check_loaded(function: Any, written: ast.arguments, name: str, defaults: bool) -> None:
+    """Refuse a function that runs other code, or has other literal defaults, than its file says now."""
+    code = function.__code__
+    try:
+        made = _compiled("".join(inspect.findsource(function)[0]))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _Unreadable(f"the source of {name} cannot be read ({error})") from error
+    place = code.co_qualname, code.co_firstlineno
+    same = _bare(code) in [_bare(c) for c in made if (c.co_qualname, c.co_firstlineno) == place]
+    if same and defaults:
+        by_name = function.__kwdefaults__ or {}
+        nodes = [*written.defaults, *written.kw_defaults]
+        values = [*(function.__defaults__ or ()), *(by_name.get(a.arg) for a in written.kwonlyargs)]
+        same = len(nodes) == len(values) and all(
+            repr(node.value) == repr(value)
+            for node, value in zip(nodes, values, strict=True)
+            if isinstance(node, ast.Constant)
+        )
+    if not same:
+        raise _Unreadable(f"{name} as it is loaded is not what its file says")
+
+
+@lru_cache(maxsize=8)
+def _compiled(text: str) -> list[CodeType]:
+    """The code of everything that a file defines."""
+    found = [compile(text, "", "exec", dont_inherit=True)]
+    for code in found:
+        found += [value for value in code.co_consts if isinstance(value, CodeType)]
+    return found
+
+
+def _bare(code: CodeType) -> CodeType:
+    """The code without its place in a file."""
+    consts = (_bare(v) if isinstance(v, CodeType) else v for v in code.co_consts)
+    return code.replace(co_filename="", co_firstlineno=1, co_linetable=b"", co_consts=tuple(consts))
 
 
 def code_of(node: ast.AST, *, defaults: bool = True, ids: bool = False) -> Code:
@@ -241,6 +288,8 @@ def _looked_up(tree: ast.AST) -> Iterator[str]:
 
 def _named(function: FunctionType, names: tuple[str, ...], home: Any) -> Iterator[tuple[str, Any]]:
     """What the names stand for: functions of the codebase, and constants of its modules."""
+    if function.__builtins__ is not vars(builtins):  # type: ignore[attr-defined]
+        raise _Unreadable(f"{function.__name__} has other builtins than Python's")
     for name in names:
         first, *rest = name.split(".")
         value: Any = function.__globals__.get(first, _named)
@@ -259,8 +308,10 @@ def _named(function: FunctionType, names: tuple[str, ...], home: Any) -> Iterato
 
 
 def _check_library(name: str, value: Any) -> None:
-    """Refuse something else under the usual name of a library."""
+    """Refuse something else under the usual name of a library, or of one of Python's functions."""
     wanted = _LIBRARIES.get(name)
+    if value is not _named and value is not getattr(builtins, name, value):
+        raise _Unreadable(f"{name} stands for {value!r} in it, not for Python's own")
     if wanted is None or value is _named:
         return
     got = value.__name__ if isinstance(value, ModuleType) else repr(value)
@@ -320,19 +371,54 @@ def _inside(function: Any) -> Any:
 
 
 def _check_layers(name: str, function: Any) -> None:
-    """Refuse a decorator of somebody else's, whose work would be lost."""
+    """Refuse a decorator whose work would be lost."""
     original, inner = original_of(function), _inside(function)
     while inner is not None:
-        where = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
-        if not inspect.ismethod(function) and where.partition(".")[0] not in _DECORATORS:
-            made_by = getattr(getattr(function, "__code__", None), "co_qualname", "").split(".")[0]
-            if not _is_beside(where, function, original):
-                raise _Unreadable(f"{name} is wrapped by a function of {where}")
+        if not _is_harmless(function, inner):
+            where = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+            code = getattr(function, "__code__", None)
+            made_by = code.co_qualname if code else type(function).__name__
+            if not _holds(function, inner) or not _is_beside(where, function, original):
+                raise _Unreadable(f"{name} is wrapped by {made_by} of {where}")
+            made_by = made_by.partition(".")[0]
             if made_by not in _decorators(original):  # those of its definition are digested with it
                 raise _Unreadable(
                     f"{name} is wrapped by {made_by}, which its definition does not name"
                 )
         function, inner = inner, _inside(inner)
+
+
+def _is_harmless(layer: Any, inner: Any) -> bool:
+    """Whether a layer is a method, no_grad, inference_mode, compile, jit or a check of types."""
+    if inspect.ismethod(layer) or type(layer) in (staticmethod, classmethod):
+        return True
+    if not isinstance(layer, FunctionType):
+        jax = sys.modules.get("jax")
+        return jax is not None and type(layer) is type(jax.jit(_directory))
+    if not _holds(layer, inner):
+        return False
+    for module, maker in _COMPILING:
+        is_its = layer.__globals__ is getattr(sys.modules.get(module), "__dict__", None)
+        if is_its and layer.__code__.co_qualname.startswith(maker):
+            return True
+    torch = sys.modules.get("torch")
+    if torch is not None and layer.__code__ is torch.no_grad()(_directory).__code__:
+        modes = (torch.no_grad, torch.inference_mode)
+        return any(type(getattr(held, "__self__", None)) in modes for held in _held(layer))
+    return layer.__code__.co_filename.startswith("<@beartype(")
+
+
+def _holds(layer: Any, inner: Any) -> bool:
+    """Whether a function calls what it says that it wraps."""
+    return any(held is inner for held in _held(layer))
+
+
+def _held(layer: Any) -> list[Any]:
+    cells = getattr(layer, "__closure__", None) or ()
+    return [
+        *(c.cell_contents for c in cells),
+        *(getattr(layer, "__kwdefaults__", None) or {}).values(),
+    ]
 
 
 def _decorators(function: Any) -> set[str]:

@@ -2,12 +2,14 @@
 
 Nothing that a model says of itself tells that its head comes last: it may cut off a padded vocabulary,
 cap or scale its logits, ban tokens, convert them, remember them.  So in every pass the head gives a
-stand-in for the logits: a tensor of their shape and dtype without memory of its own, that may be looked at
-(shape, dtype, device) and passed on.  Any other operation has the logits made and works on them, so that a
-pass is what it always was, whatever the model does.  Where the model returns the stand-in itself, untouched,
-its head comes last, and what went into the head is all that is needed.  Where it does not in the first
-pass, or keeps the stand-in, its own logits are used from then on.  A stand-in that anyone keeps is turned
-into the logits that it stands for.
+stand-in for the logits: a tensor of their shape and dtype without memory, that may be looked at (shape,
+dtype, device) and passed on.  Any other operation has the logits made and works on them, so that a pass is
+what it always was, whatever the model does: Python's operations in `__torch_function__`, those that do not
+pass there (TorchScript, vmap, C++) in `__torch_dispatch__`, and who reaches for memory gets an error and not
+numbers; that pass is run again with the head.  Where the model returns the stand-in itself, untouched, its
+head comes last, and what went into the head, copied then, is all that is needed.  From the first pass on in
+which it does not, its own logits are used, and also where it keeps the first pass's stand-in.  A stand-in
+that anyone keeps is turned into the logits that it stands for.
 """
 
 from __future__ import annotations
@@ -20,21 +22,23 @@ from typing import Any
 
 from ..kernels.decode_step import StepResult, decode_step
 from ..kernels.head_sample import decode_step_from_hidden
-from .fingerprint import AdapterError
 from .switch import is_own, replaced
 
 HIDDEN = "works on hidden states: the head is applied to the rows that are drawn alone"
 CHANGED = "works on logits: the model does more with them after its head"
 REMEMBERED = "works on logits: the model keeps them after its passes"
+_ONCE = (
+    "raised in a pass without the head; in training mode a model is not run again with it: call eval(), "
+    "or patch with hidden_states=False"
+)
 Pass = Callable[[], Any]
 # Gets what goes into the head; returns what is needed of it and the dtype of what comes out, None to refuse.
 Keep = Callable[[Any], tuple[Any, Any]]
 # What may be asked of a stand-in, and what gives it back where that changes nothing of it.
 _LOOKS = {
-    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta",
-    "is_sparse", "is_leaf", "grad_fn", "names", "size", "dim", "ndimension", "numel", "nelement",
-    "element_size", "itemsize", "nbytes", "is_floating_point", "is_complex", "is_quantized", "get_device",
-    "__len__", "__hash__", "is_contiguous",
+    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "names",
+    "size", "dim", "ndimension", "numel", "nelement", "element_size", "itemsize", "nbytes",
+    "is_floating_point", "is_complex", "is_quantized", "get_device", "__len__", "__hash__",
 }  # fmt: skip
 _CONVERTS = {
     "to",
@@ -113,35 +117,21 @@ class Head:
         self, layer: Any, passes: tuple[Pass, ...], keep: Keep
     ) -> tuple[bool, tuple[Any, ...]]:
         """(True, what `keep` made of the head's inputs), or (False, the logits of all passes)."""
-        try:
-            done = [_Watched(layer, forward, keep, not self._is_last) for forward in passes]
-        except Exception:  # of a stand-in, or the model's own, which comes again
-            if self._is_last:
-                raise
-            self._use_logits(CHANGED)
-            return False, tuple(forward() for forward in passes)
+        done = [_Watched(layer, forward, keep, not self._is_last) for forward in passes]
         if all(one.is_last for one in done):
             self._is_last = True
             self._note(HIDDEN)
             return True, tuple(one.kept for one in done)
-        self._use_logits(REMEMBERED if all(one.is_kept for one in done) else CHANGED)
-        return False, tuple(one.logits() for one in done)
-
-    def _use_logits(self, why: str) -> None:
-        if self._is_last:
-            raise AdapterError(
-                "target: expected the head to come last in every pass, got one that changes its "
-                "logits; patch with hidden_states=False"
-            )
         self._layer = None
-        self._note(why)
+        self._note(REMEMBERED if all(one.is_kept for one in done) else CHANGED)
+        return False, tuple(one.logits() for one in done)
 
 
 class _Watched:
     """One pass in which the head gave stand-ins.
 
     is_last: whether the pass returned the one that it got, untouched; in a first pass also whether nobody
-    has kept it.  kept: what `keep` made of what went into the head.
+    has kept it.  kept: what `keep` made of what went into the head.  logits: gives those of the pass.
     """
 
     def __init__(self, layer: Any, forward: Pass, keep: Keep, is_first: bool) -> None:
@@ -149,19 +139,40 @@ class _Watched:
         self.kept: Any = None
         self.logits: Callable[[], Any]
         self.is_last = self.is_kept = False
+        generators = _generators(layer)
         try:
             with replaced(layer, "forward", self._stand_in):
                 out = forward()
-        except BaseException:
-            self._settle()
-            raise
-        if not self._came_last(out):
-            self._settle()
+            if self._came_last(out):
+                self.logits, remains = out.logits, weakref.ref(out)
+                del out
+                self._given.clear()
+                self._see_who_keeps(remains, is_first)
+                return
+            if any(out is one for one in self._given):
+                out = out.logits()
             self.logits = partial(_itself, out)
             return
-        self.logits, remains = out.logits, weakref.ref(out)
-        del out
-        self._given.clear()
+        except Exception as error:  # of a stand-in, or the model's own, which comes again
+            if not self._given:
+                raise
+            if layer.training and not is_first:
+                error.add_note(_ONCE)
+                raise
+        finally:
+            self._settle()
+        for put_back, state in generators:
+            put_back(state)
+        self.logits = partial(_itself, forward())
+
+    def _came_last(self, out: Any) -> bool:
+        given = self._given
+        if len(given) != 1 or given[0] is None or out is not given[0] or out.is_touched():
+            return False
+        _check_weights(self._layer, self._weights)
+        return True
+
+    def _see_who_keeps(self, remains: Any, is_first: bool) -> None:
         if remains() is not None and is_first:
             gc.collect()  # a cycle is nobody
         self.is_kept = remains() is not None
@@ -169,16 +180,14 @@ class _Watched:
             _settle(remains())
         self.is_last = not (self.is_kept and is_first)
 
-    def _came_last(self, out: Any) -> bool:
-        given = self._given
-        return len(given) == 1 and given[0] is not None and out is given[0] and not out.is_touched()
-
-    def _stand_in(self, hidden: Any) -> Any:
+    def _stand_in(self, input: Any) -> Any:  # as a linear layer calls it
+        self._given.append(None)
+        hidden = input.clone()  # the model may use that memory again
         self.kept, dtype = self._keep(hidden)
         if dtype is None:
-            self._given.append(None)
-            return _linear(self._layer, hidden)
-        self._given.append(_stand_in_for(self._layer, hidden, dtype))
+            return _linear(self._layer, input)
+        self._weights = _weights(self._layer)
+        self._given[-1] = _stand_in_for(self._layer, hidden, dtype, self._weights)
         return self._given[-1]
 
     def _settle(self) -> None:
@@ -186,6 +195,35 @@ class _Watched:
             if one is not None:
                 _settle(one)
         self._given.clear()
+
+
+def _logits(layer: Any, hidden: Any, weights: Any) -> Any:
+    """What the layer makes of it with the weights that it had when it was called."""
+    _check_weights(layer, weights)
+    return _linear(layer, hidden)
+
+
+def _check_weights(layer: Any, weights: Any) -> None:
+    if _weights(layer) != weights:
+        raise RuntimeError("the model has changed its head's weights after it")
+
+
+def _weights(layer: Any) -> list[tuple[int, int, int]]:
+    """Which weights the layer has, and how often they were changed, as far as torch counts that."""
+    given = [p for p in (layer.weight, layer.bias) if p is not None]
+    return [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in given]
+
+
+def _generators(layer: Any) -> list[tuple[Callable[[Any], Any], Any]]:
+    """Torch's own generators, of the host and of the layer's device: what sets one, and its state."""
+    import torch
+
+    states: list[tuple[Callable[[Any], Any], Any]] = [(torch.set_rng_state, torch.get_rng_state())]
+    device = layer.weight.device
+    if device.type == "cuda":
+        put_back = partial(torch.cuda.set_rng_state, device=device)
+        states.append((put_back, torch.cuda.get_rng_state(device)))
+    return states
 
 
 def _itself(value: Any) -> Any:
@@ -205,20 +243,25 @@ def _input(layer: Any, hidden: Any) -> tuple[Any, Any]:
     return hidden.detach(), hidden.dtype if plain and hidden.dtype == layer.weight.dtype else None
 
 
-def _stand_in_for(layer: Any, hidden: Any, dtype: Any) -> Any:
-    """(..., V): a stand-in for what the layer makes of hidden states (..., D)."""
-    one = layer.weight.detach().new_empty(1, dtype=dtype)
-    out = one.expand((*hidden.shape[:-1], len(layer.weight))).as_subclass(_stand_in_class())
-    out.logits = cache(partial(_linear, layer, hidden))
+def _stand_in_for(layer: Any, hidden: Any, dtype: Any, weights: Any) -> Any:
+    """(..., V): a stand-in for what the layer makes of hidden states (..., D); it has no memory."""
+    import torch
+
+    shape, device = (*hidden.shape[:-1], len(layer.weight)), layer.weight.device
+    out = torch.Tensor._make_wrapper_subclass(_stand_in_class(), shape, dtype=dtype, device=device)
+    torch._C._set_throw_on_mutable_data_ptr(out)
+    out.logits = cache(partial(_logits, layer, hidden, weights))
     return out
 
 
 def _settle(stand_in: Any) -> None:
-    """Turn a stand-in into the logits, for whoever holds it."""
+    """Turn a stand-in into the logits, for whoever holds it; one that cannot be is as good, or raises."""
     import torch
 
-    with torch._C.DisableTorchFunctionSubclass():
-        stand_in.data = stand_in.logits().detach()
+    try:
+        torch._C._swap_tensor_impl(stand_in, stand_in.logits().detach())
+    except RuntimeError:  # C++ holds it too, or the weights are others
+        return
     del stand_in.logits
     stand_in.__class__ = torch.Tensor
 
@@ -257,6 +300,13 @@ def _stand_in_class() -> Any:
                 if same and not kwargs.get("copy"):
                     return own
             args, kwargs = tree_map(_made, (args, kwargs))
+            return func(*args, **kwargs)
+
+        @classmethod
+        def __torch_dispatch__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            args, kwargs = tree_map(_made, (args, kwargs or {}))
             return func(*args, **kwargs)
 
     def _made(value: Any) -> Any:

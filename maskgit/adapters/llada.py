@@ -235,8 +235,8 @@ def generate(
             block_length=block_length,
             prompt_length=length,
             positions=_positions(attention_mask, x),
-            head_weight=head.weight,
-            head_bias=head.bias,
+            head_weight=lambda: head.weight,  # None from the pass on that makes logits
+            head_bias=lambda: head.bias,
             noise=noise,
         )
     return out.tokens

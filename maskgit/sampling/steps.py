@@ -13,7 +13,10 @@ from ..kernels.head_sample import decode_step_from_hidden
 
 
 class Stepper:
-    """Decode steps from the model's output and, with guidance, its unconditional output."""
+    """Decode steps from the model's output and, with guidance, its unconditional output.
+
+    `weight` and `bias` may be functions that give them for the output at hand, None where it is logits.
+    """
 
     def __init__(self, weight: Any, bias: Any, scale: float | None, backend: str) -> None:
         if weight is None and bias is not None:
@@ -27,10 +30,11 @@ class Stepper:
         cond, uncond = output
         options |= {"rule": rule, "backend": self._backend}
         options["guidance_scale"] = None if uncond is None else self._scale
-        if self._weight is None:
+        weight, bias = _now(self._weight), _now(self._bias)
+        if weight is None:
             return decode_step(cond, tokens, uncond_logits=uncond, **options)
         return decode_step_from_hidden(
-            cond, self._weight, tokens, head_bias=self._bias, uncond_hidden=uncond, **options
+            cond, weight, tokens, head_bias=bias, uncond_hidden=uncond, **options
         )
 
     def candidates(
@@ -38,7 +42,7 @@ class Stepper:
         result: StepResult,
     ) -> Any:  # fmt: skip
         """The candidates (B, N) of a step that gave `result`, also where it chose positions first."""
-        if self._weight is None:
+        if _now(self._weight) is None:
             return result.candidate_tokens
         options = options | {"num_commit": None}
         return self.decode(output, tokens, candidates_of(rule), **options).candidate_tokens
@@ -80,3 +84,7 @@ class Stepper:
             backend=self._backend,
             **rest,
         )
+
+
+def _now(value: Any) -> Any:
+    return value() if callable(value) else value
