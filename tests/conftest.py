@@ -33,12 +33,13 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    """Without --all (make test-all) the slow tests are left out; a skip is a test that cannot run here."""
     if config.getoption("--all"):
         return
-    skip = pytest.mark.skip(reason="slow: run with --all (make test-all)")
-    for item in items:
-        if "slow" in item.keywords or _is_interpreted(item):
-            item.add_marker(skip)
+    slow = [item for item in items if "slow" in item.keywords or _is_interpreted(item)]
+    config.hook.pytest_deselected(items=slow)
+    left_out = {id(item) for item in slow}
+    items[:] = [item for item in items if id(item) not in left_out]
 
 
 def _is_interpreted(item):

@@ -114,14 +114,20 @@ FIELDS = {
 }  # fmt: skip
 
 
+def is_slow(backend: str, preset: str, dtype: str) -> bool:
+    """jax compiles each: those that are run always."""
+    return backend == "jax" and not (dtype == "float32" and preset in CORE)
+
+
 @pytest.mark.parametrize("noise", ["seeds", "injected"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("preset", FREE)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_preset(request: Any, backend: str, preset: str, dtype: str, noise: str) -> None:
-    is_usual = dtype == "float32" and preset in CORE
-    if backend == "jax" and not is_usual and not request.config.getoption("--all"):
-        pytest.skip("slow: run with --all (make test-all)")
+@pytest.mark.parametrize(
+    ("backend", "preset", "dtype"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if is_slow(*case) else [])
+        for case in itertools.product(BACKENDS, FREE, DTYPES)
+    ],
+)
+def test_every_preset(backend: str, preset: str, dtype: str, noise: str) -> None:
     rule = StepRule.preset(preset)
     for step in (0, 3, 7):
         guidance = 2.5 if step == 3 else None

@@ -4,7 +4,6 @@ tests/golden/*.npz were recorded by tests/golden/record/ with the codebases' own
 model and recorded noise; record/common.py describes the format, rules.json says which rule each follows.
 """
 
-import contextlib
 import json
 
 import numpy as np
@@ -19,18 +18,6 @@ RULES = json.loads((GOLDEN / "rules.json").read_text())
 FILES = [  # those in another layout are replayed by tests/test_layouts.py
     path for path in sorted(GOLDEN.glob("*.npz")) if "layout" not in RULES[path.stem]
 ]
-
-
-@contextlib.contextmanager
-def as_single_operations(backend, compiled):
-    """jax compiles a program for every step of every rule: only `make test-all` has that time."""
-    if backend != "jax" or compiled:
-        yield
-        return
-    import jax
-
-    with jax.disable_jit():
-        yield
 
 
 def replay(golden, meta, rule, s, backend):
@@ -96,13 +83,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("path", "backend"), CASES)
-def test_tokens_are_those_of_the_codebase_itself(path, backend, request):
+def test_tokens_are_those_of_the_codebase_itself(path, backend):
     with np.load(path, allow_pickle=False) as file:
         golden = {name: file[name] for name in file.files}
     meta = json.loads(str(golden["meta"]))
     for s in range(len(golden["step"])):
-        with as_single_operations(backend, request.config.getoption("--all")):
-            next_tokens, candidates = replay(golden, meta, golden_rule(path.stem), s, backend)
+        next_tokens, candidates = replay(golden, meta, golden_rule(path.stem), s, backend)
         np.testing.assert_array_equal(next_tokens, golden["expected"][s], f"after step {s}")
         if "candidates" in golden:
             np.testing.assert_array_equal(candidates, golden["candidates"][s], f"in step {s}")

@@ -52,8 +52,6 @@ class Replay:
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.stem)
 def test_a_whole_loop(path, backend):
-    if backend == "jax" and path.stem != "loop-llada2":
-        pytest.skip("a program for every step; make test-all replays single steps on jax")
     with np.load(path, allow_pickle=False) as file:
         golden = {name: file[name] for name in file.files}
     meta = json.loads(str(golden.pop("meta")))
