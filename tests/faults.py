@@ -1,0 +1,199 @@
+"""Faults that the tests must find: each is put into a copy of the tree, alone, and its tests must fail.
+
+    python tests/faults.py                 all, one line each; exits with 1 if one is not found
+    python tests/faults.py --only 3 17     some of them
+    python tests/faults.py --suite         against everything that `make test` runs, hours
+
+A fault is a line that stands once in a file, what it becomes, and the tests that are quickest to see it.
+One of a clause of the contract and a backend at least: ties, clamps, counts, key words, the last column,
+dead rows, NaN, thresholds, rounding, noise, what is static in a compiled program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+IGNORED = (".git", ".venv", "build", "*.egg-info", "__pycache__", ".mypy_cache", ".ruff_cache")
+
+
+class Fault(NamedTuple):
+    """`old` becomes `new` in `file`; `tests` are pytest's arguments."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def contract(backend: str, more: str = "") -> str:
+    """The contract tests of a backend."""
+    return f"tests/test_contract.py -k '{backend}{f' and ({more})' if more else ''}'"
+
+
+STEP = "kernels/decode_step/"
+FAULTS = (
+    # a rule at a step
+    Fault(STEP + "counts.py", "(step < base % num_steps)", "(step <= base % num_steps)", "tests/test_schedule.py"),
+    Fault(STEP + "counts.py", '{"floor": np.floor,', '{"floor": np.ceil,', "tests/test_golden.py -k reference-maskgit"),
+    Fault(STEP + "counts.py", "np.minimum(target, limit - 1) if", "np.minimum(target, limit) if", "tests/test_schedule.py tests/test_semantics.py"),
+    Fault(STEP + "counts.py", "return 1.0 - masked(after) / masked(before)", "return masked(after) / masked(before)", "tests/test_golden.py -k 'reference-md4'"),
+    Fault(STEP + "plan.py", "return 1.0 - (step + 1) / num_steps", "return 1.0 - step / num_steps", "tests/test_golden.py -k reference-maskgit"),
+    Fault(STEP + "plan.py", '"all" if is_last and rule', '"all" if rule', "tests/test_golden.py -k reference-amused"),
+    Fault(STEP + "plan.py", "threshold=rounded(rule.threshold, compared_in)", "threshold=rule.threshold", "tests/test_thresholds.py"),
+    Fault(STEP + "plan.py", "edit_threshold=rounded(rule.edit_threshold or 0.0, compared_in)", "edit_threshold=rule.edit_threshold or 0.0", "tests/test_thresholds.py"),
+    Fault(STEP + "plan.py", "return min(value, _MAX_TEMPERATURE) if", "return value if", "tests/test_temperatures.py"),
+    Fault(STEP + "plan.py", "size = batch * length if rule", "size = length if rule", "tests/test_golden.py -k 'reference-vampnet or reference-dream'"),
+    Fault(STEP + "plan.py", "scaled = scaled or name", "scaled = scaled and name", "tests/test_semantics.py tests/test_contract.py -k 'reference or filter'"),
+    # the judge
+    Fault(STEP + "reference.py", "row[np.isnan(row)] = -np.inf", "row[np.isnan(row)] = np.inf", "tests/test_semantics.py tests/test_contract.py -k 'cpp or semantics'"),
+    Fault(STEP + "reference.py", "ranked[::-1][stay[b]] if stay[b]", "ranked[::-1][stay[b] - 1] if stay[b]", "tests/test_golden.py -k reference-maskgit"),
+    Fault(STEP + "reference.py", "ends = how.factor_tail and", "ends = not how.factor_tail and", "tests/test_golden.py -k reference-fast-dllm-factor"),
+    Fault(STEP + "reference.py", "eligible = x.eligible & (~known | how.revises)", "eligible = x.eligible & ~known", "tests/test_golden.py -k reference-soundstorm"),
+    # plain torch
+    Fault(STEP + "torch_ref.py", "exact = eligible & (rank < now - stay)", "exact = eligible & (rank <= now - stay)", contract("torch", "preset")),
+    Fault(STEP + "torch_ref.py", "nan_to_num(-math.inf, _FLOAT_MAX, -math.inf)", "nan_to_num(_FLOAT_MAX, _FLOAT_MAX, -math.inf)", contract("torch")),
+    Fault(STEP + "torch_ref.py", "return leaf * LEAF + token * GROUPS + group", "return leaf * LEAF + group * PER_GROUP + token", contract("torch", "preset")),
+    Fault(STEP + "torch_ref.py", "within = (total if below else total - ranked) <= limit", "within = total <= limit", contract("torch")),
+    Fault(STEP + "torch_ref.py", 'index = now.sum().expand_as(now) if how.count_rows == "mean" else now', "index = now", contract("torch", "preset")),
+    Fault(STEP + "torch_ref.py", "target.minimum(limit - 1) if", "target.minimum(limit) if", contract("torch")),
+    # plain jax
+    Fault(STEP + "jax_ref.py", "exact = eligible & (rank < now - stay)", "exact = eligible & (rank <= now - stay)", contract("jax", "preset")),
+    Fault(STEP + "jax_ref.py", "return jnp.where(odd, -jnp.inf, row)", "return row", contract("jax")),
+    Fault(STEP + "jax_ref.py", "confidence >= floor)", "confidence > floor)", contract("jax")),
+    Fault(STEP + "jax_ref.py", "elif noise is not None and how.adds_noise:", "elif False:", contract("jax", "preset")),
+    # what a compiled program is told apart by
+    Fault(STEP + "run.py", 'static_argnames=("mask_token_id", "row", "commit", "dtype"))', 'static_argnames=("mask_token_id", "row", "commit", "dtype", "numbers"))', "tests/test_jax_switches.py -k share"),
+    Fault(STEP + "run.py", "return numbers._replace(step=np.uint32(numbers.step))", "return numbers._replace(step=np.uint32(0))", contract("jax", "preset")),
+    Fault(STEP + "run.py", "jnp.asarray(np.stack(numbers))[plan.index]", "jnp.asarray(np.stack(numbers))[0]", "tests/test_jax_switches.py -k traced"),
+    # words of keys, positions, checks
+    Fault(STEP + "run.py", "torch.stack([wide & 0xFFFFFFFF, (wide >> 32) & 0xFFFFFFFF], dim=1)", "torch.stack([(wide >> 32) & 0xFFFFFFFF, wide & 0xFFFFFFFF], dim=1)", contract("torch", "preset")),
+    Fault("kernels/common/philox.py", "STREAM_CHOICE = ", "STREAM_CHOICE = 0 * ", "tests/test_philox.py tests/test_semantics.py tests/test_sampling.py"),
+    Fault(STEP + "checks.py", "bad = ids[(ids < 0) | (ids >= top)]", "bad = ids[ids < 0]", "tests/test_errors.py"),
+    Fault(STEP + "checks.py", "short = np.flatnonzero(to_numpy(start) < now)", "short = np.flatnonzero(to_numpy(start) < 0)", "tests/test_arguments.py -k counts"),
+    Fault("kernels/common/rounding.py", "(bits + 0x7FFF + ((bits >> 16) & 1))", "(bits + 0x8000)", "tests/test_thresholds.py tests/test_semantics.py tests/test_contract.py -k bfloat16"),
+    # C++
+    Fault("csrc/select.cpp", "confidence > other.confidence : position < other.position", "confidence > other.confidence : position > other.position", contract("cpp")),
+    Fault("csrc/select.cpp", "if (clamp == kKeepOne) target = std::max<int64_t>(target, 1);", "", contract("cpp", "preset")),
+    Fault("csrc/select.cpp", "float(total) / float(p.batch)", "float(total) / float(p.batch + 1)", contract("cpp", "preset")),
+    Fault("csrc/select.cpp", "p.threshold_strict ? falling[i] > bound", "!p.threshold_strict ? falling[i] > bound", "tests/test_thresholds.py -k cpp"),
+    Fault("csrc/draw-inl.h", "return begin + token * kGroups + group;", "return begin + group * kPerGroup + token;", contract("cpp", "preset")),
+    # the head
+    Fault("kernels/head_sample/plain.py", "seeds=None if x.seeds is None else x.seeds[number // length]", "seeds=None if x.seeds is None else x.seeds[number * 0]", "tests/test_head_sample.py"),
+    Fault("kernels/head_sample/plain.py", "else (number % length)[:, None]", "else (number * 0)[:, None]", "tests/test_head_sample.py"),
+    # Triton, in its interpreter
+    Fault(STEP + "triton_commit.py", "(other[None, :] < n[:, None])", "(other[None, :] > n[:, None])", "tests/test_triton.py"),
+    Fault(STEP + "triton_commit.py", "tl.cumsum(equal.to(tl.int32), 0) <= room", "tl.cumsum(equal.to(tl.int32), 0) < room", "tests/test_triton.py"),
+    Fault(STEP + "triton_tiles.py", "return tl.minimum(tl.where(x == x, x, -float(\"inf\")), FLOAT_MAX)", "return tl.minimum(tl.where(x == x, x, FLOAT_MAX), FLOAT_MAX)", "tests/test_triton.py"),
+    Fault(STEP + "triton_tiles.py", "x = tl.where((index >= 0) & (index < vocab), x, -float(\"inf\"))", "x = tl.where((index >= 0) & (index <= vocab), x, -float(\"inf\"))", "tests/test_triton.py"),
+    # Pallas, in its simulator
+    Fault(STEP + "pallas_commit.py", "return jnp.maximum(now - target, 0)\n    limit", "return jnp.maximum(now - target - 1, 0)\n    limit", "tests/test_pallas.py"),
+    Fault(STEP + "pallas_commit.py", "commit = competes & (commit | (rank == 0))", "commit = competes & commit", "tests/test_pallas.py --all -k 'runs or hierarchy'"),
+    # loops
+    Fault("maskgit/sampling/trajectory.py", "library.where(drawn, -spread, 0.0)", "library.where(drawn, spread, 0.0)", "tests/test_trajectory.py"),
+)  # fmt: skip
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the tree, without what git does not know."""
+    tree = folder / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*IGNORED), symlinks=True)
+    return tree
+
+
+def laid_out(tree: Path) -> Path:
+    """The package as it is installed, first on the path of a test's process."""
+    site = tree / "build" / "faults"
+    shutil.rmtree(site, ignore_errors=True)
+    ignored = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(tree / "maskgit", site / "maskgit", ignore=ignored)
+    for source, target in (("kernels", "kernels"), ("benchmarks", "benchmarks")):
+        ignored = shutil.ignore_patterns("__pycache__")
+        place = site / "maskgit" / target
+        shutil.copytree(tree / source, place, ignore=ignored, dirs_exist_ok=True)
+    shutil.copy(tree / "maskgit/kernels/__init__.py", site / "maskgit/kernels/__init__.py")
+    return site
+
+
+def run(tree: Path, tests: str) -> subprocess.CompletedProcess[str]:
+    """The tests on the tree, until the first that fails."""
+    environment = os.environ | {"PYTHONPATH": str(laid_out(tree)), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-P",  # the tree itself is not laid out as installed
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *shlex.split(tests),
+    ]
+    return subprocess.run(
+        command, cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def found(tree: Path, fault: Fault, tests: str) -> tuple[bool, str]:
+    """Whether the tests fail with the fault in the tree, and which was the first."""
+    path = tree / fault.file
+    text = path.read_text()
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{fault.file}: expected {fault.old!r} once, got {text.count(fault.old)}")
+    path.write_text(text.replace(fault.old, fault.new))
+    is_native = fault.file.startswith("csrc")
+    try:
+        if is_native:
+            build(tree)
+        done = run(tree, tests)
+    finally:
+        path.write_text(text)
+        if is_native:
+            shutil.copy(next((ROOT / "maskgit").glob("_C*.so")), tree / "maskgit")
+    if done.returncode not in (0, 1):
+        raise RuntimeError(
+            f"{fault.file}: pytest ended with {done.returncode}: {done.stdout[-2000:]}"
+        )
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 1, failed[0] if failed else ""
+
+
+def build(tree: Path) -> None:
+    """The C++ core of the tree."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+
+
+def main() -> int:
+    """Print a line for each fault; 1 if one is not found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of faults")
+    parser.add_argument("--suite", action="store_true", help="all of make test for each of them")
+    options = parser.parse_args()
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copied(Path(folder))
+        for number in options.only or range(len(FAULTS)):
+            fault, begin = FAULTS[number], time.monotonic()
+            is_found, test = found(tree, fault, "tests" if options.suite else fault.tests)
+            missed += not is_found
+            said = "found" if is_found else "NOT FOUND"
+            seconds = time.monotonic() - begin
+            print(
+                f"{number:3} {said:9} {seconds:5.0f} s  {fault.file}: {fault.new.strip()[:60]}  {test}",
+                flush=True,
+            )
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
