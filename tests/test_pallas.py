@@ -463,7 +463,7 @@ def test_the_cost_of_the_head_is_that_of_its_blocks(rows: int, width: int, vocab
 
     def draw(hidden: Any, weight: Any, tokens: Any, seeds: Any) -> Any:
         x = StepInputs(None, tokens, None, None, seeds, None, None, None, None, 0.0, vocab - 1)
-        x = step_run.complete(x, rule)
+        x = step_run.complete(x, plan)
         return head.sample_rows(x, hidden, weight, None, x.eligible, plan)
 
     call = pallas_call(

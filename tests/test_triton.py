@@ -382,7 +382,7 @@ def test_selection_by_bisection_is_that_by_rank(name, ties, monkeypatch):
         options["num_commit"] = torch.tensor([3, 0, 40], device=DEVICE)
     by_rank = maskgit.commit_tokens(*arguments, backend="triton", **options)
     monkeypatch.setattr(triton_commit, "RANKED", tl.constexpr(0))
-    triton_cuda._commit_spec.cache_clear()
+    triton_cuda._commit_spec_of.cache_clear()
     by_bisection = maskgit.commit_tokens(*arguments, backend="triton", **options)
     reference = maskgit.commit_tokens(*arguments, backend="reference", **options)
     for a, b, c in zip(by_rank, by_bisection, reference, strict=True):
