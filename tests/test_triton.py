@@ -27,6 +27,7 @@ from maskgit.kernels.common.selection import is_interpreting  # noqa: E402
 from maskgit.kernels.common.tuning import forced  # noqa: E402
 from maskgit.kernels.decode_step import run as run_module  # noqa: E402
 from maskgit.kernels.decode_step import triton_commit, triton_cuda  # noqa: E402
+from maskgit.kernels.decode_step.plan import resolve  # noqa: E402
 from maskgit.kernels.head_sample import plain  # noqa: E402
 
 QUICK = [
@@ -382,7 +383,7 @@ def test_selection_by_bisection_is_that_by_rank(name, ties, monkeypatch):
         options["num_commit"] = torch.tensor([3, 0, 40], device=DEVICE)
     by_rank = maskgit.commit_tokens(*arguments, backend="triton", **options)
     monkeypatch.setattr(triton_commit, "RANKED", tl.constexpr(0))
-    triton_cuda._commit_spec_of.cache_clear()
+    triton_cuda._commit_spec.cache_clear()
     by_bisection = maskgit.commit_tokens(*arguments, backend="triton", **options)
     reference = maskgit.commit_tokens(*arguments, backend="reference", **options)
     for a, b, c in zip(by_rank, by_bisection, reference, strict=True):
@@ -529,3 +530,23 @@ def test_the_loop():
         num_steps=3, seeds=torch.tensor([1, 2], device=DEVICE), backend="reference",
     )  # fmt: skip
     assert torch.equal(out.tokens, same.tokens)
+
+
+def test_thresholds_are_no_constants_of_a_kernel():
+    """A threshold, factor or bound that changes compiles nothing anew, and is exact in float64."""
+    rules = [
+        dataclasses.replace(StepRule.preset(name), **{field: value})
+        for name, field in (
+            ("threshold", "threshold"),
+            ("factor", "factor"),
+            ("sglang-joint", "edit_threshold"),
+        )
+        for value in (0.1, 1 / 3, 0.9)
+    ]
+    specs = {
+        (rule.name, triton_cuda._commit_spec(resolve(rule, 1, 4, (2, 16)).commit, 16))
+        for rule in rules
+    }
+    assert len(specs) == 3
+    for value in (0.1, 1 / 3, 1e-30, 0.0, -0.7, float("inf"), float("-inf"), np.nextafter(0.9, 1)):
+        assert sum(triton_commit.in_three(value)) == value

@@ -274,9 +274,9 @@ def _on(launch: Launch, target: str) -> Launch:
     return dataclasses.replace(launch, arguments=arguments)
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+def _signature(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Types, constants and divisibility of the arguments, as Triton's own launcher finds them."""
-    types: dict[str, str] = {}
+    types: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     for place, parameter in enumerate(launch.kernel.params):
@@ -287,6 +287,9 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
             types[parameter.name] = "constexpr"
             constants[(place,)] = value
             continue
+        if isinstance(value, tuple):
+            types[parameter.name] = _types(value)
+            continue
         if isinstance(value, float):
             types[parameter.name] = "fp32"
         elif is_number:
@@ -296,6 +299,12 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
         if not plain and not isinstance(value, float) and _place(value) % 16 == 0:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return types, constants, attributes
+
+
+def _types(values: Any) -> Any:
+    """The types of a tuple of numbers, or of tuples of them."""
+    types = [_types(value) if isinstance(value, tuple) else "fp32" for value in values]
+    return type(values)(*types) if hasattr(values, "_fields") else tuple(types)
 
 
 def _place(value: Any) -> int:

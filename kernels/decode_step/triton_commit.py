@@ -15,8 +15,11 @@ over the batch (count_rows "first", "mean", "sum") are formed by every program f
 
 # mypy: ignore-errors
 
+import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import triton
 import triton.language as tl
 
@@ -46,17 +49,13 @@ class CommitSpec:
     source: str = "drawn"
     uses_noise: bool = False
     adds_noise: bool = False
-    threshold: float = 0.0
     threshold_strict: bool = False
-    slack: float | None = None
+    has_slack: bool = False
     least_is_quota: bool = False
-    low_threshold: float = 0.0
-    factor: float = 0.0
     factor_tail: bool = True
     revise: bool = False
     touches_known: bool = False
     edits: bool = False
-    edit_threshold: float = 0.0
     remasks: bool = False
     remasks_by_score: bool = False
     skip_mask_token: bool = False
@@ -223,10 +222,37 @@ def _best_of_runs(
     return tl.maximum(up, down)
 
 
+class Bounds(NamedTuple):
+    """What scores are compared with: float64 numbers, each as three of float32 that add up to it."""
+
+    threshold: Any
+    slack: Any
+    low: Any
+    edit: Any
+    factor: Any
+
+
+def in_three(value: float) -> tuple[float, float, float]:
+    """Three float32 numbers whose sum is `value`: a kernel is given no float64 ones."""
+    high = float(np.float32(value))
+    if not math.isfinite(high):
+        return high, 0.0, 0.0
+    middle = float(np.float32(value - high))
+    return high, middle, float(np.float32(value - high - middle))
+
+
 @triton.jit
-def _constant(value: tl.constexpr, S: tl.constexpr):
+def _exact(parts):
+    """The float64 number of `in_three`."""
+    high, middle = scalar(parts[0], tl.float64), scalar(parts[1], tl.float64)
+    return (high + middle) + scalar(parts[2], tl.float64)
+
+
+@triton.jit
+def _bound(parts, S: tl.constexpr):
+    """The same in the dtype of the scores, in which it is one."""
     kind: tl.constexpr = tl.float64 if S.wide else tl.float32
-    return tl.full((), value, kind)
+    return _exact(parts).to(kind)
 
 
 @triton.jit
@@ -241,22 +267,22 @@ def _as_score(bound, S: tl.constexpr):
 
 
 @triton.jit
-def _take(mine, competes, rank, before, now, least, S: tl.constexpr):
+def _take(mine, competes, rank, before, now, least, bounds, S: tl.constexpr):
     """How many of the surest are committed by rules that look at their values."""
     if S.count == "threshold":
-        bound = _constant(S.threshold, S)
-        if S.slack is not None:
+        bound = _bound(bounds.threshold, S)
+        if S.has_slack:
             top = tl.max(tl.where(competes, mine, -float("inf")), 0)
-            bound = tl.minimum(bound, _as_score(top - _constant(S.slack, S), S))
+            bound = tl.minimum(bound, _as_score(top - _bound(bounds.slack, S), S))
         if S.threshold_strict:
             passing = mine > bound
         else:
             passing = mine >= bound
         take = _num(competes & passing)
     elif S.count == "entropy_bound":
-        take = tl.min(tl.where(competes & ~(before <= S.threshold), rank, now), 0)
+        take = tl.min(tl.where(competes & ~(before <= _exact(bounds.threshold)), rank, now), 0)
     else:
-        bound = (1.0 - S.factor / (rank.to(tl.float64) + 2.0)).to(mine.dtype)
+        bound = (1.0 - _exact(bounds.factor) / (rank.to(tl.float64) + 2.0)).to(mine.dtype)
         bound = _as_score(bound, S)
         take = tl.min(tl.where(competes & (rank >= 1) & (mine < bound), rank, now), 0)
         if S.factor_tail:  # Fast-dLLM's off-by-one
@@ -356,7 +382,7 @@ def commit_kernel(
     mask_token_id, mask_column, vocab_start, step, guidance, temperature, draw_scale, score_scale,
     score_scale_low, filter_scale, next_tokens, candidates, confidence, choice_gumbel, scores,
     starts, num_commit, table, table_size, batch, choice_temperature, share, commit_below,
-    remask_below, remask_chance, F: tl.constexpr, S: tl.constexpr,
+    remask_below, remask_chance, bounds, F: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Grid (B,): what `decode_step` returns, from candidates and scores."""
     block: tl.constexpr = S.block
@@ -431,13 +457,13 @@ def commit_kernel(
             best = _best_of_runs(
                 mine, tokens, eligible, drawn, competes, b, length, mask_token_id, S
             )
-            commit = (mine == best) & (mine > _constant(S.low_threshold, S))
-            commit = competes & (commit | (mine > _constant(S.threshold, S)))
+            commit = (mine == best) & (mine > _bound(bounds.low, S))
+            commit = competes & (commit | (mine > _bound(bounds.threshold, S)))
             top = tl.max(tl.where(competes, mine, -float("inf")), 0)
             surest = tl.min(tl.where(competes & (mine == top), n, S.block), 0)
             commit = commit | (competes & (n == surest))
         elif S.count == "threshold" or S.count == "factor" or S.count == "entropy_bound":
-            take = _take(mine, competes, rank, before, now, least, S)
+            take = _take(mine, competes, rank, before, now, least, bounds, S)
             if S.ranks:
                 commit = competes & (rank < take)
             else:
@@ -452,7 +478,7 @@ def commit_kernel(
     filled = tl.where(alive & ~known, candidate, token)
     result = tl.where(commit & alive, filled, tl.where(competes, mask_token_id, token))
     if S.edits:
-        edited = takes_part & known & (candidate >= 0) & (value > _constant(S.edit_threshold, S))
+        edited = takes_part & known & (candidate >= 0) & (value > _bound(bounds.edit, S))
         result, filled = tl.where(edited, candidate, result), tl.where(edited, candidate, filled)
     if S.remasks:
         held = takes_part & known

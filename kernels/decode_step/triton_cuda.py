@@ -27,7 +27,14 @@ from ..common.tuning import tuned
 from . import reference
 from .plan import CommitPlan, RowPlan, StepPlan
 from .spec import StepInputs
-from .triton_commit import MOST_POSITIONS, CommitSpec, commit_kernel, merge_kernel
+from .triton_commit import (
+    MOST_POSITIONS,
+    Bounds,
+    CommitSpec,
+    commit_kernel,
+    in_three,
+    merge_kernel,
+)
 from .triton_rows import NUM_PARTS, sample_kernel
 from .triton_tiles import RowSpec
 
@@ -196,7 +203,7 @@ def _commit(
     """Launch `commit_kernel`."""
     batch, length = x.tokens.shape
     block = max(16, 1 << (length - 1).bit_length())
-    spec = _commit_spec(plan, block)
+    spec = _commit_spec(plan.commit, block)
     shared = rows.spec.splits > 1
     together = 16 if _is_crowded(rows.spec) else 32  # rows whose leaf fits into registers
     finishing = dataclasses.replace(rows.spec, rows=min(block, together)) if shared else None
@@ -209,7 +216,7 @@ def _commit(
         *rows.numbers, next_tokens, candidates, confidence, flat(x.choice_gumbel), flat(x.scores),
         flat(x.num_masked_at_start), flat(x.num_commit), table, n.table.size, batch,
         n.choice_temperature, n.commit_fraction, n.commit_below, n.remask_below, n.remask_chance,
-        F=finishing, S=spec, **_commit_options(spec, shared),
+        _bounds(plan), F=finishing, S=spec, **_commit_options(spec, shared),
     )  # fmt: skip
 
 
@@ -260,16 +267,17 @@ def _row_spec(row: RowPlan, noise: bool, guided: bool, dtype: str, wants_z: bool
     )
 
 
-def _commit_spec(plan: StepPlan, block: int) -> CommitSpec:
-    """What the commit kernel is compiled for at this step."""
+@lru_cache(maxsize=1024)
+def _bounds(plan: StepPlan) -> Bounds:
+    """The plan's bounds as the commit kernel takes them."""
     n = plan.numbers
-    bounds = n.threshold, n.threshold_slack, n.low_threshold, n.edit_threshold, n.factor
-    return _commit_spec_of(plan.commit, bounds, block)
+    values = n.threshold, n.threshold_slack, n.low_threshold, n.edit_threshold, n.factor
+    return Bounds(*(in_three(value) for value in values))
 
 
 @lru_cache(maxsize=4096)
-def _commit_spec_of(how: CommitPlan, bounds: tuple[float, ...], block: int) -> CommitSpec:
-    threshold, slack, low_threshold, edit_threshold, factor = bounds
+def _commit_spec(how: CommitPlan, block: int) -> CommitSpec:
+    """What the commit kernel is compiled for at this step."""
     return CommitSpec(
         block=block,
         others=max(1, min(32, (1 << _OTHERS.get(how.count, 14)) // block)),
@@ -281,17 +289,13 @@ def _commit_spec_of(how: CommitPlan, bounds: tuple[float, ...], block: int) -> C
         source=how.source,
         uses_noise=how.uses_noise,
         adds_noise=how.adds_noise,
-        threshold=threshold,
         threshold_strict=how.threshold_strict,
-        slack=slack if how.has_slack else None,
+        has_slack=how.has_slack,
         least_is_quota=how.least_is_quota,
-        low_threshold=low_threshold,
-        factor=factor,
         factor_tail=how.factor_tail,
         revise=how.revises,
         touches_known=how.touches_known,
         edits=how.edits,
-        edit_threshold=edit_threshold,
         remasks=how.remasks,
         remasks_by_score=how.remasks_by_score,
         skip_mask_token=how.skips_mask,
