@@ -23,7 +23,7 @@ if maskgit.available_backends()["triton"] is not None:
     pytest.skip(maskgit.available_backends()["triton"], allow_module_level=True)
 
 from maskgit.kernels.common.arrays import like  # noqa: E402
-from maskgit.kernels.common.selection import is_interpreting  # noqa: E402
+from maskgit.kernels.common.backends import is_interpreting  # noqa: E402
 from maskgit.kernels.common.tuning import forced  # noqa: E402
 from maskgit.kernels.decode_step import run as run_module  # noqa: E402
 from maskgit.kernels.decode_step import triton_commit, triton_cuda  # noqa: E402

@@ -108,7 +108,7 @@ def tune_step(bench: Bench) -> Iterator[Row]:
 def tune_head(bench: Bench) -> Iterator[Row]:
     """Tiles of the fused head for each number of rows."""
     import torch
-    from maskgit.kernels.decode_step.triton_cuda import multiprocessors
+    from maskgit.kernels.common.triton_tools import multiprocessors
 
     import maskgit
 

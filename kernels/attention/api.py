@@ -6,9 +6,17 @@ import math
 from numbers import Real
 from typing import Any
 
-from ..common.arrays import dtype_name, is_on_host, kind_of, like, to_numpy, widen
-from ..common.selection import BACKENDS, check_name, on_tpu, why_missing
-from ..decode_step.checks import check_no_grad, check_same_kind
+from ..common.arrays import (
+    check_no_grad,
+    check_same_kind,
+    dtype_name,
+    is_on_host,
+    kind_of,
+    like,
+    to_numpy,
+    widen,
+)
+from ..common.backends import BACKENDS, check_name, on_tpu, why_missing
 
 DTYPES = ("float16", "bfloat16", "float32")
 MODULES = {

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ..common.arrays import dtype_name
-from ..common.selection import is_interpreting
+from ..common.backends import is_interpreting
+from ..common.triton_tools import as_bytes, on
 from ..common.tuning import tuned
-from ..decode_step.triton_cuda import as_bytes, on
 from .triton_kernel import AttentionSpec, attention_kernel
 
 _LOG2E = 1.4426950408889634

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..common.arrays import kind_of, to_kind
-from ..common.selection import check_name
+from ..common.arrays import as_scalar, check_integer, check_same_kind, kind_of, to_kind
+from ..common.backends import check_name
 from . import run
-from .checks import as_scalar, check_integer, check_same_kind
 from .spec import StepNoise, StepResult, StepRule, TokenStats, as_rule
 
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..common import philox, philox_jax
+from ..common import philox
+from ..common.philox import GROUPS, LEAF, PER_GROUP, jax_form
 from .plan import StepPlan
 from .spec import StepInputs
 
-LEAF, GROUPS, PER_GROUP = 128, 16, 8
 _BIG = 2**31 - 1
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 
@@ -276,7 +276,7 @@ def _draw(row: jax.Array, x: StepInputs, plan: StepPlan, columns: Columns) -> ja
     start = columns.first // LEAF  # a shard begins with a leaf
 
     def variates(stream: int, size: int, first: Any = 0) -> jax.Array:
-        return philox_jax.gumbel(x.seeds, x.positions, plan.numbers.step, stream, size, first)
+        return jax_form.gumbel(x.seeds, x.positions, plan.numbers.step, stream, size, first)
 
     keys = _log_sum_exp(tree, (-2, -1)) + variates(philox.STREAM_LEAF, leaves, start)
     leaf = columns.best(keys, start)
@@ -482,7 +482,7 @@ def _choice_noise(x: StepInputs, plan: StepPlan) -> jax.Array | None:
         return None
     if x.choice_gumbel is not None:
         return jnp.asarray(x.choice_gumbel)
-    gumbel = philox_jax.gumbel(x.seeds, x.positions, plan.numbers.step, philox.STREAM_CHOICE, 1)
+    gumbel = jax_form.gumbel(x.seeds, x.positions, plan.numbers.step, philox.STREAM_CHOICE, 1)
     return gumbel[..., 0]
 
 

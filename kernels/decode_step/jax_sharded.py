@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from ..common.sharding import Sharding
+from ..common.mesh import Sharding
+from ..common.philox import LEAF
 from . import jax_ref
-from .jax_ref import LEAF, Columns
+from .jax_ref import Columns
 from .plan import StepPlan
 from .spec import StepInputs
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..common.philox import STREAM_CHOICE
-from ..common.philox_pallas import exponentials
+from ..common.philox.pallas_form import exponentials
 from .pallas_tiles import round_to
 
 LANES = 128

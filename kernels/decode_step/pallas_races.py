@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..common.philox import STREAM_INNER, STREAM_LEAF
-from ..common.philox_pallas import exponentials
+from ..common.philox.pallas_form import exponentials
 from .pallas_tiles import BIG, CHUNK, LANES, Rows, TileNumber
 
 

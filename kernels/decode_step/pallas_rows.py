@@ -38,13 +38,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..common.philox import LEAF
 from .pallas_filters import find_conditions, survivors
 from .pallas_races import Stats, Words, better, race_in_leaf, race_of_leaves
 from .pallas_tiles import (
     BIG,
     FLOAT_MAX,
     LANES,
-    LEAF,
     PIECE,
     PIECES,
     Numbers,
@@ -56,7 +56,7 @@ from .pallas_tiles import (
     round_to,
     surer,
     two_of,
-)  # fmt: skip
+)
 
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 LEAST = -200.0  # 2^-200 is 0, and so is its product with -200; with -inf it is NaN

@@ -19,9 +19,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..common.philox import LEAF
 from ..common.simulation import is_simulating
 
-LEAF = LANES = 128
+LANES = 128
 FLOAT_MAX = float(np.finfo(np.float32).max)
 BIG = 2**31 - 1
 PIECE = 32  # sublanes that are worked on together: four registers hide each other's latency

@@ -22,10 +22,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..common.philox import LEAF
 from ..common.simulation import interpret_params, is_simulating
 from .pallas_commit import CommitSpec, Scalars, commit_kernel
 from .pallas_rows import SEQUENCES, rows_kernel
-from .pallas_tiles import LANES, LEAF, RowSpec
+from .pallas_tiles import LANES, RowSpec
 from .plan import RowPlan, StepPlan
 from .spec import StepInputs
 

@@ -18,6 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ..common.arrays import (
+    as_index,
+    as_scalar,
+    check_integer,
+    check_integers,
+    check_same_kind,
+    check_shape,
     dtype_name,
     is_on_host,
     is_traced,
@@ -30,31 +36,18 @@ from ..common.arrays import (
     to_numpy,
     widen,
 )
+from ..common.backends import BACKENDS, TRACED, check_name, choose, is_interpreting, serves_jax
+from ..common.mesh import active
 from ..common.philox import seed_words
-from ..common.selection import (
-    BACKENDS,
-    TRACED,
-    check_name,
-    choose,
-    is_interpreting,
-    serves_jax,
-)
-from ..common.sharding import active
 from .checks import (
-    as_index,
-    as_scalar,
     check_candidates,
     check_commit_arrays,
     check_commit_noise,
     check_guidance,
-    check_integer,
-    check_integers,
     check_logits,
     check_noise,
     check_positions,
-    check_same_kind,
     check_scores,
-    check_shape,
     check_start,
     check_step_arrays,
     columns,

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..common import philox, philox_torch
+from ..common import philox
+from ..common.philox import GROUPS, LEAF, PER_GROUP, torch_form
 from .plan import StepPlan
 from .spec import StepInputs
 
-LEAF, GROUPS, PER_GROUP = 128, 16, 8
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 PIECE = 2**18  # logits whose softmax stays in a CPU's cache
 
@@ -266,7 +266,7 @@ def _draw(from_: Exponentials, x: StepInputs, plan: StepPlan) -> torch.Tensor:
         return torch.where(none, row, keys).argmax(-1)
 
     def variates(stream: int, size: int) -> torch.Tensor:
-        return philox_torch.gumbel(x.seeds, x.positions, plan.numbers.step, stream, size)
+        return torch_form.gumbel(x.seeds, x.positions, plan.numbers.step, stream, size)
 
     sums = from_.leaf_sums
     leaf = (sums.log() + variates(philox.STREAM_LEAF, sums.shape[-1])).argmax(-1)
@@ -476,7 +476,7 @@ def _choice_noise(x: StepInputs, plan: StepPlan) -> torch.Tensor | None:
         return None
     if x.choice_gumbel is not None:
         return torch.as_tensor(x.choice_gumbel)
-    gumbel = philox_torch.gumbel(x.seeds, x.positions, plan.numbers.step, philox.STREAM_CHOICE, 1)
+    gumbel = torch_form.gumbel(x.seeds, x.positions, plan.numbers.step, philox.STREAM_CHOICE, 1)
     return gumbel.squeeze(-1)
 
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..common.philox_triton import STREAM_CHOICE, exponential
+from ..common.philox.triton_form import STREAM_CHOICE, exponential
+from ..common.triton_tools import rounded_to, scalar
 from .triton_rows import UNSPECIALIZED, finish, merged, offsets, stream_of, taking_part
-from .triton_tiles import rounded_to, scalar
 
 MOST_POSITIONS = 1 << 15
 RANKED = tl.constexpr(128)  # longest sequence whose cut is found by rank

@@ -14,7 +14,6 @@ Triton's interpreter: that is how they are tested where there is no GPU.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common import philox
+from ..common.triton_tools import as_bytes, flat, multiprocessors, on, options
 from ..common.tuning import tuned
-from . import reference
 from .plan import CommitPlan, RowPlan, StepPlan
 from .spec import StepInputs
 from .triton_commit import MOST_POSITIONS, CommitSpec, commit_kernel, merge_kernel
@@ -77,11 +77,6 @@ def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, 
             rows.sample(x, plan, log_z)
             rows.merge(x, plan, log_z)
     return drawn, score, log_z
-
-
-def on(device: torch.device) -> Any:
-    """The device's own stream and context; nothing in the interpreter."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @dataclass
@@ -168,15 +163,6 @@ def _lie_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
     distances = (a.data_ptr() - b.data_ptr(), *apart)
     return a.stride(2) == b.stride(2) == 1 and all(n % 16 == 0 for n in distances)
-
-
-def options(warps: int, registers: int) -> dict[str, int]:
-    """How to compile: left alone, ptxas spills a few bytes to fit one more program.
-
-    With more registers than a multiprocessor's 65536 hold for the warps of one a kernel cannot start.
-    """
-    limit = {"maxnreg": min(registers, 2048 // warps)} if torch.version.hip is None else {}
-    return {"num_warps": warps} | limit
 
 
 def _given(x: StepInputs, plan: StepPlan) -> _Rows:
@@ -324,7 +310,7 @@ def tiles(
     and where a tile holds several short rows.  Short rows have a warp each, which waits for no other, where
     nothing else has been measured.  Few long rows are shared until every multiprocessor has some programs.
     """
-    leaves = -(-vocab // reference.LEAF)
+    leaves = -(-vocab // philox.LEAF)
     fields = {"rows": 1, "leaves": 32 if dtype == "float32" else 64, "splits": 1, "warps": 4,
               "programs": 4, "registers": 168}  # fmt: skip
     chosen = tuned("decode_step", device, {"dtype": dtype, "leaves": leaves})
@@ -352,14 +338,6 @@ def tiles(
     return fields | {"splits": splits if rows == 1 else 1}
 
 
-@lru_cache(maxsize=16)
-def multiprocessors(device: torch.device) -> int:
-    """How many the GPU has; an H100's for tensors without memory."""
-    if device.type != "cuda":  # the interpreter is the fastest with few large programs
-        return 132 if device.type == "meta" else 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _temporary(rows: int, splits: int, wide: bool, device: torch.device) -> tuple[Any, Any, Any]:
     """Candidates, scores and the shares of rows, in one allocation."""
     kind, integer = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
@@ -370,16 +348,6 @@ def _temporary(rows: int, splits: int, wide: bool, device: torch.device) -> tupl
     memory = torch.empty(2 * each + shares * rows, dtype=kind, device=device)
     parts = memory[2 * each :] if shares else None
     return memory[:rows].view(integer), memory[each : each + rows], parts
-
-
-def as_bytes(x: torch.Tensor | None) -> torch.Tensor | None:
-    """A bool tensor as a kernel reads it."""
-    return None if x is None else x.contiguous().view(torch.uint8)
-
-
-def flat(x: torch.Tensor | None) -> torch.Tensor | None:
-    """A small tensor without gaps."""
-    return None if x is None else x.contiguous()
 
 
 def seed_words(seeds: torch.Tensor | None) -> torch.Tensor | None:

@@ -17,7 +17,9 @@ whether the temperature divides before it).
 import triton
 import triton.language as tl
 
-from .triton_tiles import LEAF, by_row, spread, tile
+from ..common.philox.triton_form import LEAF
+from ..common.triton_tools import by_row, spread
+from .triton_tiles import tile
 
 TOP_K = tl.constexpr(1)
 TOP_P = tl.constexpr(2)

@@ -26,9 +26,17 @@ Gumbel variate is at most 45.05.  Per logit on sm_90: tests/test_triton_compile.
 import triton
 import triton.language as tl
 
-from ..common.philox_triton import STREAM_INNER, STREAM_LEAF, exponential, key_words, over
+from ..common.philox.triton_form import (
+    LEAF,
+    STREAM_INNER,
+    STREAM_LEAF,
+    exponential,
+    key_words,
+    over,
+)
+from ..common.triton_tools import BIG, FLOAT_MAX, by_row, rounded_to, scalar, spread
 from .triton_filters import find_conditions, survivors
-from .triton_tiles import BIG, FLOAT_MAX, LEAF, by_row, elements, rounded_to, scalar, spread, tile
+from .triton_tiles import elements, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

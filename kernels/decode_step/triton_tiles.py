@@ -17,12 +17,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..common.selection import is_interpreting
-
-LEAF = tl.constexpr(128)
-BIG = tl.constexpr(2147483647)
-FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
-INTERPRETED = tl.constexpr(is_interpreting())
+from ..common.philox.triton_form import LEAF
+from ..common.triton_tools import FLOAT_MAX, rounded_to
 
 
 @dataclass(frozen=True)
@@ -75,36 +71,6 @@ class RowSpec:
     def quick(self) -> bool:
         """Whether a first walk may look for nothing odd."""
         return self.draw in ("race", "greedy") and not self.filters and not self.score_banned
-
-
-@triton.jit
-def scalar(value, kind: tl.constexpr):
-    """A number that was passed to the kernel, in the dtype `kind`."""
-    return tl.full((), value, kind)
-
-
-@triton.jit
-def spread(values, leaves: tl.constexpr):
-    """[rows] -> [rows * leaves], each row's value for all its leaves."""
-    rows: tl.constexpr = values.shape[0]
-    return tl.reshape(tl.broadcast_to(values[:, None], [rows, leaves]), [rows * leaves])
-
-
-@triton.jit
-def by_row(values, leaves: tl.constexpr):
-    """[rows * leaves] -> [rows, leaves]."""
-    return tl.reshape(values, [values.shape[0] // leaves, leaves])
-
-
-@triton.jit
-def rounded_to(x, kind: tl.constexpr):
-    """Float32 `x` rounded to the dtype `kind`; in the interpreter, which truncates, by its bits."""
-    if INTERPRETED and kind == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        up = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(x == x, up.to(tl.float32, bitcast=True), x)
-    else:
-        return x.to(kind).to(tl.float32)
 
 
 @triton.jit

@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from ..common.arrays import dtype_name, kind_of
-from ..common.selection import check_name
-from ..common.sharding import active
+from ..common.arrays import check_no_grad, check_same_kind, check_shape, dtype_name, kind_of
+from ..common.backends import check_name
+from ..common.mesh import active
 from ..decode_step import run
 from ..decode_step.api import (
     check_op_arguments,
@@ -16,13 +16,7 @@ from ..decode_step.api import (
     scale_tensor,
     seeds_like,
 )
-from ..decode_step.checks import (
-    LOGIT_DTYPES,
-    check_guidance,
-    check_no_grad,
-    check_same_kind,
-    check_shape,
-)
+from ..decode_step.checks import LOGIT_DTYPES, check_guidance
 from ..decode_step.spec import StepNoise, StepResult, StepRule
 
 

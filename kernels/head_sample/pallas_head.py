@@ -29,11 +29,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..common.philox import STREAM_LEAF
-from ..common.philox_pallas import exponentials
+from ..common.philox import LEAF, STREAM_LEAF
+from ..common.philox.pallas_form import exponentials
 from ..decode_step.pallas_races import Words, race_in_leaf
 from ..decode_step.pallas_rows import score_of
-from ..decode_step.pallas_tiles import BIG, FLOAT_MAX, LANES, LEAF, RowSpec
+from ..decode_step.pallas_tiles import BIG, FLOAT_MAX, LANES, RowSpec
 
 REFERENCE, RATIO, AT, Z, TZ, FIRST, SECOND, FINITE, STATS = range(9)
 

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..common.philox import LEAF
 from ..common.simulation import interpret_params
 from ..decode_step import pallas_tpu as step_kernels
 from ..decode_step import run
-from ..decode_step.pallas_tiles import LANES, LEAF
+from ..decode_step.pallas_tiles import LANES
 from ..decode_step.plan import CommitPlan, RowPlan, StepPlan
 from ..decode_step.spec import StepInputs
 from . import plain

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..common.selection import is_interpreting
+from ..common.backends import is_interpreting
+from ..common.triton_tools import as_bytes, flat, multiprocessors, on, options
 from ..common.tuning import tuned
 from ..decode_step import run
 from ..decode_step import triton_cuda as step_kernels
@@ -80,23 +81,23 @@ def sample_rows(
     parts = torch.empty(NUM_PARTS * entries, dtype=torch.float32, device=device)
     leaf_logits = torch.empty(entries * 128, dtype=torch.float32, device=device)
     mask, column, start, step, _, _, draw, scale, _, _ = step_kernels.numbers(x, plan, vocab)
-    seeds, positions = step_kernels.seed_words(x.seeds), step_kernels.flat(x.positions)
+    seeds, positions = step_kernels.seed_words(x.seeds), flat(x.positions)
     hidden = hidden.reshape(num_rows, width)
-    with step_kernels.on(device):
+    with on(device):
         list_kernel[(1,)](
-            step_kernels.flat(x.tokens), step_kernels.as_bytes(wanted), listed, count, drawn, score,
+            flat(x.tokens), as_bytes(wanted), listed, count, drawn, score,
             num_rows, mask, block=1024, touches_known=plan.row.touches_known, num_warps=4,
         )  # fmt: skip
         head_kernel[(head.programs,)](
             hidden, weight, bias, listed, count, seeds, positions, parts, leaf_logits, entries,
             length, width, vocab, hidden.stride(0), weight.stride(0), column, step, draw, scale,
             H=head, num_stages=tiling["stages"],
-            **step_kernels.options(tiling["warps"], registers),
+            **options(tiling["warps"], registers),
         )  # fmt: skip
         finish_kernel[(-(-num_rows // _FINISHED),)](
             hidden, listed, count, seeds, positions, parts, leaf_logits, drawn, score, entries,
             length, vocab, column, start, step, draw, scale,
-            most=1 << (head.programs - 1).bit_length(), H=head, **step_kernels.options(4, 168),
+            most=1 << (head.programs - 1).bit_length(), H=head, **options(4, 168),
         )  # fmt: skip
     return drawn, score
 
@@ -116,7 +117,7 @@ def tiles(
         "depth": 16 if wide == 2 else 64,  # float32 operands lie in registers
         "swap": int(few),
         "pair": int(not few and wide == 1 and _is_hopper(device)),
-        "programs": 2 * step_kernels.multiprocessors(device),
+        "programs": 2 * multiprocessors(device),
         "warps": 4 if few and least else 8,
         "stages": 4 if few and wide == 1 else 3,
         "registers": 255,

@@ -35,9 +35,10 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..common.philox_triton import STREAM_LEAF, exponential, over
+from ..common.philox.triton_form import LEAF, STREAM_LEAF, exponential, over
+from ..common.triton_tools import BIG, FLOAT_MAX
 from ..decode_step.triton_rows import finish, stream_of, top_two
-from ..decode_step.triton_tiles import BIG, FLOAT_MAX, LEAF, RowSpec, without
+from ..decode_step.triton_tiles import RowSpec, without
 
 NUM_PARTS = 6
 

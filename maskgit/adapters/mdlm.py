@@ -190,7 +190,7 @@ def choice_gumbel(seeds: Any, shape: Any, step: int, device: Any) -> Any:
     import torch
 
     from ..kernels.common.philox import STREAM_CHOICE
-    from ..kernels.common.philox_torch import gumbel
+    from ..kernels.common.philox.torch_form import gumbel
     from ..kernels.decode_step.run import key_words
 
     place = torch.arange(shape[1], device=device).expand(shape)

@@ -10,7 +10,7 @@ from typing import Any
 
 from .._version import __version__
 from ..kernels.common import ffi
-from ..kernels.common.selection import available_backends, why_missing
+from ..kernels.common.backends import available_backends, why_missing
 
 _PACKAGES = ("numpy", "torch", "triton", "jax", "jaxlib", "libtpu", "safetensors", "scikit-learn")
 _VARIABLES = ("MASKGIT_BACKEND", "MASKGIT_CPU_ISA", "MASKGIT_NUM_THREADS", "MASKGIT_CHECK")

@@ -1,4 +1,4 @@
-"""Philox4x32-10 and its Gumbel variates in torch: philox.py's stream, in int64 and float32.
+"""Philox4x32-10 and its Gumbel variates in torch: stream.py's stream, in int64 and float32.
 
 torch has little unsigned arithmetic, so that words are int64 below 2^32.  A product of two words
 may wrap around; its low 32 bits and, after the mask, its high 32 bits are right all the same.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1
+from .stream import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1
 
 _MASK = 0xFFFFFFFF
 

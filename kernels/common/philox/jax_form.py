@@ -1,4 +1,4 @@
-"""Philox4x32-10 and its Gumbel variates in jax.numpy: philox.py's stream, in uint32 and float32."""
+"""Philox4x32-10 and its Gumbel variates in jax.numpy: stream.py's stream, in uint32 and float32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1
+from .stream import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1
 
 _U32 = jnp.uint32
 

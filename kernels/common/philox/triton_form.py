@@ -1,4 +1,4 @@
-"""Philox4x32-10 and its exponential variates in Triton: philox.py's stream, in uint32 and float32."""
+"""Philox4x32-10 and its exponential variates in Triton: stream.py's stream, in uint32 and float32."""
 
 # Triton's own language is not typed
 # mypy: ignore-errors
@@ -6,12 +6,13 @@
 import triton
 import triton.language as tl
 
-from . import philox
+from . import stream as philox
 
 MULTIPLIER_0 = tl.constexpr(philox.MULTIPLIER_0)
 MULTIPLIER_1 = tl.constexpr(philox.MULTIPLIER_1)
 WEYL_0, WEYL_1 = tl.constexpr(philox.WEYL_0), tl.constexpr(philox.WEYL_1)
 ROUNDS = tl.constexpr(philox.ROUNDS)
+LEAF = tl.constexpr(philox.LEAF)
 STREAM_LEAF = tl.constexpr(philox.STREAM_LEAF)
 STREAM_INNER = tl.constexpr(philox.STREAM_INNER)
 STREAM_CHOICE = tl.constexpr(philox.STREAM_CHOICE)

@@ -1,4 +1,4 @@
-"""Exponential variates inside a TPU kernel: philox.py's stream, from the rounds of philox_jax.py.
+"""Exponential variates inside a TPU kernel: stream.py's, from the rounds of jax_form.py.
 
 -log(u) stands for the Gumbel variate -log(-log(u)): races by ratio need no second logarithm.  Words go in
 and come out as int32, which is what the vector unit compares and converts.
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .philox_jax import philox4x32
+from .jax_form import philox4x32
 
 
 def _unsigned(x: Any) -> jax.Array:

@@ -27,6 +27,9 @@ MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
+# the partition of a row that its races run over: leaves of 128 logits, 16 groups of 8 in each
+LEAF, GROUPS, PER_GROUP = 128, 16, 8
+
 STREAM_LEAF = 0  # one variate per leaf of 128 logits
 STREAM_INNER = 1  # variates 0..15 for the groups of the chosen leaf, 16..23 for its tokens
 STREAM_CHOICE = 2  # variate 0: noise on the confidence, random scores, Bernoulli commits
