@@ -16,8 +16,8 @@ import numpy as np
 from maskgit.kernels.common import philox
 from maskgit.kernels.common.arrays import dtype_name, to_numpy, widen
 from maskgit.kernels.decode_step import reference
-from maskgit.kernels.decode_step.counts import next_masked_counts
-from maskgit.kernels.decode_step.plan import resolve
+from maskgit.kernels.decode_step.rule.counts import next_masked_counts
+from maskgit.kernels.decode_step.rule.plan import resolve
 
 import maskgit
 

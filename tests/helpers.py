@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from maskgit.kernels.common import philox
 from maskgit.kernels.decode_step import reference
-from maskgit.kernels.decode_step.plan import constant_plan, resolve
-from maskgit.kernels.decode_step.spec import StepInputs
+from maskgit.kernels.decode_step.inputs import StepInputs
+from maskgit.kernels.decode_step.rule.plan import constant_plan, resolve
 
 import maskgit
 from maskgit import StepNoise, StepRule, adapters

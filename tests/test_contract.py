@@ -27,7 +27,7 @@ from helpers import (
     run_stats,
     to_dtype,
 )  # fmt: skip
-from maskgit.kernels.decode_step.spec import StepInputs
+from maskgit.kernels.decode_step.inputs import StepInputs
 
 from maskgit import StepRule
 

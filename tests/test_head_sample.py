@@ -368,13 +368,13 @@ def test_rows_that_may_not_be_counted_take_no_numbers_from_the_host(monkeypatch)
     want = maskgit.decode_step_from_hidden(hidden, weight, tokens, num_commit=2, **options)
     monkeypatch.setattr(plain, "_row_numbers", lambda wanted: None)
     monkeypatch.setattr(plain, "LOGITS_PER_CHUNK", 1500)
-    seen, call = [], plain.run.call
+    seen, call = [], plain.dispatch.call
 
     def watched(name, x, *more):
         seen.extend([x.num_masked_at_start, x.positions] if name == "sample_tokens" else [])
         return call(name, x, *more)
 
-    monkeypatch.setattr(plain.run, "call", watched)
+    monkeypatch.setattr(plain.dispatch, "call", watched)
     monkeypatch.setattr(torch, "as_tensor", None)
     got = maskgit.decode_step_from_hidden(hidden, weight, tokens, num_commit=2, **options)
     assert torch.equal(got.next_tokens, want.next_tokens)

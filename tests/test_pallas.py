@@ -33,8 +33,8 @@ from helpers import (  # noqa: E402
 )
 from maskgit.kernels.common.simulation import compiling  # noqa: E402
 from maskgit.kernels.decode_step import pallas_tiles, pallas_tpu  # noqa: E402
-from maskgit.kernels.decode_step.plan import resolve  # noqa: E402
-from maskgit.kernels.decode_step.spec import StepInputs  # noqa: E402
+from maskgit.kernels.decode_step.inputs import StepInputs  # noqa: E402
+from maskgit.kernels.decode_step.rule.plan import resolve  # noqa: E402
 from test_contract import FIELDS, FORMS, SIZED, _guidance, check_guided_logits, spoil  # noqa: E402
 from test_golden import FILES, first_of_each_function, meta_of, replay  # noqa: E402
 
@@ -458,7 +458,7 @@ def test_the_cost_of_attention_is_that_of_its_blocks(length: int, heads: int, si
 )
 def test_the_cost_of_the_head_is_that_of_its_blocks(rows: int, width: int, vocab: int) -> None:
     """The head's matrix once for each block of rows; hidden rows once, or with each tile if D is in blocks."""
-    from maskgit.kernels.decode_step import run as step_run
+    from maskgit.kernels.decode_step.inputs import complete
     from maskgit.kernels.head_sample import pallas_tpu as head
 
     rule, of = StepRule.preset("maskgit"), jax.ShapeDtypeStruct
@@ -466,7 +466,7 @@ def test_the_cost_of_the_head_is_that_of_its_blocks(rows: int, width: int, vocab
 
     def draw(hidden: Any, weight: Any, tokens: Any, seeds: Any) -> Any:
         x = StepInputs(None, tokens, None, None, seeds, None, None, None, None, 0.0, vocab - 1)
-        x = step_run.complete(x, rule)
+        x = complete(x, rule)
         return head.sample_rows(x, hidden, weight, None, x.eligible, plan)
 
     call = pallas_call(

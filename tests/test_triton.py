@@ -25,9 +25,9 @@ if maskgit.available_backends()["triton"] is not None:
 from maskgit.kernels.common.arrays import like  # noqa: E402
 from maskgit.kernels.common.backends import is_interpreting  # noqa: E402
 from maskgit.kernels.common.tuning import forced  # noqa: E402
-from maskgit.kernels.decode_step import run as run_module  # noqa: E402
-from maskgit.kernels.decode_step import triton_commit, triton_cuda  # noqa: E402
+from maskgit.kernels.decode_step import dispatch, triton_commit, triton_cuda  # noqa: E402
 from maskgit.kernels.head_sample import plain  # noqa: E402
+from maskgit.kernels.head_sample import triton_cuda as head  # noqa: E402
 
 QUICK = [
     "maskgit", "amused", "titok", "llada", "llada-fp64", "factor", "dream-margin", "dream-origin",
@@ -127,7 +127,7 @@ def test_sequences_too_long_to_rank(cut):
 @pytest.mark.parametrize("rule", ["maskgit", "mdlm", "entropy-bound"])
 def test_nothing_comes_from_the_host(rule, monkeypatch):
     """A copy from the host would wait for the device: kernels get tensors that are there already."""
-    own, seen = run_module.to_gpu, []
+    own, seen = dispatch.to_gpu, []
 
     def watched(x, logits):
         fields = {
@@ -136,7 +136,8 @@ def test_nothing_comes_from_the_host(rule, monkeypatch):
         seen.extend(name for name, value in fields.items() if isinstance(value, np.ndarray))
         return own(x, logits)
 
-    monkeypatch.setattr(run_module, "to_gpu", watched)
+    for module in (dispatch, head):
+        monkeypatch.setattr(module, "to_gpu", watched)
     logits, weight = torch.randn(2, 6, 140, device=DEVICE), torch.randn(140, 16, device=DEVICE)
     tokens = torch.full((2, 6), 140, device=DEVICE)
     options = {"rule": rule, "mask_token_id": 140, "num_steps": 3, "backend": "triton"}

@@ -105,8 +105,8 @@ def step_launches(rule: Any, shape: Shape, dtype: str, variant: str = "seeds") -
     """
     import torch
     from maskgit.kernels.decode_step import triton_cuda
-    from maskgit.kernels.decode_step.plan import resolve
-    from maskgit.kernels.decode_step.spec import StepInputs
+    from maskgit.kernels.decode_step.inputs import StepInputs
+    from maskgit.kernels.decode_step.rule.plan import resolve
 
     def empty(*sizes: int, kind: Any = torch.int64) -> Any:
         return torch.empty(sizes, dtype=kind, device="meta")
@@ -138,8 +138,8 @@ def step_launches(rule: Any, shape: Shape, dtype: str, variant: str = "seeds") -
 def head_launches(rule: Any, rows: int, width: int, vocab: int, dtype: str) -> list[Launch]:
     """The launches of the fused head on (1, rows, width) hidden states; none for rules it leaves."""
     import torch
-    from maskgit.kernels.decode_step.plan import resolve
-    from maskgit.kernels.decode_step.spec import StepInputs
+    from maskgit.kernels.decode_step.inputs import StepInputs
+    from maskgit.kernels.decode_step.rule.plan import resolve
     from maskgit.kernels.head_sample import triton_cuda
 
     kind = getattr(torch, dtype)

@@ -18,8 +18,8 @@ from ..common.arrays import (
     kind_of,
     to_numpy,
 )
-from .plan import StepPlan
-from .spec import StepInputs, StepRule
+from .rule.plan import StepPlan
+from .rule.rule import StepRule
 
 LOGIT_DTYPES = ("float16", "bfloat16", "float32", "float64")  # the last is rounded to float32
 
@@ -242,38 +242,6 @@ def check_guidance(
             f"got {dtype_name(uncond_logits)}"
         )
     return as_scalar("guidance_scale", guidance_scale)
-
-
-def check_start(
-    rule: StepRule, plan: StepPlan, x: StepInputs, last_step: int, *, is_given: bool
-) -> None:
-    """ValueError where a count from the start of the loop is missing, or cannot be right.
-
-    last_step: the step, of those that it may be the last.  With a block's eligible positions the masks
-    that earlier blocks left are there too, uncounted.
-    """
-    looks_up = plan.commit.count in ("masked", "quota") or plan.commit.least_is_quota
-    if not looks_up or plan.commit.count == "all" or rule.count_base == "positions":
-        return
-    start = x.num_masked_at_start
-    if not is_given and last_step > 0 and rule.count_base != "block":
-        raise ValueError(
-            "num_masked_at_start: expected the (B,) numbers of positions masked before step 0, from "
-            f"which rule {rule.name!r} counts at step {last_step}, got None"
-        )
-    if start is None or (x.eligible is not None and rule.block_scope == "prefix"):
-        return
-    if not (is_on_host(x.tokens) and is_on_host(start)):
-        return
-    masked = to_numpy(x.tokens) == x.mask_token_id
-    now = (masked if x.eligible is None else masked & to_numpy(x.eligible)).sum(1)
-    short = np.flatnonzero(to_numpy(start) < now)
-    if short.size:
-        b = int(short[0])
-        raise ValueError(
-            f"num_masked_at_start: expected at least the {now[b]} positions that are masked now in "
-            f"sequence {b}, got {int(to_numpy(start)[b])}"
-        )
 
 
 def raise_on_dead_rows(dead: Any, name: str = "logits") -> None:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import cpu, jax_ref
-from .plan import StepPlan
-from .spec import StepInputs
+from .inputs import StepInputs
+from .rule.plan import StepPlan
 
 _FIELDS = (
     "logits", "uncond_logits", "token_gumbel", "tokens", "eligible", "num_masked_at_start", "seeds",

@@ -17,8 +17,8 @@ import numpy as np
 
 from ..common import philox
 from ..common.philox import GROUPS, LEAF, PER_GROUP, jax_form
-from .plan import StepPlan
-from .spec import StepInputs
+from .inputs import StepInputs
+from .rule.plan import StepPlan
 
 _BIG = 2**31 - 1
 _FLOAT_MAX = float(np.finfo(np.float32).max)

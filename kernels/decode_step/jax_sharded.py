@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 from ..common.mesh import Sharding
 from ..common.philox import LEAF
 from . import jax_ref
+from .inputs import StepInputs
 from .jax_ref import Columns
-from .plan import StepPlan
-from .spec import StepInputs
+from .rule.plan import StepPlan
 
 _OF_LOGITS = ("logits", "uncond_logits")
 _OF_COLUMNS = (*_OF_LOGITS, "token_gumbel")

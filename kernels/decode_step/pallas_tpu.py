@@ -24,11 +24,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..common.philox import LEAF
 from ..common.simulation import interpret_params, is_simulating
+from .inputs import StepInputs
 from .pallas_commit import CommitSpec, Scalars, commit_kernel
 from .pallas_rows import SEQUENCES, rows_kernel
 from .pallas_tiles import LANES, RowSpec
-from .plan import RowPlan, StepPlan
-from .spec import StepInputs
+from .rule.plan import RowPlan, StepPlan
 
 BLOCK_BYTES = 4 << 20
 MOST_BLOCK_BYTES = 24 << 20  # two of these fit in the 64 MB of the smaller chips

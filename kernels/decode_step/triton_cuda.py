@@ -25,8 +25,8 @@ import torch
 from ..common import philox
 from ..common.triton_tools import as_bytes, flat, multiprocessors, on, options
 from ..common.tuning import tuned
-from .plan import CommitPlan, RowPlan, StepPlan
-from .spec import StepInputs
+from .inputs import StepInputs
+from .rule.plan import CommitPlan, RowPlan, StepPlan
 from .triton_commit import MOST_POSITIONS, CommitSpec, commit_kernel, merge_kernel
 from .triton_rows import NUM_PARTS, sample_kernel
 from .triton_tiles import RowSpec

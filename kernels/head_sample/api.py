@@ -8,7 +8,7 @@ from typing import Any
 from ..common.arrays import check_no_grad, check_same_kind, check_shape, dtype_name, kind_of
 from ..common.backends import check_name
 from ..common.mesh import active
-from ..decode_step import run
+from ..decode_step import dispatch
 from ..decode_step.api import (
     check_op_arguments,
     counts_tensor,
@@ -17,7 +17,8 @@ from ..decode_step.api import (
     seeds_like,
 )
 from ..decode_step.checks import LOGIT_DTYPES, check_guidance
-from ..decode_step.spec import StepNoise, StepResult, StepRule
+from ..decode_step.inputs import StepNoise, StepResult, inputs
+from ..decode_step.rule.rule import StepRule
 
 
 def decode_step_from_hidden(
@@ -83,8 +84,8 @@ def decode_step_from_hidden(
                 backend, check,
             )  # fmt: skip
 
-        step_rule = run.with_scalars(step_rule, temperature, threshold)
-        return StepResult(*run.at_step(at, step_rule, step, num_steps, hidden))
+        step_rule = dispatch.with_scalars(step_rule, temperature, threshold)
+        return StepResult(*dispatch.at_step(at, step_rule, step, num_steps, hidden))
     from .ops import decode_step_from_hidden_op
 
     num_masked_at_start = counts_tensor("num_masked_at_start", num_masked_at_start, hidden)
@@ -105,7 +106,7 @@ def decode_step_from_hidden(
     return StepResult(*out)
 
 
-@run.in_usual_jax
+@dispatch.in_usual_jax
 def decode(
     hidden: Any, head_weight: Any, tokens: Any, rule: StepRule, mask_token_id: int, step: int,
     num_steps: int, head_bias: Any, uncond_hidden: Any, guidance_scale: Any,
@@ -117,26 +118,26 @@ def decode(
     from . import plain
 
     check_name(backend)
-    rule = run.with_scalars(rule, temperature, threshold)
+    rule = dispatch.with_scalars(rule, temperature, threshold)
     check_head(hidden, head_weight, head_bias)
     scale = check_guidance(hidden, uncond_hidden, guidance_scale, "uncond_hidden", "hidden")
-    x, plan = run.inputs(
+    x, plan = inputs(
         hidden, head_weight.shape[0], tokens, rule, mask_token_id, step, num_steps,
         num_masked_at_start, seeds, token_gumbel, choice_gumbel, eligible, scores, num_commit,
         positions,
     )  # fmt: skip
     mixed = mix(hidden, uncond_hidden, scale)
     way: Any = plain
-    chosen = run.backend_for(hidden, backend)
+    chosen = dispatch.backend_for(hidden, backend)
     if chosen in ("triton", "pallas") and active() is None:
         fused: Any = import_module(
             {"triton": ".triton_cuda", "pallas": ".pallas_tpu"}[chosen], __package__
         )
         way = fused if fused.fuses(x, plan, mixed, head_weight) else plain
     out, dead = way.decode_step(x, plan, mixed, head_weight, head_bias, backend)
-    if run.is_checked(check):
-        run.raise_on_dead(dead, "hidden")
-    return run.results(out, hidden, tokens)
+    if dispatch.is_checked(check):
+        dispatch.raise_on_dead(dead, "hidden")
+    return dispatch.results(out, hidden, tokens)
 
 
 def _detached(parameter: Any) -> Any:

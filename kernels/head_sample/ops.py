@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..decode_step.spec import StepRule
+from ..decode_step.rule.rule import StepRule
 from .api import decode
 
 _LIB = torch.library.Library("maskgit", "FRAGMENT")

@@ -18,11 +18,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..common.philox import LEAF
 from ..common.simulation import interpret_params
+from ..decode_step import dispatch
 from ..decode_step import pallas_tpu as step_kernels
-from ..decode_step import run
+from ..decode_step.inputs import StepInputs, complete
 from ..decode_step.pallas_tiles import LANES
-from ..decode_step.plan import CommitPlan, RowPlan, StepPlan
-from ..decode_step.spec import StepInputs
+from ..decode_step.rule.plan import CommitPlan, RowPlan, StepPlan
 from . import plain
 from .pallas_head import STATS, HeadSpec, head_kernel
 
@@ -45,17 +45,19 @@ def decode_step(
     x: StepInputs, plan: StepPlan, hidden: Any, weight: Any, bias: Any, backend: str
 ) -> tuple[tuple[Any, Any, Any], Any]:
     """What plain.py's function of that name does; nothing waits for the device."""
-    x = run.complete(x, plan)
+    x = complete(x, plan)
     wanted = x.eligible
     if plain.chooses_first(plan):
         wanted = wanted & (x.tokens == x.mask_token_id) & plain.chosen(x, plan, hidden, backend)
     weight, bias = plain.codebook(plan, weight, bias)
     drawn, score, _ = _sample(
-        x._replace(mask_token_id=0), hidden, weight, bias, wanted, run.as_arguments(plan.numbers),
+        x._replace(mask_token_id=0), hidden, weight, bias, wanted, dispatch.as_arguments(plan.numbers),
         plan.row, plan.commit, int(x.mask_token_id),
     )  # fmt: skip
     scores = x.scores if plan.row.score == "given" else score
-    out = run.call("decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend)
+    out = dispatch.call(
+        "decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend
+    )
     return out, wanted & (drawn < 0)
 
 

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import is_on_host, kind_of, library_of, like, place_of, to_numpy
-from ..decode_step import run
-from ..decode_step.plan import StepPlan
-from ..decode_step.spec import StepInputs
+from ..decode_step import dispatch
+from ..decode_step.inputs import StepInputs, complete
+from ..decode_step.rule.plan import StepPlan
 
 LOGITS_PER_CHUNK = 1 << 23
 
@@ -46,7 +46,7 @@ def decode_step(
 
     `x` has no logits; dead (B, N) are the rows that were drawn and had no finite logit.
     """
-    x = run.complete(x, plan)
+    x = complete(x, plan)
     weight, bias = codebook(plan, weight, bias)
     could_be = wanted = x.eligible
     if chooses_first(plan):
@@ -57,7 +57,7 @@ def decode_step(
         wanted = could_be
         drawn, score, log_z = sample_rows(x, plan, hidden, weight, bias, wanted, backend)
     scores = x.scores if plan.row.score == "given" else score
-    out: tuple[Any, Any, Any] = run.call(
+    out: tuple[Any, Any, Any] = dispatch.call(
         "decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend
     )
     return out, wanted & (log_z == -np.inf)
@@ -93,7 +93,7 @@ def chosen(x: StepInputs, plan: StepPlan, hidden: Any, backend: str) -> Any:
     other = never if x.mask_token_id != never else never + 1
     drawn = x.tokens * 0 + other
     dry = x._replace(drawn=drawn, scores=scores)
-    next_tokens, _, _ = run.call("decode_step", dry, plan, hidden, backend)
+    next_tokens, _, _ = dispatch.call("decode_step", dry, plan, hidden, backend)
     return like(next_tokens, hidden) != x.mask_token_id
 
 
@@ -146,7 +146,7 @@ def _sample_chunk(
             return None
         return array.reshape(-1, *array.shape[2:])[index][:, None]
 
-    logits = run.narrowed(_product(flat[rows], weight, bias))[:, None]
+    logits = dispatch.narrowed(_product(flat[rows], weight, bias))[:, None]
     chunk = StepInputs(
         logits=logits,
         tokens=pick(x.tokens),
@@ -160,7 +160,7 @@ def _sample_chunk(
         guidance_scale=0.0,
         mask_token_id=x.mask_token_id,
     )
-    out: tuple[Any, Any, Any] = run.call("sample_tokens", chunk, plan, logits, backend)
+    out: tuple[Any, Any, Any] = dispatch.call("sample_tokens", chunk, plan, logits, backend)
     return out
 
 

@@ -15,10 +15,10 @@ import torch
 from ..common.backends import is_interpreting
 from ..common.triton_tools import as_bytes, flat, multiprocessors, on, options
 from ..common.tuning import tuned
-from ..decode_step import run
+from ..decode_step import dispatch
 from ..decode_step import triton_cuda as step_kernels
-from ..decode_step.plan import StepPlan
-from ..decode_step.spec import StepInputs
+from ..decode_step.inputs import StepInputs, taking_part, to_gpu
+from ..decode_step.rule.plan import StepPlan
 from . import plain
 from .triton_head import NUM_PARTS, HeadSpec, finish_kernel, head_kernel, list_kernel
 
@@ -30,16 +30,18 @@ def decode_step(
     bias: torch.Tensor | None, backend: str,
 ) -> tuple[tuple[Any, Any, Any], Any]:  # fmt: skip
     """What plain.py's function of that name does; nothing waits for the device."""
-    x = run.to_gpu(x, hidden)
+    x = to_gpu(x, hidden)
     place = x.tokens.device
     hidden, weight = hidden.to(place), weight.to(place)
     bias = None if bias is None else bias.to(place)
-    wanted = run.taking_part(plan.row, x.tokens, x.mask_token_id, x.eligible)
+    wanted = taking_part(plan.row, x.tokens, x.mask_token_id, x.eligible)
     if plain.chooses_first(plan):  # such a rule draws for no known token
         wanted = wanted & (x.tokens == x.mask_token_id) & plain.chosen(x, plan, hidden, backend)
     drawn, score = sample_rows(x, plan, hidden, *plain.codebook(plan, weight, bias), wanted)
     scores = x.scores if plan.row.score == "given" else score
-    out = run.call("decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend)
+    out = dispatch.call(
+        "decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend
+    )
     return out, wanted & (drawn < 0)
 
 

@@ -162,7 +162,7 @@ def _keys(seeds: Any, sample: Any) -> tuple[Any, Any]:
     """The seeds' key words, (B, 2), and the positions, (B, N)."""
     import torch
 
-    from ...kernels.decode_step.run import key_words
+    from ...kernels.decode_step.inputs import key_words
 
     place = torch.arange(sample.shape[1], device=sample.device).expand(sample.shape)
     return key_words(seeds_like(seeds, sample), len(sample)), place

@@ -1,4 +1,4 @@
-"""What one decode step does, as data: `StepRule`, and the containers that go in and out.
+"""What one decode step does, as data: `StepRule`.
 
 A rule is a set of named choices.  It holds no code, so that a new codebase is a new preset
 (presets.py) and never a new branch in a kernel.  docs/semantics.md explains each field.
@@ -7,18 +7,17 @@ A rule is a set of named choices.  It holds no code, so that a new codebase is a
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import numbers
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
-from ..common.names import did_you_mean
-from .counts import check_schedule
+from ...common.names import did_you_mean
+from .schedules import check_schedule
 
 Anneal = Literal["constant", "linear", "linspace", "compound", "before"]
 Score = Literal[
@@ -89,6 +88,8 @@ _FLAGS = (
     "score_filtered",
 )
 _FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+
+PRESETS: dict[str, StepRule] = {}  # by name; presets.py fills it as this package is imported
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,6 @@ class StepRule:
     @staticmethod
     def preset(name: str) -> StepRule:
         """The rule of a published codebase; `StepRule.presets()` lists the names."""
-        from .presets import PRESETS
-
         if name not in PRESETS:
             raise ValueError(
                 f"rule: expected a StepRule or one of {', '.join(PRESETS)}, got {name!r}"
@@ -275,8 +274,6 @@ class StepRule:
     @staticmethod
     def presets() -> tuple[str, ...]:
         """Names of all presets."""
-        from .presets import PRESETS
-
         return tuple(PRESETS)
 
     @property
@@ -304,9 +301,7 @@ def _check_name(rule: StepRule) -> None:
     """A preset's name belongs to it, and to what `dataclasses.replace` makes of it."""
     if not isinstance(rule.name, str) or not rule.name:
         raise ValueError(f"StepRule.name: expected a name, got {rule.name!r}")
-    presets = importlib.import_module(".presets", __package__)
-    known = getattr(presets, "PRESETS", {})  # none while the presets are being made
-    named = known.get(rule.name.strip().lower())
+    named = PRESETS.get(rule.name.strip().lower())
     if named is not None and rule.source != named.source:
         raise ValueError(
             f"StepRule.name: expected a name of its own, got {rule.name!r}, which is a preset: "
@@ -458,74 +453,3 @@ def _check_filters(rule: StepRule) -> None:
                 raise ValueError(f"StepRule.top_k: expected an integer >= 1, got {value!r}")
         elif not _is_number(value) or not 0 < value <= 1:
             raise ValueError(f"StepRule.{field}: expected a number in (0, 1], got {value!r}")
-
-
-class StepNoise(NamedTuple):
-    """The caller's own standard Gumbel noise, in place of the counter-based draw.
-
-    token_gumbel: (B, N, V), added as l + temperature * g; V is the width after vocab_slice.
-    choice_gumbel: (B, N), for the noise on the confidence and for random scores.
-    Either may be None where the rule does not use it.  Floating, same library as the logits.
-    """
-
-    token_gumbel: Any = None
-    choice_gumbel: Any = None
-
-
-class StepInputs(NamedTuple):
-    """What a backend's `decode_step` and `sample_tokens` get, checked, in the backend's arrays.
-
-    logits (B, N, V) after vocab_slice, tokens (B, N) int64, eligible (B, N) bool (the masked
-    positions that take part), num_masked_at_start (B,), seeds (B, 2) uint32 key words or None,
-    positions (B, N) Philox position words, noise or None, uncond_logits or None.  scores (B, N)
-    where the rule's score is "given", num_commit (B,) where its count is.  With `drawn` (B, N),
-    candidates or -1, there are no logits and `scores` are those of the candidates.
-
-    `triton` and `pallas` get the inputs as they were given: eligible, num_masked_at_start and positions
-    may be None, and so may tokens be in `sample_tokens`; seeds are (B,) 64-bit integers for `triton`,
-    (B, 2) words for `pallas`.
-    """
-
-    logits: Any
-    tokens: Any
-    eligible: Any
-    num_masked_at_start: Any
-    seeds: Any
-    positions: Any
-    token_gumbel: Any
-    choice_gumbel: Any
-    uncond_logits: Any
-    guidance_scale: float
-    mask_token_id: int
-    scores: Any = None
-    drawn: Any = None
-    num_commit: Any = None
-
-
-class StepResult(NamedTuple):
-    """What one decode step returns; arrays of the kind and on the device that went in.
-
-    next_tokens: (B, N), the sequence with the committed candidates, the rest masked again.
-    candidate_tokens: (B, N), every eligible position filled in: MaskGIT's final image.
-    confidence: (B, N) float32 (float64 where the rule scores in float64), the ranking key with
-        its noise; +inf at known positions, -inf at masked positions that were not eligible and
-        at rows without a finite logit.
-    """
-
-    next_tokens: Any
-    candidate_tokens: Any
-    confidence: Any
-
-
-class TokenStats(NamedTuple):
-    """What `sample_tokens` returns, all of the shape of the logits without V.
-
-    candidate_tokens: drawn ids in the dtype int64 (int32 in jax without 64-bit integers);
-        -1 for a row without a finite logit.
-    confidence: the rule's score, without the annealed noise; -inf for such a row.
-    log_z: log of the sum of exp(l / score temperature) over the score's distribution.
-    """
-
-    candidate_tokens: Any
-    confidence: Any
-    log_z: Any

@@ -1,4 +1,4 @@
-"""Presets: the decode step of published codebases, each at the commit that was read.
+"""Presets: the decode step of published codebases, each at the commit that was read; registered in rule.py.
 
 A preset reproduces what the code does, not what its paper says; docs/semantics.md has the table.
 Where a codebase would re-mask or overwrite a known token, the contract wins: known tokens stay.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .spec import StepRule
+from .rule import PRESETS, StepRule
 
 _MAGVIT = "google-research/magvit@05e8cfd6"
 _MASKGIT = "google-research/maskgit@1db23594e1bd328ee78eadcd148a19281cd0f5b8"
@@ -440,11 +440,13 @@ _FIXED: dict[str, dict[str, object]] = {
     "dream-entropy": {"count_rows": "each"},
 }
 
-PRESETS = {rule.name: rule for rule in _RULES}
-PRESETS |= {
-    f"{name}-fixed": dataclasses.replace(
-        PRESETS[name],
-        **{"name": f"{name}-fixed", "source": f"{PRESETS[name].source}, mended"} | changes,  # type: ignore[arg-type]
-    )
-    for name, changes in _FIXED.items()
-}
+PRESETS.update({rule.name: rule for rule in _RULES})
+PRESETS.update(
+    {
+        f"{name}-fixed": dataclasses.replace(
+            PRESETS[name],
+            **{"name": f"{name}-fixed", "source": f"{PRESETS[name].source}, mended"} | changes,  # type: ignore[arg-type]
+        )
+        for name, changes in _FIXED.items()
+    }
+)

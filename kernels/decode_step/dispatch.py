@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache, partial, wraps
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,40 +21,38 @@ from ..common.arrays import (
     as_index,
     as_scalar,
     check_integer,
-    check_integers,
-    check_same_kind,
-    check_shape,
     dtype_name,
     is_on_host,
     is_traced,
     kind_of,
-    library_of,
     like,
-    place_of,
-    signed,
-    to_kind,
     to_numpy,
-    widen,
 )
-from ..common.backends import BACKENDS, TRACED, check_name, choose, is_interpreting, serves_jax
+from ..common.backends import BACKENDS, TRACED, check_name, choose, serves_jax
 from ..common.mesh import active
-from ..common.philox import seed_words
 from .checks import (
-    check_candidates,
-    check_commit_arrays,
-    check_commit_noise,
     check_guidance,
     check_logits,
     check_noise,
     check_positions,
-    check_scores,
-    check_start,
-    check_step_arrays,
     columns,
     raise_on_dead_rows,
 )
-from .plan import CommitPlan, Numbers, RowPlan, StepPlan, constant_plan, resolve
-from .spec import StepInputs, StepRule
+from .inputs import (
+    StepInputs,
+    TracedStep,
+    commit_inputs,
+    complete,
+    inputs,
+    key_words,
+    plan_of,
+    taking_part,
+    to_framework,
+    to_gpu,
+    to_host,
+)
+from .rule.plan import CommitPlan, Numbers, RowPlan, StepPlan, constant_plan
+from .rule.rule import StepRule
 
 _MODULES = {
     "triton": ".triton_cuda",
@@ -67,9 +65,7 @@ _MODULES = {
     "reference": ".reference",
 }
 T = TypeVar("T")
-_UNSIGNED = ("uint16", "uint32", "uint64")
 MOST_TRACED_STEPS = 4096
-_SCALARS = ("guidance_scale", "mask_token_id")
 
 
 @cache
@@ -161,13 +157,6 @@ def decode_step(
     return results(out, logits, tokens)
 
 
-class TracedStep(NamedTuple):
-    """Steps whose plans differ in their numbers alone; `index` (traced) says which of them it is."""
-
-    steps: tuple[int, ...]
-    index: Any
-
-
 def at_step(
     call: Callable[[Any], Any], rule: StepRule, step: Any, num_steps: Any, model: Any
 ) -> Any:
@@ -189,7 +178,7 @@ def at_step(
 
     alike: dict[Any, list[int]] = {}
     for s in range(int(num_steps)):
-        plan = _plan(rule, -1, s, num_steps, model)
+        plan = plan_of(rule, -1, s, num_steps, model)
         alike.setdefault((plan.row, plan.commit), []).append(s)
     groups = [tuple(steps) for steps in alike.values()]
     places = sorted(
@@ -267,70 +256,6 @@ def raise_on_dead(dead: Any, name: str = "logits") -> None:
     return None
 
 
-def inputs(
-    model: Any,
-    vocab: int,
-    tokens: Any,
-    rule: StepRule,
-    mask_token_id: int,
-    step: int,
-    num_steps: int,
-    num_masked_at_start: Any,
-    seeds: Any,
-    token_gumbel: Any,
-    choice_gumbel: Any,
-    eligible: Any,
-    scores: Any,
-    num_commit: Any,
-    positions: Any,
-    dtype: str | None = None,
-) -> tuple[StepInputs, StepPlan]:
-    """The checked inputs of a step as given, logits to be filled in, and the rule at this step.
-
-    `model` (B, N, ...) is the array whose kind, device and, by default, dtype of logits the others
-    must have.  `complete` makes of them what a backend needs that does not derive it from the tokens.
-    """
-    batch, length = model.shape[:2]
-    plan = _plan(rule, mask_token_id, step, num_steps, model, dtype)
-    check_step_arrays(model, vocab, tokens, eligible, mask_token_id)
-    check_scores(rule, scores, model, "scores")
-    check_positions(positions, model)
-    check_noise(model, vocab, rule, plan, seeds, token_gumbel, choice_gumbel, both=True)
-    x = StepInputs(
-        logits=None,
-        tokens=_signed_in_torch(tokens),
-        eligible=eligible,
-        num_masked_at_start=_starts(rule, num_masked_at_start, tokens, mask_token_id, eligible),
-        seeds=seeds,
-        positions=_signed_in_torch(positions),
-        token_gumbel=token_gumbel if plan.row.draws else None,
-        choice_gumbel=choice_gumbel,
-        uncond_logits=None,
-        guidance_scale=0.0,
-        mask_token_id=mask_token_id,
-        scores=scores,
-        num_commit=_commits(rule, num_commit, tokens, batch, length),
-    )
-    at = step.steps[-1] if isinstance(step, TracedStep) else step
-    check_start(rule, plan, x, at, is_given=num_masked_at_start is not None)
-    return x, plan
-
-
-def complete(x: StepInputs, plan: StepPlan) -> StepInputs:
-    """The inputs with what follows from them filled in: who takes part, U0, key words, positions."""
-    batch, length = (x.tokens if x.logits is None else x.logits).shape[:2]
-    if x.tokens is None:  # rows without a sequence, all to be drawn
-        x = x._replace(tokens=_all_masked(batch, length), eligible=_everywhere(batch, length))
-    eligible = taking_part(plan.row, x.tokens, x.mask_token_id, x.eligible)
-    start = x.num_masked_at_start
-    return x._replace(
-        eligible=eligible,
-        num_masked_at_start=eligible.sum(1) if start is None else start,
-        seeds=key_words(x.seeds, batch),
-        positions=_rows_of_positions(batch, length) if x.positions is None else x.positions,
-    )
-
-
 @in_usual_jax
 def commit_tokens(
     candidate_tokens: Any,
@@ -351,52 +276,11 @@ def commit_tokens(
 ) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence); see `maskgit.commit_tokens`."""
     rule = with_scalars(rule, None, threshold)
-    batch, length = check_candidates(candidate_tokens, scores)
-    plan = _plan(rule, mask_token_id, step, num_steps, scores)
-    check_positions(positions, scores)
-    check_commit_arrays(scores, candidate_tokens, tokens, eligible, mask_token_id)
-    check_commit_noise(scores, rule, plan, seeds, choice_gumbel)
-    x = StepInputs(
-        logits=None,
-        tokens=_signed_in_torch(tokens),
-        eligible=eligible,
-        num_masked_at_start=_starts(rule, num_masked_at_start, tokens, mask_token_id, eligible),
-        seeds=seeds,
-        positions=_signed_in_torch(positions),
-        token_gumbel=None,
-        choice_gumbel=choice_gumbel,
-        uncond_logits=None,
-        guidance_scale=0.0,
-        mask_token_id=mask_token_id,
-        scores=scores,
-        drawn=_signed_in_torch(candidate_tokens),
-        num_commit=_commits(rule, num_commit, tokens, batch, length),
-    )
-    at = step.steps[-1] if isinstance(step, TracedStep) else step
-    check_start(rule, plan, x, at, is_given=num_masked_at_start is not None)
+    x, plan = commit_inputs(
+        candidate_tokens, scores, tokens, rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
+        choice_gumbel, eligible, num_commit, positions,
+    )  # fmt: skip
     return results(call("decode_step", x, plan, scores, backend), scores, tokens)
-
-
-def _plan(
-    rule: StepRule, mask_token_id: int, step: Any, num_steps: int, model: Any,
-    dtype: str | None = None,
-) -> StepPlan:  # fmt: skip
-    """The rule at this step, once the numbers are integers."""
-    if isinstance(step, TracedStep):
-        plans = [_plan(rule, mask_token_id, s, num_steps, model) for s in step.steps]
-        return StepPlan(plans[0].row, plans[0].commit, plans, step.index)
-    numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
-    for name, number in numbers.items():
-        check_integer(name, number)
-    return resolve(rule, step, num_steps, tuple(model.shape[:2]), dtype or dtype_name(model))
-
-
-def taking_part(rule: StepRule | RowPlan, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
-    """(B, N) bool: the masked positions that `eligible` admits; known ones too where they are revised."""
-    is_masked = tokens == mask_token_id
-    if rule.touches_known:
-        return is_masked | True if eligible is None else eligible
-    return is_masked if eligible is None else is_masked & eligible
 
 
 def results(out: Any, model: Any, tokens: Any) -> tuple[Any, Any, Any]:
@@ -470,20 +354,18 @@ def call(name: str, x: StepInputs, plan: StepPlan, logits: Any, backend: str) ->
     elif mesh is not None:
         chosen = "jax on a mesh"
     if native == "jax":
-        x = _to_framework(x, native, logits)._replace(mask_token_id=0)
+        x = to_framework(x, native, logits)._replace(mask_token_id=0)
         numbers = _arguments(plan, chosen, dtype, mask_token_id)
         program = _jitted(name, chosen, mesh)
         return program(x, numbers, mask_token_id, plan.row, plan.commit, dtype)
-    x = _to_host(x, chosen, dtype) if native == "numpy" else _to_framework(x, native, logits)
+    x = to_host(x, chosen, dtype) if native == "numpy" else to_framework(x, native, logits)
     return getattr(backend_module(chosen), name)(x, plan, dtype)
 
 
 def _exceeds_tpu(x: StepInputs, dtype: str) -> bool:
     """Whether the TPU's kernels refuse: it has no float16, and long sequences do not fit."""
-    from .pallas_tpu import MOST_POSITIONS
-
     shaped = x.tokens if x.logits is None else x.logits
-    return dtype == "float16" or int(shaped.shape[1]) > MOST_POSITIONS
+    return dtype == "float16" or int(shaped.shape[1]) > backend_module("pallas").MOST_POSITIONS
 
 
 def backend_for(model: Any, backend: str) -> str:
@@ -543,160 +425,6 @@ def _arguments(plan: StepPlan, chosen: str, dtype: str, mask_token_id: int) -> A
 def as_arguments(numbers: Numbers) -> Numbers:
     """The numbers of a plan as a jitted program takes them."""
     return numbers._replace(step=np.uint32(numbers.step))
-
-
-def _read_only(array: Any) -> Any:
-    array.flags.writeable = False
-    return array
-
-
-@lru_cache(maxsize=64)
-def _rows_of_positions(batch: int, length: int) -> Any:
-    """0..N-1 for every sequence, (B, N) uint32, read-only."""
-    return _read_only(np.tile(np.arange(length, dtype=np.uint32), (batch, 1)))
-
-
-@lru_cache(maxsize=64)
-def _all_masked(batch: int, length: int) -> Any:
-    return _read_only(np.full((batch, length), -1))
-
-
-@lru_cache(maxsize=64)
-def _everywhere(batch: int, length: int) -> Any:
-    return _read_only(np.ones((batch, length), bool))
-
-
-def _to_host(x: StepInputs, chosen: str, dtype: str) -> StepInputs:
-    """The inputs as NumPy arrays; bfloat16 logits as bits, for the reference as float32."""
-    fields = {
-        k: to_numpy(v)
-        for k, v in zip(x._fields, x, strict=True)
-        if v is not None and k not in _SCALARS
-    }
-    for name in ("token_gumbel", "choice_gumbel", "scores"):
-        if name in fields:
-            fields[name] = widen(fields[name], dtype_name(getattr(x, name)))
-    if chosen == "reference":
-        for name in ("logits", "uncond_logits"):
-            fields[name] = widen(fields.get(name), dtype)
-    return x._replace(**fields)
-
-
-def _to_framework(x: StepInputs, native: str, logits: Any) -> StepInputs:
-    """The inputs as torch or jax arrays, in torch on the device of the logits."""
-    fields = {k: v for k, v in x._asdict().items() if k not in _SCALARS}
-    if native == "torch":
-        fields = {k: _signed_for_torch(v) for k, v in fields.items()}
-    target = logits.device if kind_of(logits) == "torch" else None
-    fields = {k: to_kind(v, native, target) for k, v in fields.items()}
-    if native == "jax":
-        fields = {k: _strongly_typed(v) for k, v in fields.items()}
-    return x._replace(**fields)
-
-
-def _strongly_typed(x: Any) -> Any:
-    """A jax array without jax's weak type (jnp.full's of a number), for which a program is compiled anew."""
-    return x.astype(x.dtype) if getattr(x, "weak_type", False) else x
-
-
-def to_gpu(x: StepInputs, logits: Any) -> StepInputs:
-    """The inputs as torch tensors on the GPU of the logits; what is on the host goes to the first one."""
-    import torch
-
-    device = logits.device if kind_of(logits) == "torch" else torch.device("cpu")
-    if device.type == "cpu" and not is_interpreting():
-        device = torch.device("cuda")
-    fields = {k: v for k, v in x._asdict().items() if v is not None and k not in _SCALARS}
-    plain = {k: v if k == "seeds" else _signed_for_torch(v) for k, v in fields.items()}
-    return x._replace(**{k: to_kind(v, "torch").to(device) for k, v in plain.items()})
-
-
-def key_words(seeds: Any, batch: int) -> Any:
-    """(B, 2) words of the 64-bit seeds, uint32 (in torch int64), in the library of `seeds`."""
-    if seeds is None:
-        return None
-    kind = kind_of(seeds)
-    if kind == "torch":
-        import torch
-
-        if seeds.ndim == 2:
-            return seeds.to(torch.int64) & 0xFFFFFFFF
-        wide = seeds.view(torch.int64) if seeds.dtype == torch.uint64 else seeds.to(torch.int64)
-        return torch.stack([wide & 0xFFFFFFFF, (wide >> 32) & 0xFFFFFFFF], dim=1)
-    if kind == "jax":
-        import jax
-        import jax.numpy as jnp
-
-        if jnp.issubdtype(seeds.dtype, jax.dtypes.prng_key):
-            # of rbg keys, four words, the second half repeats the first
-            words = jax.random.key_data(seeds).astype(jnp.uint32)
-            return jnp.pad(words, ((0, 0), (0, max(0, 2 - words.shape[1]))))[:, :2]
-        if seeds.ndim == 2:
-            return seeds.astype(jnp.uint32)
-        if seeds.dtype.itemsize == 8:
-            return jnp.stack([seeds.astype(jnp.uint32), (seeds >> 32).astype(jnp.uint32)], axis=1)
-        signed = jnp.issubdtype(seeds.dtype, jnp.signedinteger)
-        high = jnp.where(signed & (seeds < 0), jnp.uint32(0xFFFFFFFF), jnp.uint32(0))
-        return jnp.stack([seeds.astype(jnp.uint32), high], axis=1)
-    if seeds.ndim == 2:
-        return seeds.astype(np.uint32)
-    return np.stack(seed_words(seeds), axis=1).astype(np.uint32)
-
-
-def _signed_for_torch(x: Any) -> Any:
-    """Integers that torch can compute with: it has few operations on the wider unsigned ones."""
-    return signed(x) if x is not None and dtype_name(x) in _UNSIGNED else x
-
-
-def _signed_in_torch(x: Any) -> Any:
-    return _signed_for_torch(x) if kind_of(x) == "torch" else x
-
-
-def _starts(rule: StepRule, given: Any, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
-    """num_masked_at_start as (B,) integers, or None for the number of those that take part.
-
-    Without it a block is the whole of N, and of rules that touch known positions it is what is masked.
-    """
-    batch, length = tokens.shape
-    if given is None and rule.count_base == "block":
-        return library_of(tokens).full((batch,), length, **place_of(tokens))
-    if given is None and rule.touches_known:
-        is_masked = _signed_in_torch(tokens) == mask_token_id
-        return (is_masked if eligible is None else is_masked & eligible).sum(1)
-    return _counts("num_masked_at_start", given, tokens, batch, length)
-
-
-def _commits(rule: StepRule, given: Any, tokens: Any, batch: int, length: int) -> Any:
-    """num_commit as (B,) integers, there exactly where the rule's count is given."""
-    if (given is not None) != (rule.count == "given"):
-        got = "None" if given is None else f"numbers with count={rule.count!r}"
-        raise ValueError(
-            f"num_commit: expected exactly where the rule has count='given', got {got}"
-        )
-    return _counts("num_commit", given, tokens, batch, length)
-
-
-def _counts(name: str, given: Any, tokens: Any, batch: int, length: int) -> Any:
-    """Numbers of positions as (B,) integers, where they are given."""
-    if given is None:
-        return None
-    if kind_of(given) in (None, "numpy"):
-        array = np.asarray(given)
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"{name}: expected integers, got {given!r}")
-        given = np.full(batch, array, np.int64) if array.ndim == 0 else array
-    else:
-        check_same_kind(name, given, tokens)
-    check_shape(name, given, (batch,))
-    check_integers(name, given)
-    if is_on_host(given):
-        values = to_numpy(given)
-        if values.size and (values.min() < 0 or values.max() > length):
-            bad = int(values[(values < 0) | (values > length)][0])
-            raise ValueError(
-                f"{name}: expected counts between 0 and the {length} positions, got {bad}"
-            )
-    return _signed_in_torch(given)
 
 
 def _cast(x: Any, dtype: str) -> Any:

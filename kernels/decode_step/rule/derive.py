@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from ..common.rounding import rounded
-from .spec import Score, StepRule
+from ...common.rounding import rounded
+from .rule import Score, StepRule
 
 
 def drawing(rule: StepRule) -> StepRule:
