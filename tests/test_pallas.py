@@ -16,6 +16,8 @@ import pytest
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+import maskgit.kernels.decode_step.pallas_tpu.launch as pallas_tpu  # noqa: E402
+import maskgit.kernels.decode_step.pallas_tpu.tiles as pallas_tiles  # noqa: E402
 import ml_dtypes  # noqa: E402
 from helpers import (  # noqa: E402
     CORE,
@@ -32,7 +34,6 @@ from helpers import (  # noqa: E402
     to_dtype,
 )
 from maskgit.kernels.common.simulation import compiling  # noqa: E402
-from maskgit.kernels.decode_step import pallas_tiles, pallas_tpu  # noqa: E402
 from maskgit.kernels.decode_step.inputs import StepInputs  # noqa: E402
 from maskgit.kernels.decode_step.rule.plan import resolve  # noqa: E402
 from test_contract import FIELDS, FORMS, SIZED, _guidance, check_guided_logits, spoil  # noqa: E402

@@ -22,10 +22,12 @@ tl = pytest.importorskip("triton.language")
 if maskgit.available_backends()["triton"] is not None:
     pytest.skip(maskgit.available_backends()["triton"], allow_module_level=True)
 
+import maskgit.kernels.decode_step.triton_cuda.commit as triton_commit  # noqa: E402
+import maskgit.kernels.decode_step.triton_cuda.launch as triton_cuda  # noqa: E402
 from maskgit.kernels.common.arrays import like  # noqa: E402
 from maskgit.kernels.common.backends import is_interpreting  # noqa: E402
 from maskgit.kernels.common.tuning import forced  # noqa: E402
-from maskgit.kernels.decode_step import dispatch, triton_commit, triton_cuda  # noqa: E402
+from maskgit.kernels.decode_step import dispatch  # noqa: E402
 from maskgit.kernels.head_sample import plain  # noqa: E402
 from maskgit.kernels.head_sample import triton_cuda as head  # noqa: E402
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from maskgit.kernels.attention import pallas_tpu as attention
 from maskgit.kernels.common.simulation import compiling
-from maskgit.kernels.decode_step import jax_ref, pallas_tpu
 from maskgit.kernels.decode_step.inputs import StepInputs, complete
+from maskgit.kernels.decode_step.pallas_tpu import launch as pallas_tpu
+from maskgit.kernels.decode_step.plain import jax_ref
 from maskgit.kernels.decode_step.rule.plan import resolve
 from maskgit.kernels.head_sample import pallas_tpu as head
 

@@ -104,9 +104,9 @@ def step_launches(rule: Any, shape: Shape, dtype: str, variant: str = "seeds") -
     computed from logits, which it refuses.
     """
     import torch
-    from maskgit.kernels.decode_step import triton_cuda
     from maskgit.kernels.decode_step.inputs import StepInputs
     from maskgit.kernels.decode_step.rule.plan import resolve
+    from maskgit.kernels.decode_step.triton_cuda import launch as triton_cuda
 
     def empty(*sizes: int, kind: Any = torch.int64) -> Any:
         return torch.empty(sizes, dtype=kind, device="meta")

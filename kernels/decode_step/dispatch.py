@@ -55,13 +55,13 @@ from .rule.plan import CommitPlan, Numbers, RowPlan, StepPlan, constant_plan
 from .rule.rule import StepRule
 
 _MODULES = {
-    "triton": ".triton_cuda",
-    "pallas": ".pallas_tpu",
-    "cpp": ".cpu",
-    "cpp in jax": ".cpu_ffi",
-    "jax on a mesh": ".jax_sharded",
-    "torch": ".torch_ref",
-    "jax": ".jax_ref",
+    "triton": ".triton_cuda.launch",
+    "pallas": ".pallas_tpu.launch",
+    "cpp": ".cpu.launch",
+    "cpp in jax": ".cpu.in_jax",
+    "jax on a mesh": ".plain.jax_mesh",
+    "torch": ".plain.torch_ref",
+    "jax": ".plain.jax_ref",
     "reference": ".reference",
 }
 T = TypeVar("T")

@@ -11,7 +11,7 @@ and each tile is folded into what a row has so far, relative to the largest logi
     race    the best ratio of a leaf's mass to its exponential variate, and that leaf's 128 logits
     greedy  the largest logit and its number
 
-After the last tile the leaf's inner races give the token (decode_step/pallas_rows.py has the derivation
+After the last tile the leaf's inner races give the token (decode_step/pallas_tpu/rows.py has the derivation
 of the draw and the layout).  Grid: (blocks of rows, tiles of the vocabulary, blocks of D); W is read once
 for each block of rows, up to 512 of them.  Blocks behind the last row that takes part do nothing.
 
@@ -31,9 +31,9 @@ from jax.experimental import pallas as pl
 
 from ..common.philox import LEAF, STREAM_LEAF
 from ..common.philox.pallas_form import exponentials
-from ..decode_step.pallas_races import Words, race_in_leaf
-from ..decode_step.pallas_rows import score_of
-from ..decode_step.pallas_tiles import BIG, FLOAT_MAX, LANES, RowSpec
+from ..decode_step.pallas_tpu.races import Words, race_in_leaf
+from ..decode_step.pallas_tpu.rows import score_of
+from ..decode_step.pallas_tpu.tiles import BIG, FLOAT_MAX, LANES, RowSpec
 
 REFERENCE, RATIO, AT, Z, TZ, FIRST, SECOND, FINITE, STATS = range(9)
 

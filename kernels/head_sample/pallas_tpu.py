@@ -19,9 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 from ..common.philox import LEAF
 from ..common.simulation import interpret_params
 from ..decode_step import dispatch
-from ..decode_step import pallas_tpu as step_kernels
 from ..decode_step.inputs import StepInputs, complete
-from ..decode_step.pallas_tiles import LANES
+from ..decode_step.pallas_tpu import launch as step_kernels
+from ..decode_step.pallas_tpu.tiles import LANES
 from ..decode_step.rule.plan import CommitPlan, RowPlan, StepPlan
 from . import plain
 from .pallas_head import STATS, HeadSpec, head_kernel

@@ -16,9 +16,9 @@ from ..common.backends import is_interpreting
 from ..common.triton_tools import as_bytes, flat, multiprocessors, on, options
 from ..common.tuning import tuned
 from ..decode_step import dispatch
-from ..decode_step import triton_cuda as step_kernels
 from ..decode_step.inputs import StepInputs, taking_part, to_gpu
 from ..decode_step.rule.plan import StepPlan
+from ..decode_step.triton_cuda import launch as step_kernels
 from . import plain
 from .triton_head import NUM_PARTS, HeadSpec, finish_kernel, head_kernel, list_kernel
 

@@ -160,7 +160,7 @@ class StepPlan:
 
     row: RowPlan
     commit: CommitPlan
-    numbers: Any  # Numbers; for the C++ core in jax's programs cpu_ffi.Packed
+    numbers: Any  # Numbers; for the C++ core in jax's programs cpu.in_jax.Packed
     index: Any = None
 
 

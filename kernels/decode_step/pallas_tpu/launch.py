@@ -1,7 +1,7 @@
 """The decode step on TPUs: what each kernel is compiled for, its blocks, and its two launches.
 
-    rows      (pallas_rows.py)    one read of the logits: candidates, scores, log Z
-    commit    (pallas_commit.py)  counts, selection and re-masking of whole sequences
+    rows      (rows.py)    one read of the logits: candidates, scores, log Z
+    commit    (commit.py)  counts, selection and re-masking of whole sequences
 
 Nothing else runs for most rules: both kernels read tokens, seeds and counts as they were given, and
 what passes between them is 8 bytes a row.  A block of rows is at most 4 MB where that holds 8 rows (16
@@ -22,13 +22,13 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..common.philox import LEAF
-from ..common.simulation import interpret_params, is_simulating
-from .inputs import StepInputs
-from .pallas_commit import CommitSpec, Scalars, commit_kernel
-from .pallas_rows import SEQUENCES, rows_kernel
-from .pallas_tiles import LANES, RowSpec
-from .rule.plan import RowPlan, StepPlan
+from ...common.philox import LEAF
+from ...common.simulation import interpret_params, is_simulating
+from ..inputs import StepInputs
+from ..rule.plan import RowPlan, StepPlan
+from .commit import CommitSpec, Scalars, commit_kernel
+from .rows import SEQUENCES, rows_kernel
+from .tiles import LANES, RowSpec
 
 BLOCK_BYTES = 4 << 20
 MOST_BLOCK_BYTES = 24 << 20  # two of these fit in the 64 MB of the smaller chips

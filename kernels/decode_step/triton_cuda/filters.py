@@ -17,9 +17,9 @@ whether the temperature divides before it).
 import triton
 import triton.language as tl
 
-from ..common.philox.triton_form import LEAF
-from ..common.triton_tools import by_row, spread
-from .triton_tiles import tile
+from ...common.philox.triton_form import LEAF
+from ...common.triton_tools import by_row, spread
+from .tiles import tile
 
 TOP_K = tl.constexpr(1)
 TOP_P = tl.constexpr(2)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..common.philox.triton_form import LEAF
-from ..common.triton_tools import FLOAT_MAX, rounded_to
+from ...common.philox.triton_form import LEAF
+from ...common.triton_tools import FLOAT_MAX, rounded_to
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RowSpec:
         operation rounded to the logits' dtype; twin: rows without a condition lie as far from a
         multiple of 16 bytes as those with one.
     banned, ban_mask: columns that are never drawn.
-    filters: of (kind, value, whether the temperature divides first), see triton_filters.py; bits:
+    filters: of (kind, value, whether the temperature divides first), see filters.py; bits:
         how many of a key's bits can differ; below: of top_p_keep.
     draw: "race", "noise" (injected), "greedy" or "greedy_probs".
     score, score_filtered, score_banned, needs_z, wide, rounding: the score; wide is in float64;

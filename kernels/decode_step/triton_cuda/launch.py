@@ -1,7 +1,7 @@
 """The decode step on NVIDIA GPUs: what the kernels are compiled for, and their launch.
 
-Two kernels a step: `sample_kernel` (triton_rows.py) reads the logits of the masked positions once and
-leaves a candidate and a score each; `commit_kernel` (triton_commit.py), one program a sequence, counts,
+Two kernels a step: `sample_kernel` (rows.py) reads the logits of the masked positions once and
+leaves a candidate and a score each; `commit_kernel` (commit.py), one program a sequence, counts,
 selects and re-masks.  Between them lies one temporary of two numbers a position, and where few long
 rows are shared between programs nine numbers a program, less than a thousandth of the logits.
 
@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..common import philox
-from ..common.triton_tools import as_bytes, flat, multiprocessors, on, options
-from ..common.tuning import tuned
-from .inputs import StepInputs
-from .rule.plan import CommitPlan, RowPlan, StepPlan
-from .triton_commit import MOST_POSITIONS, CommitSpec, commit_kernel, merge_kernel
-from .triton_rows import NUM_PARTS, sample_kernel
-from .triton_tiles import RowSpec
+from ...common import philox
+from ...common.triton_tools import as_bytes, flat, multiprocessors, on, options
+from ...common.tuning import tuned
+from ..inputs import StepInputs
+from ..rule.plan import CommitPlan, RowPlan, StepPlan
+from .commit import MOST_POSITIONS, CommitSpec, commit_kernel, merge_kernel
+from .rows import NUM_PARTS, sample_kernel
+from .tiles import RowSpec
 
 _FILTERS = {"top_k": 1, "top_p": 2, "min_p": 3, "typical_p": 4}
 _OTHERS = {"factor": 13, "entropy_bound": 12}  # log2 of places of a comparison; more would spill

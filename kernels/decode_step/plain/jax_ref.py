@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..common import philox
-from ..common.philox import GROUPS, LEAF, PER_GROUP, jax_form
-from .inputs import StepInputs
-from .rule.plan import StepPlan
+from ...common import philox
+from ...common.philox import GROUPS, LEAF, PER_GROUP, jax_form
+from ..inputs import StepInputs
+from ..jax_shared import float_of, gumbel_below, remask_chance
+from ..rule.plan import StepPlan
 
 _BIG = 2**31 - 1
 _FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -120,33 +121,12 @@ def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, An
     return next_tokens, candidates, jnp.where(known & ~eligible, jnp.inf, ranked)
 
 
-def float_of(is_wide: bool) -> Any:
-    """float64 where it is asked for and there is such a type."""
-    return jnp.float64 if is_wide and jax.config.read("jax_enable_x64") else jnp.float32
-
-
-def remask_chance(x: StepInputs, plan: StepPlan) -> jax.Array:
-    """The chance of each position to be masked again; for "conf" shared out by the scores."""
-    chance = plan.numbers.remask_chance
-    if not plan.commit.remasks_by_score:
-        return jnp.full(x.tokens.shape, chance)
-    known = x.eligible & (x.tokens != x.mask_token_id)
-    keys = jnp.where(known & jnp.isfinite(x.scores), x.scores, -jnp.inf)
-    return chance * jnp.nan_to_num(jax.nn.softmax(keys, axis=-1))
-
-
-def gumbel_below(chance: jax.Array) -> jax.Array:
-    """The bound that a standard Gumbel variate stays under with this probability."""
-    inside = -jnp.log(-jnp.log(jnp.minimum(chance, 1 - 1e-7)))
-    return jnp.where(chance >= 1, jnp.inf, inside)
-
-
 def sample_tokens(
     x: StepInputs, plan: StepPlan, dtype: str, columns: Columns = _ALL
 ) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N); (-1, -inf, -inf) where not eligible.
 
-    Of a shard of the logits, on every chip the whole rows' results (jax_sharded.py).  Candidates are
+    Of a shard of the logits, on every chip the whole rows' results (jax_mesh.py).  Candidates are
     int32, int64 with 64-bit types enabled; score and log_z float32, float64 for rules that score in
     float64 with 64-bit types enabled.
     """

@@ -1,6 +1,6 @@
 """How logits get into registers on a TPU: tiles of 128 rows x one leaf, turned, from a block in VMEM.
 
-`pallas_rows.py` has the layout and why.  A tile is [128 logits of a leaf, 128 lanes], float32.  With fewer
+`rows.py` has the layout and why.  A tile is [128 logits of a leaf, 128 lanes], float32.  With fewer
 than 128 rows in a block each row is dealt out to `parts` lanes: tile k gives lane part p the leaf
 parts k + p.  Of 4 or 8 rows whose V is a multiple of 128 that is how memory holds them, since its own
 tiles are as high as there are rows: such a block comes as (leaves, rows, 128), and a tile in one piece.
@@ -19,8 +19,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..common.philox import LEAF
-from ..common.simulation import is_simulating
+from ...common.philox import LEAF
+from ...common.simulation import is_simulating
 
 LANES = 128
 FLOAT_MAX = float(np.finfo(np.float32).max)

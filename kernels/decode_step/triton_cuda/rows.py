@@ -8,14 +8,14 @@ leaves of 128 logits, 16 groups, 8 tokens.  With a reference r near the row's ma
     greedy       largest l, each thread keeping the leaf of the first largest it has seen
 
 Passes.  A program walks its row (or its share of one, or several short rows) in tiles of whole leaves
-(triton_tiles.py).  A first walk takes r from the first tile and looks for nothing odd; it needs no
+(tiles.py).  A first walk takes r from the first tile and looks for nothing odd; it needs no
 maximum, which is what lets the race keep up with memory.  Should its sum come out as zero, huge or NaN (a
 NaN, an infinity, a maximum more than e^38 above r), or does the rule filter, the row is walked again:
-for its maximum, for the filters' bounds (triton_filters.py), then with cleaned logits.  At the end the
+for its maximum, for the filters' bounds (filters.py), then with cleaned logits.  At the end the
 winning leaf, 256 bytes, is read again for the inner races or the first index of the maximum.
 
 On chip: a sum per thread and, per leaf, the best ratio so far.  Where several programs share a row each
-writes nine numbers, and `finish` runs in the kernel that comes next (triton_commit.py).
+writes nine numbers, and `finish` runs in the kernel that comes next (commit.py).
 
 Limits: V < 2^31.  Tokens less likely than e^-87 of their row enter no sum, nor could they win: a
 Gumbel variate is at most 45.05.  Per logit on sm_90: tests/test_triton_compile.py.
@@ -26,7 +26,7 @@ Gumbel variate is at most 45.05.  Per logit on sm_90: tests/test_triton_compile.
 import triton
 import triton.language as tl
 
-from ..common.philox.triton_form import (
+from ...common.philox.triton_form import (
     LEAF,
     STREAM_INNER,
     STREAM_LEAF,
@@ -34,9 +34,9 @@ from ..common.philox.triton_form import (
     key_words,
     over,
 )
-from ..common.triton_tools import BIG, FLOAT_MAX, by_row, rounded_to, scalar, spread
-from .triton_filters import find_conditions, survivors
-from .triton_tiles import elements, tile
+from ...common.triton_tools import BIG, FLOAT_MAX, by_row, rounded_to, scalar, spread
+from .filters import find_conditions, survivors
+from .tiles import elements, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -5,7 +5,7 @@ compete, ties by position: each 128 confidences are compared with each other 128
 makes N^2 / 1024 comparisons of registers for 8 sequences.  A rule's count and cut are then comparisons of
 ranks; the k-th largest confidence is the one whose rank is k.
 
-Limits: N at most 2^15, so that a block of sequences fits in VMEM (pallas_tpu.py).  Scores
+Limits: N at most 2^15, so that a block of sequences fits in VMEM (launch.py).  Scores
 are float32, for rules that score in float64 too.
 """
 
@@ -20,9 +20,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..common.philox import STREAM_CHOICE
-from ..common.philox.pallas_form import exponentials
-from .pallas_tiles import round_to
+from ...common.philox import STREAM_CHOICE
+from ...common.philox.pallas_form import exponentials
+from .tiles import round_to
 
 LANES = 128
 UNROLL = 8  # rotations of a loop's body

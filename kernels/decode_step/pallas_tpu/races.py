@@ -1,6 +1,6 @@
 """The races of the draw on a TPU: over leaves as they are walked, then within the winner's 128 logits.
 
-`pallas_rows.py` has the derivation.  Sums are divided by exponential variates; what is raced stands on
+`rows.py` has the derivation.  Sums are divided by exponential variates; what is raced stands on
 sublanes, even places and odd ones apart, since a Philox call gives a variate to one of each.
 """
 
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..common.philox import STREAM_INNER, STREAM_LEAF
-from ..common.philox.pallas_form import exponentials
-from .pallas_tiles import BIG, CHUNK, LANES, Rows, TileNumber
+from ...common.philox import STREAM_INNER, STREAM_LEAF
+from ...common.philox.pallas_form import exponentials
+from .tiles import BIG, CHUNK, LANES, Rows, TileNumber
 
 
 class Words(NamedTuple):

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from ..common.mesh import Sharding
-from ..common.philox import LEAF
+from ...common.mesh import Sharding
+from ...common.philox import LEAF
+from ..inputs import StepInputs
+from ..rule.plan import StepPlan
 from . import jax_ref
-from .inputs import StepInputs
 from .jax_ref import Columns
-from .rule.plan import StepPlan
 
 _OF_LOGITS = ("logits", "uncond_logits")
 _OF_COLUMNS = (*_OF_LOGITS, "token_gumbel")

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..common import philox
-from ..common.philox import GROUPS, LEAF, PER_GROUP, torch_form
-from .inputs import StepInputs
-from .rule.plan import StepPlan
+from ...common import philox
+from ...common.philox import GROUPS, LEAF, PER_GROUP, torch_form
+from ..inputs import StepInputs
+from ..rule.plan import StepPlan
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 PIECE = 2**18  # logits whose softmax stays in a CPU's cache

@@ -19,12 +19,12 @@ they lie, finds it) and looks for nothing odd.  Should a sum of the block come o
 NaN, an infinity, a maximum e^38 above r), should a second logit be so close to the largest that their
 rounded probabilities may be equal, where these are what counts (two bfloat16 numbers are not, beyond 2), or
 does the rule filter, the block is walked again: for the maxima, for the filters' bounds
-(pallas_filters.py), then with cleaned logits.  A last walk collects the winning leaf of each row.
+(filters.py), then with cleaned logits.  A last walk collects the winning leaf of each row.
 
 Walks go by 16 tiles a turn of a loop, which share one address: with one for each, the scalar unit bound the
 walks for the maximum and for the winning leaf.
 
-Limits: a block of rows, twice, must fit in VMEM (pallas_tpu.py).  Tokens less likely than e^-87 of
+Limits: a block of rows, twice, must fit in VMEM (launch.py).  Tokens less likely than e^-87 of
 their row enter no sum, nor could they win: a Gumbel variate is at most 45.05.
 """
 
@@ -38,10 +38,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..common.philox import LEAF
-from .pallas_filters import find_conditions, survivors
-from .pallas_races import Stats, Words, better, race_in_leaf, race_of_leaves
-from .pallas_tiles import (
+from ...common.philox import LEAF
+from .filters import find_conditions, survivors
+from .races import Stats, Words, better, race_in_leaf, race_of_leaves
+from .tiles import (
     BIG,
     FLOAT_MAX,
     LANES,

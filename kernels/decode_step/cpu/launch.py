@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from .inputs import StepInputs
-from .rule.plan import RowPlan, StepPlan
+from ..inputs import StepInputs
+from ..rule.plan import RowPlan, StepPlan
 
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SCORES = ("prob", "log_prob", "top1_prob", "margin", "neg_entropy", "logit", "random", "given")

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import cpu, jax_ref
-from .inputs import StepInputs
-from .rule.plan import StepPlan
+from ..inputs import StepInputs
+from ..jax_shared import float_of, gumbel_below, remask_chance
+from ..rule.plan import StepPlan
+from . import launch
 
 _FIELDS = (
     "logits", "uncond_logits", "token_gumbel", "tokens", "eligible", "num_masked_at_start", "seeds",
@@ -32,7 +33,7 @@ class Packed(NamedTuple):
 
 def packed(plan: StepPlan, dtype: str, mask_token_id: int) -> Packed:
     """The numbers of a plan, on the host."""
-    params = cpu.numbers(plan, dtype, mask_token_id).to_bytes()
+    params = launch.numbers(plan, dtype, mask_token_id).to_bytes()
     return Packed(np.frombuffer(params, np.uint8), plan.numbers.table, plan.numbers.remask_chance)
 
 
@@ -46,14 +47,14 @@ def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, An
     if plan.commit.remasks_by_score:
         fields["remask_bounds"] = _remask_bounds(x, plan)
     shape, kind = x.tokens.shape, _integer_of(x.tokens)
-    results = [(shape, kind), (shape, kind), (shape, jax_ref.float_of(plan.commit.is_wide))]
+    results = [(shape, kind), (shape, kind), (shape, float_of(plan.commit.is_wide))]
     out = _call("maskgit_decode_step", fields, results, plan.numbers.params)
     return out[0].astype(x.tokens.dtype), out[1].astype(x.tokens.dtype), out[2]
 
 
 def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N)."""
-    shape, number = x.tokens.shape, jax_ref.float_of(plan.row.is_wide)
+    shape, number = x.tokens.shape, float_of(plan.row.is_wide)
     wide = jnp.int64 if jax.config.read("jax_enable_x64") else jnp.int32
     results = [(shape, wide), (shape, number), (shape, number)]
     out: tuple[Any, Any, Any] = _call(
@@ -70,7 +71,7 @@ def _arrays(x: StepInputs, plan: StepPlan) -> dict[str, Any]:
     if plan.numbers.table.size:
         fields["table"] = jnp.asarray(plan.numbers.table, jnp.int32)
     if x.logits is not None:
-        ids = cpu.left_out(plan.row, int(x.mask_token_id), x.logits.shape[2])
+        ids = launch.left_out(plan.row, int(x.mask_token_id), x.logits.shape[2])
         fields |= {name: jnp.asarray(columns, jnp.int32) for name, columns in ids.items()}
     return fields
 
@@ -85,7 +86,7 @@ def _call(target: str, fields: dict[str, Any], results: list[Any], params: Any) 
         jnp.asarray(params),
         *(_as_given(name, jnp.asarray(v)) for name, v in fields.items()),
         names=",".join(fields),
-        threads=np.int64(cpu.num_threads()),
+        threads=np.int64(launch.num_threads()),
     )
 
 
@@ -108,4 +109,4 @@ def _as_given(name: str, x: jax.Array) -> jax.Array:
 
 def _remask_bounds(x: StepInputs, plan: StepPlan) -> jax.Array:
     """(B, N) bounds under which a known position's choice noise masks it again, shared by scores."""
-    return jax_ref.gumbel_below(jax_ref.remask_chance(x, plan))
+    return gumbel_below(remask_chance(x, plan))

@@ -1,6 +1,6 @@
 """Count, select and re-mask in Triton: one program a sequence, its N confidences in registers.
 
-Where rows were shared between programs (triton_rows.py), each is finished here first.  Then the score
+Where rows were shared between programs (rows.py), each is finished here first.  Then the score
 gets its noise and becomes the confidence, and the rule's count and cut say what is committed:
 
     by rank       position i is committed where fewer than c surer ones compete, ties by position:
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..common.philox.triton_form import STREAM_CHOICE, exponential
-from ..common.triton_tools import rounded_to, scalar
-from .triton_rows import UNSPECIALIZED, finish, merged, offsets, stream_of, taking_part
+from ...common.philox.triton_form import STREAM_CHOICE, exponential
+from ...common.triton_tools import rounded_to, scalar
+from .rows import UNSPECIALIZED, finish, merged, offsets, stream_of, taking_part
 
 MOST_POSITIONS = 1 << 15
 RANKED = tl.constexpr(128)  # longest sequence whose cut is found by rank

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..common.philox import LEAF
-from .pallas_tiles import Rows, TileNumber
+from ...common.philox import LEAF
+from .tiles import Rows, TileNumber
 
 LOG2E = 1.4426950408889634
 LOWEST = np.int32(-(2**31))
