@@ -360,7 +360,7 @@ def hidden_case(
 ))  # fmt: skip
 def test_the_head_without_logits(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same tokens as with logits, in several blocks of rows, tiles and depths; known rows cost nothing."""
-    from maskgit.kernels.head_sample import pallas_tpu as head
+    from maskgit.kernels.head_sample.pallas_tpu import launch as head
 
     changes = {"revise": "no"} if preset == "open-dllm-p2" else {}
     hidden, weight, bias, tokens, options = hidden_case(
@@ -460,7 +460,7 @@ def test_the_cost_of_attention_is_that_of_its_blocks(length: int, heads: int, si
 def test_the_cost_of_the_head_is_that_of_its_blocks(rows: int, width: int, vocab: int) -> None:
     """The head's matrix once for each block of rows; hidden rows once, or with each tile if D is in blocks."""
     from maskgit.kernels.decode_step.inputs import complete
-    from maskgit.kernels.head_sample import pallas_tpu as head
+    from maskgit.kernels.head_sample.pallas_tpu import launch as head
 
     rule, of = StepRule.preset("maskgit"), jax.ShapeDtypeStruct
     plan = resolve(rule, 3, 8, (1, rows))

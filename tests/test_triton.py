@@ -28,8 +28,8 @@ from maskgit.kernels.common.arrays import like  # noqa: E402
 from maskgit.kernels.common.backends import is_interpreting  # noqa: E402
 from maskgit.kernels.common.tuning import forced  # noqa: E402
 from maskgit.kernels.decode_step import dispatch  # noqa: E402
-from maskgit.kernels.head_sample import plain  # noqa: E402
-from maskgit.kernels.head_sample import triton_cuda as head  # noqa: E402
+from maskgit.kernels.head_sample import chunked  # noqa: E402
+from maskgit.kernels.head_sample.triton_cuda import launch as head  # noqa: E402
 
 QUICK = [
     "maskgit", "amused", "titok", "llada", "llada-fp64", "factor", "dream-margin", "dream-origin",
@@ -469,7 +469,7 @@ def test_the_fused_head(name, rows, use, monkeypatch):
     want = maskgit.decode_step(
         logits, tokens, seeds=seeds, eligible=eligible, backend="reference", **options
     )
-    monkeypatch.setattr(plain, "_product", no_logits)
+    monkeypatch.setattr(chunked, "_product", no_logits)
     put = [
         native(a, "torch").to(DEVICE)
         for a in (hidden, weight, tokens, bias, uncond, eligible, seeds)

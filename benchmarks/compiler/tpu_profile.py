@@ -19,7 +19,7 @@ from maskgit.kernels.decode_step.inputs import StepInputs, complete
 from maskgit.kernels.decode_step.pallas_tpu import launch as pallas_tpu
 from maskgit.kernels.decode_step.plain import jax_ref
 from maskgit.kernels.decode_step.rule.plan import resolve
-from maskgit.kernels.head_sample import pallas_tpu as head
+from maskgit.kernels.head_sample.pallas_tpu import launch as head
 
 from maskgit import StepRule
 

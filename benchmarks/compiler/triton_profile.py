@@ -140,7 +140,7 @@ def head_launches(rule: Any, rows: int, width: int, vocab: int, dtype: str) -> l
     import torch
     from maskgit.kernels.decode_step.inputs import StepInputs
     from maskgit.kernels.decode_step.rule.plan import resolve
-    from maskgit.kernels.head_sample import triton_cuda
+    from maskgit.kernels.head_sample.triton_cuda import launch as triton_cuda
 
     kind = getattr(torch, dtype)
     hidden = torch.empty((1, rows, width), dtype=kind, device="meta")
@@ -164,7 +164,7 @@ def attention_launches(
 ) -> list[Launch]:
     """The launch of attention on (2, length, heads, size)."""
     import torch
-    from maskgit.kernels.attention import triton_cuda
+    from maskgit.kernels.attention.triton_cuda import launch as triton_cuda
 
     packed = torch.empty((2, length, 3, heads, size), dtype=getattr(torch, dtype), device="meta")
     padding = torch.empty((2, length), dtype=torch.bool, device="meta") if padded else None

@@ -139,7 +139,7 @@ def tune_head(bench: Bench) -> Iterator[Row]:
 
 def tune_attention(bench: Bench) -> Iterator[Row]:
     """Blocks of attention for each length and size, and whether ours wins over torch's."""
-    from maskgit.kernels.attention import triton_cuda
+    from maskgit.kernels.attention.triton_cuda import launch as triton_cuda
 
     import maskgit
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..decode_step.rule.rule import StepRule
-from .api import decode
+from .dispatch import decode
 
 _LIB = torch.library.Library("maskgit", "FRAGMENT")
 _LIB.define(

@@ -1,6 +1,6 @@
 """`decode_step_from_hidden` on NVIDIA GPUs: what the fused head is compiled for, and its launch.
 
-Four kernels a step: list the rows that take part, head and draw (triton_head.py), merge and finish, and
+Four kernels a step: list the rows that take part, head and draw (head.py), merge and finish, and
 the decode step's commit.  Extra memory: six numbers and 128 logits for each program's rows, at most
 20 MB or 0.6 KB a row, whatever V is.
 """
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from ..common.backends import is_interpreting
-from ..common.triton_tools import as_bytes, flat, multiprocessors, on, options
-from ..common.tuning import tuned
-from ..decode_step import dispatch
-from ..decode_step.inputs import StepInputs, taking_part, to_gpu
-from ..decode_step.rule.plan import StepPlan
-from ..decode_step.triton_cuda import launch as step_kernels
-from . import plain
-from .triton_head import NUM_PARTS, HeadSpec, finish_kernel, head_kernel, list_kernel
+from ...common.backends import is_interpreting
+from ...common.triton_tools import as_bytes, flat, multiprocessors, on, options
+from ...common.tuning import tuned
+from ...decode_step import dispatch
+from ...decode_step.inputs import StepInputs, taking_part, to_gpu
+from ...decode_step.rule.plan import StepPlan
+from ...decode_step.triton_cuda import launch as step_kernels
+from .. import chunked
+from .head import NUM_PARTS, HeadSpec, finish_kernel, head_kernel, list_kernel
 
 _FINISHED = 4  # rows that a program of `finish_kernel` takes
 
@@ -29,15 +29,15 @@ def decode_step(
     x: StepInputs, plan: StepPlan, hidden: torch.Tensor, weight: torch.Tensor,
     bias: torch.Tensor | None, backend: str,
 ) -> tuple[tuple[Any, Any, Any], Any]:  # fmt: skip
-    """What plain.py's function of that name does; nothing waits for the device."""
+    """What chunked.py's function of that name does; nothing waits for the device."""
     x = to_gpu(x, hidden)
     place = x.tokens.device
     hidden, weight = hidden.to(place), weight.to(place)
     bias = None if bias is None else bias.to(place)
     wanted = taking_part(plan.row, x.tokens, x.mask_token_id, x.eligible)
-    if plain.chooses_first(plan):  # such a rule draws for no known token
-        wanted = wanted & (x.tokens == x.mask_token_id) & plain.chosen(x, plan, hidden, backend)
-    drawn, score = sample_rows(x, plan, hidden, *plain.codebook(plan, weight, bias), wanted)
+    if chunked.chooses_first(plan):  # such a rule draws for no known token
+        wanted = wanted & (x.tokens == x.mask_token_id) & chunked.chosen(x, plan, hidden, backend)
+    drawn, score = sample_rows(x, plan, hidden, *chunked.codebook(plan, weight, bias), wanted)
     scores = x.scores if plan.row.score == "given" else score
     out = dispatch.call(
         "decode_step", x._replace(drawn=drawn, scores=scores), plan, hidden, backend

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from ..common.arrays import dtype_name
-from ..common.backends import is_interpreting
-from ..common.triton_tools import as_bytes, on
-from ..common.tuning import tuned
-from .triton_kernel import AttentionSpec, attention_kernel
+from ...common.arrays import dtype_name
+from ...common.backends import is_interpreting
+from ...common.triton_tools import as_bytes, on
+from ...common.tuning import tuned
+from .kernel import AttentionSpec, attention_kernel
 
 _LOG2E = 1.4426950408889634
 LARGEST_SIZE = 256

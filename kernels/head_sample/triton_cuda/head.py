@@ -24,7 +24,7 @@ since tensor cores take at least 64 rows there; bound by reading W, with two pro
 so that the last ones share the bandwidth.
 
 Limits: rules that filter, that score in float64, that take Dream's argmax of probabilities, that score
-held tokens or get injected token noise go through plain.py.  NaN counts as -inf; an infinite product as
+held tokens or get injected token noise go through chunked.py.  NaN counts as -inf; an infinite product as
 the largest float, which may be a row's only one.
 """
 
@@ -35,10 +35,10 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..common.philox.triton_form import LEAF, STREAM_LEAF, exponential, over
-from ..common.triton_tools import BIG, FLOAT_MAX
-from ..decode_step.triton_cuda.rows import finish, stream_of, top_two
-from ..decode_step.triton_cuda.tiles import RowSpec, without
+from ...common.philox.triton_form import LEAF, STREAM_LEAF, exponential, over
+from ...common.triton_tools import BIG, FLOAT_MAX
+from ...decode_step.triton_cuda.rows import finish, stream_of, top_two
+from ...decode_step.triton_cuda.tiles import RowSpec, without
 
 NUM_PARTS = 6
 

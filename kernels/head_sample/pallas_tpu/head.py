@@ -29,11 +29,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..common.philox import LEAF, STREAM_LEAF
-from ..common.philox.pallas_form import exponentials
-from ..decode_step.pallas_tpu.races import Words, race_in_leaf
-from ..decode_step.pallas_tpu.rows import score_of
-from ..decode_step.pallas_tpu.tiles import BIG, FLOAT_MAX, LANES, RowSpec
+from ...common.philox import LEAF, STREAM_LEAF
+from ...common.philox.pallas_form import exponentials
+from ...decode_step.pallas_tpu.races import Words, race_in_leaf
+from ...decode_step.pallas_tpu.rows import score_of
+from ...decode_step.pallas_tpu.tiles import BIG, FLOAT_MAX, LANES, RowSpec
 
 REFERENCE, RATIO, AT, Z, TZ, FIRST, SECOND, FINITE, STATS = range(9)
 

@@ -2,7 +2,7 @@
 
 Rows that take part are put first, by one sort of B x N flags and a gather of hidden rows; their number is
 a scalar in SMEM, and blocks of rows behind it are skipped, W's tiles and all.  Then the head's kernel
-(pallas_head.py) and the decode step's commit.  Extra memory: the gathered rows and 12 bytes a row.
+(head.py) and the decode step's commit.  Extra memory: the gathered rows and 12 bytes a row.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..common.philox import LEAF
-from ..common.simulation import interpret_params
-from ..decode_step import dispatch
-from ..decode_step.inputs import StepInputs, complete
-from ..decode_step.pallas_tpu import launch as step_kernels
-from ..decode_step.pallas_tpu.tiles import LANES
-from ..decode_step.rule.plan import CommitPlan, RowPlan, StepPlan
-from . import plain
-from .pallas_head import STATS, HeadSpec, head_kernel
+from ...common.philox import LEAF
+from ...common.simulation import interpret_params
+from ...decode_step import dispatch
+from ...decode_step.inputs import StepInputs, complete
+from ...decode_step.pallas_tpu import launch as step_kernels
+from ...decode_step.pallas_tpu.tiles import LANES
+from ...decode_step.rule.plan import CommitPlan, RowPlan, StepPlan
+from .. import chunked
+from .head import STATS, HeadSpec, head_kernel
 
 TILE_BYTES = 4 << 20  # of W in VMEM, twice
 MOST_ROWS = 512
@@ -44,12 +44,12 @@ def fuses(x: StepInputs, plan: StepPlan, hidden: Any, weight: Any) -> bool:
 def decode_step(
     x: StepInputs, plan: StepPlan, hidden: Any, weight: Any, bias: Any, backend: str
 ) -> tuple[tuple[Any, Any, Any], Any]:
-    """What plain.py's function of that name does; nothing waits for the device."""
+    """What chunked.py's function of that name does; nothing waits for the device."""
     x = complete(x, plan)
     wanted = x.eligible
-    if plain.chooses_first(plan):
-        wanted = wanted & (x.tokens == x.mask_token_id) & plain.chosen(x, plan, hidden, backend)
-    weight, bias = plain.codebook(plan, weight, bias)
+    if chunked.chooses_first(plan):
+        wanted = wanted & (x.tokens == x.mask_token_id) & chunked.chosen(x, plan, hidden, backend)
+    weight, bias = chunked.codebook(plan, weight, bias)
     drawn, score, _ = _sample(
         x._replace(mask_token_id=0), hidden, weight, bias, wanted, dispatch.as_arguments(plan.numbers),
         plan.row, plan.commit, int(x.mask_token_id),
