@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from maskgit.kernels.common.backends import BACKENDS, check_able, why_missing
 from maskgit.kernels.common.names import unknown
-from maskgit.kernels.common.selection import BACKENDS, check_able, why_missing
 
 from maskgit.report.environment import facts
 

@@ -16,8 +16,8 @@ import numpy as np
 from maskgit.kernels.common import philox
 from maskgit.kernels.common.arrays import dtype_name, to_numpy, widen
 from maskgit.kernels.decode_step import reference
-from maskgit.kernels.decode_step.counts import next_masked_counts
-from maskgit.kernels.decode_step.plan import resolve
+from maskgit.kernels.decode_step.rule.counts import next_masked_counts
+from maskgit.kernels.decode_step.rule.plan import resolve
 
 import maskgit
 
@@ -122,20 +122,20 @@ def _check_ours(
 
 def _is_near_tie(row: Any, token: int, key: Any, position: int) -> bool:
     """Whether the token wins each of the three races to within float32 rounding of the keys."""
-    leaf, inside = divmod(token, reference.LEAF)
-    member, group = divmod(inside, reference.GROUPS)
-    leaves = -(-row.size // reference.LEAF)
-    tree = np.full(leaves * reference.LEAF, -np.inf)
+    leaf, inside = divmod(token, philox.LEAF)
+    member, group = divmod(inside, philox.GROUPS)
+    leaves = -(-row.size // philox.LEAF)
+    tree = np.full(leaves * philox.LEAF, -np.inf)
     tree[: row.size] = row - row.max()
-    tree = tree.reshape(leaves, reference.PER_GROUP, reference.GROUPS)
-    count = reference.GROUPS + reference.PER_GROUP
+    tree = tree.reshape(leaves, philox.PER_GROUP, philox.GROUPS)
+    count = philox.GROUPS + philox.PER_GROUP
     outer = philox.gumbel(key, np.arange(leaves), position, STEP, philox.STREAM_LEAF)
     inner = philox.gumbel(key, np.arange(count), position, STEP, philox.STREAM_INNER)
-    groups = np.array([reference.log_sum_exp(tree[leaf, :, g]) for g in range(reference.GROUPS)])
+    groups = np.array([reference.log_sum_exp(tree[leaf, :, g]) for g in range(philox.GROUPS)])
     races = (
         (np.array([reference.log_sum_exp(t) for t in tree]), outer, leaf),
-        (groups, inner[: reference.GROUPS], group),
-        (tree[leaf, :, group], inner[reference.GROUPS :], member),
+        (groups, inner[: philox.GROUPS], group),
+        (tree[leaf, :, group], inner[philox.GROUPS :], member),
     )
     for mass, gumbels, index in races:
         keys = mass + gumbels

@@ -9,8 +9,8 @@ from . import layouts
 from ._version import __version__
 from .audit import TieReport, audit_ties
 from .kernels.attention import attention
-from .kernels.common.selection import available_backends
-from .kernels.common.sharding import sharded
+from .kernels.common.backends import available_backends
+from .kernels.common.mesh import sharded
 from .kernels.decode_step import (
     StepNoise,
     StepResult,

@@ -21,7 +21,7 @@ _interpret_triton()
 _DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
-from maskgit.kernels.common.selection import is_interpreting  # noqa: E402
+from maskgit.kernels.common.backends import is_interpreting  # noqa: E402
 
 import maskgit  # noqa: E402
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from maskgit.kernels.common import philox
 from maskgit.kernels.decode_step import reference
-from maskgit.kernels.decode_step.plan import constant_plan, resolve
-from maskgit.kernels.decode_step.spec import StepInputs
+from maskgit.kernels.decode_step.inputs import StepInputs
+from maskgit.kernels.decode_step.rule.plan import constant_plan, resolve
 
 import maskgit
 from maskgit import StepNoise, StepRule, adapters
@@ -407,23 +407,23 @@ def _key_gap(
         best = int(np.argmax(keys))
         size = sum(abs(row[i]) + temperature * abs(noise[i]) for i in (best, token))
         return float(keys[best] - keys[token]), 2 * eps * float(size) + 2 * error
-    leaf, inside = divmod(token, reference.LEAF)
-    member, group = divmod(inside, reference.GROUPS)
-    leaves = -(-row.size // reference.LEAF)
-    scaled = np.full(leaves * reference.LEAF, -np.inf)
+    leaf, inside = divmod(token, philox.LEAF)
+    member, group = divmod(inside, philox.GROUPS)
+    leaves = -(-row.size // philox.LEAF)
+    scaled = np.full(leaves * philox.LEAF, -np.inf)
     scaled[: row.size] = (row - row.max()) / temperature
-    tree = scaled.reshape(leaves, reference.PER_GROUP, reference.GROUPS)
+    tree = scaled.reshape(leaves, philox.PER_GROUP, philox.GROUPS)
 
     def variates(size: int, stream: int) -> np.ndarray:
         return philox.gumbel(key, np.arange(size), position, plan.numbers.step, stream)
 
-    inner = variates(reference.GROUPS + reference.PER_GROUP, philox.STREAM_INNER)
+    inner = variates(philox.GROUPS + philox.PER_GROUP, philox.STREAM_INNER)
     races = (
         (np.array([reference.log_sum_exp(t) for t in tree]),
          variates(leaves, philox.STREAM_LEAF), leaf),
-        (np.array([reference.log_sum_exp(tree[leaf, :, g]) for g in range(reference.GROUPS)]),
-         inner[: reference.GROUPS], group),
-        (tree[leaf, :, group], inner[reference.GROUPS :], member),
+        (np.array([reference.log_sum_exp(tree[leaf, :, g]) for g in range(philox.GROUPS)]),
+         inner[: philox.GROUPS], group),
+        (tree[leaf, :, group], inner[philox.GROUPS :], member),
     )  # fmt: skip
     worst, allowed = 0.0, 0.0
     for mass, gumbels, index in races:

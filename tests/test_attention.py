@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers import native
-from maskgit.kernels.common.selection import is_interpreting
+from maskgit.kernels.common.backends import is_interpreting
 
 import maskgit
 

@@ -27,7 +27,7 @@ from helpers import (
     run_stats,
     to_dtype,
 )  # fmt: skip
-from maskgit.kernels.decode_step.spec import StepInputs
+from maskgit.kernels.decode_step.inputs import StepInputs
 
 from maskgit import StepRule
 
@@ -339,7 +339,7 @@ def test_large_vocabulary(backend: str) -> None:
 @pytest.mark.parametrize("preset", CORE)
 def test_jax_traces(preset: str) -> None:
     jax = pytest.importorskip("jax")
-    from maskgit.kernels.decode_step import jax_ref
+    from maskgit.kernels.decode_step.plain import jax_ref
 
     case = make_case(StepRule.preset(preset), step=3, guidance=2.0)
     fields = {k: v for k, v in case.inputs()._asdict().items() if v is not None}
@@ -359,7 +359,7 @@ def test_jax_traces(preset: str) -> None:
 @pytest.mark.parametrize("preset", ["maskgit", "dream-entropy", "llada-fp64", "factor", "titok"])
 def test_torch_compiles_without_breaks(preset: str) -> None:
     torch = pytest.importorskip("torch")
-    from maskgit.kernels.decode_step import torch_ref
+    from maskgit.kernels.decode_step.plain import torch_ref
 
     case = make_case(StepRule.preset(preset), step=3, guidance=2.0, length=8, vocab=300)
     fields = {k: native(v, "torch") if isinstance(v, np.ndarray) else v for k, v in case.inputs()._asdict().items()

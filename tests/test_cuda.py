@@ -154,7 +154,7 @@ def test_one_graph_for_the_whole_generation():
 
 def test_a_graph_of_a_step_with_a_number_to_commit():
     """And its table of counts stays where it is, whatever else is done in between."""
-    from maskgit.kernels.decode_step import triton_cuda
+    from maskgit.kernels.decode_step.triton_cuda import launch as triton_cuda
 
     logits, given = torch.randn(2, 32, 500, device="cuda"), {"rule": StepRule(count="given")}
     for options in (given | {"num_commit": 3}, given | {"num_commit": np.int64(3)}, {}):

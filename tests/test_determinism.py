@@ -174,7 +174,7 @@ def test_nothing_is_read_past_the_logits():
     [
         ("maskgit", "the child"),
         ("maskgit", "the parent"),
-        ("maskgit.kernels.decode_step.cpu", "the parent"),
+        ("maskgit.kernels.decode_step.cpu.launch", "the parent"),
     ],
 )
 def test_a_child_forked_after_torch_used_its_threads(what, where):

@@ -15,7 +15,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 from helpers import CORE, FREE, compare, golden_rule, make_case, native, native_seeds, run  # noqa: E402
-from maskgit.kernels.common.selection import serves_jax  # noqa: E402
+from maskgit.kernels.common.backends import serves_jax  # noqa: E402
 from test_contract import FIELDS, spoil  # noqa: E402
 from test_golden import FILES, meta_of, replay  # noqa: E402
 

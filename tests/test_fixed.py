@@ -103,7 +103,9 @@ def test_open_muse_noise_falls_linearly():
     rule, fixed = StepRule.preset("open-muse"), StepRule.preset("open-muse-fixed")
     plans = [
         [
-            maskgit.kernels.decode_step.plan.resolve(r, s, 8, (1, 16)).numbers.choice_temperature
+            maskgit.kernels.decode_step.rule.plan.resolve(
+                r, s, 8, (1, 16)
+            ).numbers.choice_temperature
             for s in range(8)
         ]
         for r in (rule, fixed)

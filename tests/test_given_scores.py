@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from helpers import BACKENDS, kind_for, native, native_seeds
-from maskgit.kernels.head_sample import plain
+from maskgit.kernels.head_sample import chunked
 from toys import MASK, VOCAB, Toy, run, start
 
 import maskgit
@@ -41,8 +41,10 @@ def by_hand(backend, rule, scores, num_commit=None):
 
 @pytest.fixture
 def rows(monkeypatch):
-    seen, product = [], plain._product
-    monkeypatch.setattr(plain, "_product", lambda h, w, b: seen.append(len(h)) or product(h, w, b))
+    seen, product = [], chunked._product
+    monkeypatch.setattr(
+        chunked, "_product", lambda h, w, b: seen.append(len(h)) or product(h, w, b)
+    )
     return seen
 
 

@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from helpers import BACKENDS, kind_for, native, native_seeds
-from maskgit.kernels.head_sample import plain
+from maskgit.kernels.head_sample import chunked
 
 import maskgit
 from maskgit import StepNoise, StepRule
@@ -76,7 +76,7 @@ def both(p, rule, backend, guidance=None, bias=True, injected=False):
 @pytest.mark.parametrize("name", RULES)
 def test_same_step_as_from_logits(name, backend, monkeypatch):
     rule = RULES[name]
-    monkeypatch.setattr(plain, "LOGITS_PER_CHUNK", 1500)  # chunks of five rows
+    monkeypatch.setattr(chunked, "LOGITS_PER_CHUNK", 1500)  # chunks of five rows
     for seed, (guidance, bias, injected) in enumerate([(None, True, False), (2.5, True, True)]):
         hidden, full = both(problem(seed), rule, backend, guidance, bias, injected)
         np.testing.assert_array_equal(hidden[0], full[0])
@@ -141,15 +141,15 @@ def test_no_full_logits_and_no_head_for_other_rows():
     weight = rng.normal(size=(40_000, 4)).astype(np.float32)
     tokens = np.full((1, 512), 40_000)
     options = {"rule": "maskgit", "mask_token_id": 40_000, "step": 0, "num_steps": 4, "seeds": [1]}
-    saved = plain.LOGITS_PER_CHUNK
-    plain.LOGITS_PER_CHUNK = 1 << 21
+    saved = chunked.LOGITS_PER_CHUNK
+    chunked.LOGITS_PER_CHUNK = 1 << 21
     try:
         tracemalloc.start()
         maskgit.decode_step_from_hidden(hidden, weight, tokens, **options)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-        plain.LOGITS_PER_CHUNK = saved
+        chunked.LOGITS_PER_CHUNK = saved
     assert peak < 20e6, f"{peak / 1e6:.0f} MB"
 
 
@@ -296,13 +296,13 @@ def test_the_loop_with_checks_on(name, monkeypatch):
 @pytest.fixture
 def products(monkeypatch):
     """The shapes (rows, V) of the products that the head forms."""
-    shapes, product = [], plain._product
+    shapes, product = [], chunked._product
 
     def counted(rows, weight, bias):
         shapes.append((rows.shape[0], weight.shape[0]))
         return product(rows, weight, bias)
 
-    monkeypatch.setattr(plain, "_product", counted)
+    monkeypatch.setattr(chunked, "_product", counted)
     return shapes
 
 
@@ -366,15 +366,15 @@ def test_rows_that_may_not_be_counted_take_no_numbers_from_the_host(monkeypatch)
     options = {"mask_token_id": MASK, "step": 1, "num_steps": 4, "seeds": seeds, "backend": "torch"}
     options["rule"] = dataclasses.replace(StepRule.preset("maskgit"), count="given")
     want = maskgit.decode_step_from_hidden(hidden, weight, tokens, num_commit=2, **options)
-    monkeypatch.setattr(plain, "_row_numbers", lambda wanted: None)
-    monkeypatch.setattr(plain, "LOGITS_PER_CHUNK", 1500)
-    seen, call = [], plain.run.call
+    monkeypatch.setattr(chunked, "_row_numbers", lambda wanted: None)
+    monkeypatch.setattr(chunked, "LOGITS_PER_CHUNK", 1500)
+    seen, call = [], chunked.dispatch.call
 
     def watched(name, x, *more):
         seen.extend([x.num_masked_at_start, x.positions] if name == "sample_tokens" else [])
         return call(name, x, *more)
 
-    monkeypatch.setattr(plain.run, "call", watched)
+    monkeypatch.setattr(chunked.dispatch, "call", watched)
     monkeypatch.setattr(torch, "as_tensor", None)
     got = maskgit.decode_step_from_hidden(hidden, weight, tokens, num_commit=2, **options)
     assert torch.equal(got.next_tokens, want.next_tokens)

@@ -177,7 +177,7 @@ def test_a_traced_step(backend: str, rule: str) -> None:
 @pytest.mark.parametrize("backend", HERE)
 def test_steps_share_programs(backend: str) -> None:
     """Of a loop as of loops of other lengths: at most one program for its steps, one for the last."""
-    from maskgit.kernels.decode_step import run
+    from maskgit.kernels.decode_step import dispatch
 
     rules = [
         "maskgit",
@@ -190,7 +190,7 @@ def test_steps_share_programs(backend: str) -> None:
         "llada2-edit",
     ]
     weight = jax.random.normal(jax.random.key(0), (21, 20))
-    program = run._jitted("decode_step", {"cpp": "cpp in jax"}.get(backend, backend), None)
+    program = dispatch._jitted("decode_step", {"cpp": "cpp in jax"}.get(backend, backend), None)
     for rule in rules[:: 1 if backend == "cpp" else 3]:
         program.clear_cache()
         for num_steps in (2, 3, 5):

@@ -16,6 +16,8 @@ import pytest
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+import maskgit.kernels.decode_step.pallas_tpu.launch as pallas_tpu  # noqa: E402
+import maskgit.kernels.decode_step.pallas_tpu.tiles as pallas_tiles  # noqa: E402
 import ml_dtypes  # noqa: E402
 from helpers import (  # noqa: E402
     CORE,
@@ -32,9 +34,8 @@ from helpers import (  # noqa: E402
     to_dtype,
 )
 from maskgit.kernels.common.simulation import compiling  # noqa: E402
-from maskgit.kernels.decode_step import pallas_tiles, pallas_tpu  # noqa: E402
-from maskgit.kernels.decode_step.plan import resolve  # noqa: E402
-from maskgit.kernels.decode_step.spec import StepInputs  # noqa: E402
+from maskgit.kernels.decode_step.inputs import StepInputs  # noqa: E402
+from maskgit.kernels.decode_step.rule.plan import resolve  # noqa: E402
 from test_contract import FIELDS, FORMS, SIZED, _guidance, check_guided_logits, spoil  # noqa: E402
 from test_golden import FILES, first_of_each_function, meta_of, replay  # noqa: E402
 
@@ -356,7 +357,7 @@ def hidden_case(
 ))  # fmt: skip
 def test_the_head_without_logits(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same tokens as with logits, in several blocks of rows, tiles and depths; known rows cost nothing."""
-    from maskgit.kernels.head_sample import pallas_tpu as head
+    from maskgit.kernels.head_sample.pallas_tpu import launch as head
 
     changes = {"revise": "no"} if preset == "open-dllm-p2" else {}
     hidden, weight, bias, tokens, options = hidden_case(
@@ -455,15 +456,15 @@ def test_the_cost_of_attention_is_that_of_its_blocks(length: int, heads: int, si
 )
 def test_the_cost_of_the_head_is_that_of_its_blocks(rows: int, width: int, vocab: int) -> None:
     """The head's matrix once for each block of rows; hidden rows once, or with each tile if D is in blocks."""
-    from maskgit.kernels.decode_step import run as step_run
-    from maskgit.kernels.head_sample import pallas_tpu as head
+    from maskgit.kernels.decode_step.inputs import complete
+    from maskgit.kernels.head_sample.pallas_tpu import launch as head
 
     rule, of = StepRule.preset("maskgit"), jax.ShapeDtypeStruct
     plan = resolve(rule, 3, 8, (1, rows))
 
     def draw(hidden: Any, weight: Any, tokens: Any, seeds: Any) -> Any:
         x = StepInputs(None, tokens, None, None, seeds, None, None, None, None, 0.0, vocab - 1)
-        x = step_run.complete(x, plan)
+        x = complete(x, plan)
         return head.sample_rows(x, hidden, weight, None, x.eligible, plan)
 
     call = pallas_call(

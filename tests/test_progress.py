@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from maskgit.kernels.decode_step.counts import linspace
-from maskgit.kernels.decode_step.plan import _resolved, resolve
+from maskgit.kernels.decode_step.rule.plan import _resolved, resolve
+from maskgit.kernels.decode_step.rule.schedules import linspace
 from typer.testing import CliRunner
 
 import maskgit

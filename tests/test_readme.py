@@ -101,7 +101,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_every_preset_and_schedule_is_documented():
-    from maskgit.kernels.decode_step.counts import SCHEDULES
+    from maskgit.kernels.decode_step.rule.schedules import SCHEDULES
 
     from maskgit import StepRule
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from maskgit.kernels.common.selection import is_interpreting
+from maskgit.kernels.common.backends import is_interpreting
 
 torch = pytest.importorskip("torch")
 

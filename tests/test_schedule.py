@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from maskgit.kernels.decode_step.counts import SCHEDULES
+from maskgit.kernels.decode_step.rule.schedules import SCHEDULES
 
 import maskgit
 from maskgit import StepRule, gamma, plan_masked_counts

@@ -37,8 +37,8 @@ forward = lambda tokens: logits
 """
 BACKEND = """
 from typing import Any
-from maskgit.kernels.decode_step.plan import StepPlan
-from maskgit.kernels.decode_step.spec import StepInputs
+from maskgit.kernels.decode_step.rule.plan import StepPlan
+from maskgit.kernels.decode_step.inputs import StepInputs
 """
 # (document, a line of the snippet) -> what it is given
 GIVEN = {

@@ -15,7 +15,7 @@ CALLS = """
 import sys, warnings
 import numpy as np
 import maskgit
-from maskgit.kernels.common.selection import BACKENDS
+from maskgit.kernels.common.backends import BACKENDS
 
 def calls(backends, tokens, logits, hidden, weight, attend):
     '''Every public function, by name and as auto, and what is refused.'''

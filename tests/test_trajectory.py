@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 from helpers import BACKENDS, kind_for, native, to_dtype
-from maskgit.kernels.head_sample import plain
+from maskgit.kernels.head_sample import chunked
 from toys import MASK, VOCAB, Toy, run, start
 
 import maskgit
@@ -155,8 +155,10 @@ def test_a_predicted_mask_token_has_its_numbers_too(backend):
 
 @pytest.mark.parametrize("name", ["mdlm", "bd3lm", "random", "dream-origin", "llada"])
 def test_recording_reads_the_rows_drawn_twice_more_and_no_others(name, monkeypatch):
-    rows, product = [], plain._product
-    monkeypatch.setattr(plain, "_product", lambda h, w, b: rows.append(len(h)) or product(h, w, b))
+    rows, product = [], chunked._product
+    monkeypatch.setattr(
+        chunked, "_product", lambda h, w, b: rows.append(len(h)) or product(h, w, b)
+    )
     out = run("reference", name, Toy("reference", hidden=True), record=True)
     drawn = sum(int((e != 0).sum()) for e in out.trajectory.entropies)
     assert drawn > 0

@@ -22,13 +22,15 @@ tl = pytest.importorskip("triton.language")
 if maskgit.available_backends()["triton"] is not None:
     pytest.skip(maskgit.available_backends()["triton"], allow_module_level=True)
 
+import maskgit.kernels.decode_step.triton_cuda.commit as triton_commit  # noqa: E402
+import maskgit.kernels.decode_step.triton_cuda.launch as triton_cuda  # noqa: E402
 from maskgit.kernels.common.arrays import like  # noqa: E402
-from maskgit.kernels.common.selection import is_interpreting  # noqa: E402
+from maskgit.kernels.common.backends import is_interpreting  # noqa: E402
 from maskgit.kernels.common.tuning import forced  # noqa: E402
-from maskgit.kernels.decode_step import run as run_module  # noqa: E402
-from maskgit.kernels.decode_step import triton_commit, triton_cuda  # noqa: E402
-from maskgit.kernels.decode_step.plan import resolve  # noqa: E402
-from maskgit.kernels.head_sample import plain  # noqa: E402
+from maskgit.kernels.decode_step import dispatch  # noqa: E402
+from maskgit.kernels.decode_step.rule.plan import resolve  # noqa: E402
+from maskgit.kernels.head_sample import chunked  # noqa: E402
+from maskgit.kernels.head_sample.triton_cuda import launch as head  # noqa: E402
 
 QUICK = [
     "maskgit", "amused", "titok", "llada", "llada-fp64", "factor", "dream-margin", "dream-origin",
@@ -128,7 +130,7 @@ def test_sequences_too_long_to_rank(cut):
 @pytest.mark.parametrize("rule", ["maskgit", "mdlm", "entropy-bound"])
 def test_nothing_comes_from_the_host(rule, monkeypatch):
     """A copy from the host would wait for the device: kernels get tensors that are there already."""
-    own, seen = run_module.to_gpu, []
+    own, seen = dispatch.to_gpu, []
 
     def watched(x, logits):
         fields = {
@@ -137,7 +139,8 @@ def test_nothing_comes_from_the_host(rule, monkeypatch):
         seen.extend(name for name, value in fields.items() if isinstance(value, np.ndarray))
         return own(x, logits)
 
-    monkeypatch.setattr(run_module, "to_gpu", watched)
+    for module in (dispatch, head):
+        monkeypatch.setattr(module, "to_gpu", watched)
     logits, weight = torch.randn(2, 6, 140, device=DEVICE), torch.randn(140, 16, device=DEVICE)
     tokens = torch.full((2, 6), 140, device=DEVICE)
     options = {"rule": rule, "mask_token_id": 140, "num_steps": 3, "backend": "triton"}
@@ -467,7 +470,7 @@ def test_the_fused_head(name, rows, use, monkeypatch):
     want = maskgit.decode_step(
         logits, tokens, seeds=seeds, eligible=eligible, backend="reference", **options
     )
-    monkeypatch.setattr(plain, "_product", no_logits)
+    monkeypatch.setattr(chunked, "_product", no_logits)
     put = [
         native(a, "torch").to(DEVICE)
         for a in (hidden, weight, tokens, bias, uncond, eligible, seeds)

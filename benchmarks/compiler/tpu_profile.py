@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from maskgit.kernels.attention import pallas_tpu as attention
 from maskgit.kernels.common.simulation import compiling
-from maskgit.kernels.decode_step import jax_ref, pallas_tpu, run
-from maskgit.kernels.decode_step.plan import resolve
-from maskgit.kernels.decode_step.spec import StepInputs
-from maskgit.kernels.head_sample import pallas_tpu as head
+from maskgit.kernels.decode_step.inputs import StepInputs, complete
+from maskgit.kernels.decode_step.pallas_tpu import launch as pallas_tpu
+from maskgit.kernels.decode_step.plain import jax_ref
+from maskgit.kernels.decode_step.rule.plan import resolve
+from maskgit.kernels.head_sample.pallas_tpu import launch as head
 
 from maskgit import StepRule
 
@@ -92,7 +93,7 @@ def plain_step(rule: StepRule, shape: Shape, dtype: str) -> Callable[..., Any]:
     mask = shape.vocab - 1
 
     def step(*arrays: Any) -> Any:
-        x = run.complete(step_inputs(rule, arrays, mask), plan)
+        x = complete(step_inputs(rule, arrays, mask), plan)
         return jax_ref.decode_step(x, plan, dtype)
 
     def original(logits: Any, tokens: Any, seeds: Any, *_: Any) -> Any:
@@ -205,7 +206,7 @@ def fused_head(rule: StepRule, rows: int, vocab: int, dtype: str) -> Callable[..
         x = StepInputs(
             None, tokens, None, None, seeds, None, None, None, None, 0.0, vocab - 1
         )  # fmt: skip
-        x = run.complete(x, plan)
+        x = complete(x, plan)
         return head.sample_rows(x, hidden, weight, bias, x.eligible, plan)
 
     return draw

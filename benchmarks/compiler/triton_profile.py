@@ -104,9 +104,9 @@ def step_launches(rule: Any, shape: Shape, dtype: str, variant: str = "seeds") -
     computed from logits, which it refuses.
     """
     import torch
-    from maskgit.kernels.decode_step import triton_cuda
-    from maskgit.kernels.decode_step.plan import resolve
-    from maskgit.kernels.decode_step.spec import StepInputs
+    from maskgit.kernels.decode_step.inputs import StepInputs
+    from maskgit.kernels.decode_step.rule.plan import resolve
+    from maskgit.kernels.decode_step.triton_cuda import launch as triton_cuda
 
     def empty(*sizes: int, kind: Any = torch.int64) -> Any:
         return torch.empty(sizes, dtype=kind, device="meta")
@@ -138,9 +138,9 @@ def step_launches(rule: Any, shape: Shape, dtype: str, variant: str = "seeds") -
 def head_launches(rule: Any, rows: int, width: int, vocab: int, dtype: str) -> list[Launch]:
     """The launches of the fused head on (1, rows, width) hidden states; none for rules it leaves."""
     import torch
-    from maskgit.kernels.decode_step.plan import resolve
-    from maskgit.kernels.decode_step.spec import StepInputs
-    from maskgit.kernels.head_sample import triton_cuda
+    from maskgit.kernels.decode_step.inputs import StepInputs
+    from maskgit.kernels.decode_step.rule.plan import resolve
+    from maskgit.kernels.head_sample.triton_cuda import launch as triton_cuda
 
     kind = getattr(torch, dtype)
     hidden = torch.empty((1, rows, width), dtype=kind, device="meta")
@@ -164,7 +164,7 @@ def attention_launches(
 ) -> list[Launch]:
     """The launch of attention on (2, length, heads, size)."""
     import torch
-    from maskgit.kernels.attention import triton_cuda
+    from maskgit.kernels.attention.triton_cuda import launch as triton_cuda
 
     packed = torch.empty((2, length, 3, heads, size), dtype=getattr(torch, dtype), device="meta")
     padding = torch.empty((2, length), dtype=torch.bool, device="meta") if padded else None

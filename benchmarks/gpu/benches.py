@@ -220,7 +220,7 @@ def bench_head(bench: Bench) -> Iterator[Row]:
 
 def bench_attention(bench: Bench) -> Iterator[Row]:
     """Attention, ours and what `auto` takes, against each of torch's backends, from one packed product."""
-    from maskgit.kernels.attention import triton_cuda
+    from maskgit.kernels.attention.triton_cuda import launch as triton_cuda
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     import maskgit

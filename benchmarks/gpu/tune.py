@@ -108,7 +108,7 @@ def tune_step(bench: Bench) -> Iterator[Row]:
 def tune_head(bench: Bench) -> Iterator[Row]:
     """Tiles of the fused head for each number of rows."""
     import torch
-    from maskgit.kernels.decode_step.triton_cuda import multiprocessors
+    from maskgit.kernels.common.triton_tools import multiprocessors
 
     import maskgit
 
@@ -139,7 +139,7 @@ def tune_head(bench: Bench) -> Iterator[Row]:
 
 def tune_attention(bench: Bench) -> Iterator[Row]:
     """Blocks of attention for each length and size, and whether ours wins over torch's."""
-    from maskgit.kernels.attention import triton_cuda
+    from maskgit.kernels.attention.triton_cuda import launch as triton_cuda
 
     import maskgit
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .api import attend
+from .dispatch import attend
 
 _LIB = torch.library.Library("maskgit", "FRAGMENT")
 _LIB.define(

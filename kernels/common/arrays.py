@@ -1,4 +1,4 @@
-"""One view of NumPy, torch and jax arrays: what kind, which dtype, to and from NumPy.
+"""One view of NumPy, torch and jax arrays: what kind, which dtype, to and from NumPy, and simple checks.
 
 No framework is imported here before the caller has: an array of a library exists only if that
 library is already in sys.modules.
@@ -6,6 +6,9 @@ library is already in sys.modules.
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 import sys
 import warnings
 from typing import Any
@@ -139,3 +142,90 @@ def like(result: Any, model: Any) -> Any:
     if kind == "torch" and kind_of(result) == "torch":  # a GPU may have worked for the host
         return result if result.device == model.device else result.to(model.device)
     return to_kind(result, kind, model.device if kind == "torch" else None)
+
+
+def check_same_kind(name: str, x: Any, model: Any) -> None:
+    """TypeError or ValueError unless `x` is an array of the kind and on the device of `model`."""
+    kind, expected = kind_of(x), kind_of(model)
+    if kind != expected:
+        raise TypeError(
+            f"{name}: expected a {expected} array like the others, got {type(x).__name__}"
+        )
+    if kind == "torch" and x.device != model.device:
+        raise ValueError(
+            f"{name}: expected on device {model.device} like the others, got {x.device}"
+        )
+
+
+def as_index(name: str, value: Any, least: int | None = None) -> int:
+    """An integer of any library as Python's; TypeError for anything else, ValueError below `least`."""
+    wanted = "an integer" if least is None else f"an integer >= {least}"
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name}: expected {wanted}, got {value!r}")
+    if least is not None and number < least:
+        raise ValueError(f"{name}: expected {wanted}, got {number}")
+    return number
+
+
+def as_scalar(name: str, value: Any) -> Any:
+    """A finite number of any library, or an array () of one, as Python's float; traced ones as they are.
+
+    Raises:
+        TypeError: not a number.  ValueError: not finite.
+    """
+    given = value
+    if kind_of(value) is not None and tuple(value.shape) == ():
+        if is_traced(value):
+            return value
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {given!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {given!r}")
+    return float(value)
+
+
+def check_integer(name: str, value: Any) -> None:
+    """TypeError unless `value` is an integer, symbolic ones of a traced program included."""
+    if type(value).__name__ == "SymInt":
+        return
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
+        return
+    if is_traced(value):
+        raise TypeError(
+            f"{name}: expected an integer that is known outside the program, got {value!r}"
+        )
+    raise TypeError(f"{name}: expected an integer, got {value!r}")
+
+
+def check_no_grad(name: str, x: Any) -> None:
+    """ValueError for a torch tensor that requires grad: decoding has none."""
+    if kind_of(x) == "torch" and x.requires_grad:
+        raise ValueError(
+            f"{name}: decoding has no gradient; expected {name}.detach() or torch.no_grad(), "
+            "got a tensor that requires grad"
+        )
+
+
+def check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:
+    """ValueError unless `x` has this shape."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+
+
+def check_integers(name: str, x: Any) -> None:
+    """TypeError unless `x` has an integer dtype."""
+    if not dtype_name(x).startswith(("int", "uint")):
+        raise TypeError(f"{name}: expected integers, got dtype {dtype_name(x)}")
+
+
+def check_floating(name: str, x: Any) -> None:
+    """TypeError unless `x` has a floating dtype."""
+    if not dtype_name(x).startswith(("float", "bfloat")):
+        raise TypeError(f"{name}: expected floating numbers, got dtype {dtype_name(x)}")

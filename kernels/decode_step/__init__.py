@@ -1,8 +1,10 @@
 """One step of masked-token decoding: draw, score, count, select, re-mask."""
 
 from .api import commit_tokens, decode_step, sample_tokens
-from .counts import SCHEDULES, gamma, plan_masked_counts
-from .spec import StepNoise, StepResult, StepRule, TokenStats, as_rule
+from .inputs import StepNoise, StepResult, TokenStats
+from .rule.counts import plan_masked_counts
+from .rule.rule import StepRule, as_rule
+from .rule.schedules import SCHEDULES, gamma
 
 __all__ = [
     "SCHEDULES",

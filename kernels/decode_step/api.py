@@ -1,7 +1,7 @@
 """The public functions of the decode step: signatures, documentation, and the way into the op.
 
 torch tensors go through one `torch.library` op (ops.py), so that `torch.compile` sees one node;
-NumPy and jax arrays go to run.py directly.
+NumPy and jax arrays go to dispatch.py directly.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..common.arrays import kind_of, to_kind
-from ..common.selection import check_name
-from . import run
-from .checks import as_scalar, check_integer, check_same_kind
-from .spec import StepNoise, StepResult, StepRule, TokenStats, as_rule
+from ..common.arrays import as_scalar, check_integer, check_same_kind, kind_of, to_kind
+from ..common.backends import check_name
+from . import dispatch
+from .inputs import StepNoise, StepResult, TokenStats
+from .rule.rule import StepRule, as_rule
 
 
 def decode_step(
@@ -108,14 +108,14 @@ def decode_step(
         return StepResult(*out)
 
     def at(step: int) -> Any:
-        return run.decode_step(
+        return dispatch.decode_step(
             logits, tokens, step_rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
             token_gumbel, choice_gumbel, uncond_logits, guidance_scale, eligible, scores, num_commit,
             positions, temperature, threshold, backend, check,
         )  # fmt: skip
 
-    step_rule = run.with_scalars(step_rule, temperature, threshold)
-    return StepResult(*run.at_step(at, step_rule, step, num_steps, logits))
+    step_rule = dispatch.with_scalars(step_rule, temperature, threshold)
+    return StepResult(*dispatch.at_step(at, step_rule, step, num_steps, logits))
 
 
 def commit_tokens(
@@ -157,14 +157,14 @@ def commit_tokens(
     if kind_of(scores) != "torch":
 
         def at(step: int) -> Any:
-            return run.commit_tokens(
+            return dispatch.commit_tokens(
                 candidate_tokens, scores, tokens, step_rule, mask_token_id, step, num_steps,
                 num_masked_at_start, seeds, choice_gumbel, eligible, num_commit, positions, threshold,
                 backend,
             )  # fmt: skip
 
-        step_rule = run.with_scalars(step_rule, None, threshold)
-        return StepResult(*run.at_step(at, step_rule, step, num_steps, scores))
+        step_rule = dispatch.with_scalars(step_rule, None, threshold)
+        return StepResult(*dispatch.at_step(at, step_rule, step, num_steps, scores))
     from .ops import commit_tokens_op
 
     num_masked_at_start = counts_tensor("num_masked_at_start", num_masked_at_start, scores)
@@ -237,7 +237,7 @@ def sample_tokens(
             scale_tensor(temperature, "temperature"), backend, check,
         )  # fmt: skip
     else:
-        out = run.sample_tokens(
+        out = dispatch.sample_tokens(
             logits, step_rule, seeds, positions, step, token_gumbel, temperature, backend, check
         )
     return TokenStats(*(array[:, 0] for array in out)) if rows_only else TokenStats(*out)
@@ -274,7 +274,7 @@ def seeds_like(seeds: Any, logits: Any) -> Any:
             return torch.tensor(words, dtype=torch.int64, device=logits.device)
         seeds = np.array(values, np.uint64)
     if kind_of(seeds) != "numpy":
-        return seeds  # another framework's array: run.py names it in its error
+        return seeds  # another framework's array: dispatch.py names it in its error
     if kind == "jax" and seeds.ndim == 1:  # 64-bit seeds as words, since jax may have no int64
         from ..common.philox import seed_words
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-import operator
 from typing import Any
 
 import numpy as np
 
-from ..common.arrays import dtype_name, is_on_host, is_traced, kind_of, to_numpy
-from .plan import StepPlan
-from .spec import StepInputs, StepRule
+from ..common.arrays import (
+    as_scalar,
+    check_floating,
+    check_integers,
+    check_no_grad,
+    check_same_kind,
+    check_shape,
+    dtype_name,
+    is_on_host,
+    kind_of,
+    to_numpy,
+)
+from .rule.plan import StepPlan
+from .rule.rule import StepRule
 
 LOGIT_DTYPES = ("float16", "bfloat16", "float32", "float64")  # the last is rounded to float32
 
@@ -53,87 +61,6 @@ def check_logits(logits: Any, ndim: int) -> tuple[int, ...]:
         )
     check_no_grad("logits", logits)
     return tuple(logits.shape)
-
-
-def check_same_kind(name: str, x: Any, model: Any) -> None:
-    """TypeError or ValueError unless `x` is an array of the kind and on the device of `model`."""
-    kind, expected = kind_of(x), kind_of(model)
-    if kind != expected:
-        raise TypeError(
-            f"{name}: expected a {expected} array like the others, got {type(x).__name__}"
-        )
-    if kind == "torch" and x.device != model.device:
-        raise ValueError(
-            f"{name}: expected on device {model.device} like the others, got {x.device}"
-        )
-
-
-def as_index(name: str, value: Any, least: int | None = None) -> int:
-    """An integer of any library as Python's; TypeError for anything else, ValueError below `least`."""
-    wanted = "an integer" if least is None else f"an integer >= {least}"
-    try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"{name}: expected {wanted}, got {value!r}")
-    if least is not None and number < least:
-        raise ValueError(f"{name}: expected {wanted}, got {number}")
-    return number
-
-
-def as_scalar(name: str, value: Any) -> Any:
-    """A finite number of any library, or an array () of one, as Python's float; traced ones as they are.
-
-    Raises:
-        TypeError: not a number.  ValueError: not finite.
-    """
-    given = value
-    if kind_of(value) is not None and tuple(value.shape) == ():
-        if is_traced(value):
-            return value
-        value = value.item()
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {given!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {given!r}")
-    return float(value)
-
-
-def check_integer(name: str, value: Any) -> None:
-    """TypeError unless `value` is an integer, symbolic ones of a traced program included."""
-    if type(value).__name__ == "SymInt":
-        return
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        if not -(2**63) <= value < 2**63:
-            raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
-        return
-    if is_traced(value):
-        raise TypeError(
-            f"{name}: expected an integer that is known outside the program, got {value!r}"
-        )
-    raise TypeError(f"{name}: expected an integer, got {value!r}")
-
-
-def check_no_grad(name: str, x: Any) -> None:
-    """ValueError for a torch tensor that requires grad: decoding has none."""
-    if kind_of(x) == "torch" and x.requires_grad:
-        raise ValueError(
-            f"{name}: decoding has no gradient; expected {name}.detach() or torch.no_grad(), "
-            "got a tensor that requires grad"
-        )
-
-
-def check_shape(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    """ValueError unless `x` has this shape."""
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
-
-
-def check_integers(name: str, x: Any) -> None:
-    """TypeError unless `x` has an integer dtype."""
-    if not dtype_name(x).startswith(("int", "uint")):
-        raise TypeError(f"{name}: expected integers, got dtype {dtype_name(x)}")
 
 
 def check_step_arrays(
@@ -247,12 +174,6 @@ def check_scores(rule: StepRule, scores: Any, model: Any, name: str) -> None:
     check_floating(name, scores)
 
 
-def check_floating(name: str, x: Any) -> None:
-    """TypeError unless `x` has a floating dtype."""
-    if not dtype_name(x).startswith(("float", "bfloat")):
-        raise TypeError(f"{name}: expected floating numbers, got dtype {dtype_name(x)}")
-
-
 def check_candidates(candidates: Any, scores: Any) -> tuple[int, ...]:
     """The shape (B, N) of candidates, once they and their scores are arrays of one kind."""
     if kind_of(scores) is None:
@@ -321,38 +242,6 @@ def check_guidance(
             f"got {dtype_name(uncond_logits)}"
         )
     return as_scalar("guidance_scale", guidance_scale)
-
-
-def check_start(
-    rule: StepRule, plan: StepPlan, x: StepInputs, last_step: int, *, is_given: bool
-) -> None:
-    """ValueError where a count from the start of the loop is missing, or cannot be right.
-
-    last_step: the step, of those that it may be the last.  With a block's eligible positions the masks
-    that earlier blocks left are there too, uncounted.
-    """
-    looks_up = plan.commit.count in ("masked", "quota") or plan.commit.least_is_quota
-    if not looks_up or plan.commit.count == "all" or rule.count_base == "positions":
-        return
-    start = x.num_masked_at_start
-    if not is_given and last_step > 0 and rule.count_base != "block":
-        raise ValueError(
-            "num_masked_at_start: expected the (B,) numbers of positions masked before step 0, from "
-            f"which rule {rule.name!r} counts at step {last_step}, got None"
-        )
-    if start is None or (x.eligible is not None and rule.block_scope == "prefix"):
-        return
-    if not (is_on_host(x.tokens) and is_on_host(start)):
-        return
-    masked = to_numpy(x.tokens) == x.mask_token_id
-    now = (masked if x.eligible is None else masked & to_numpy(x.eligible)).sum(1)
-    short = np.flatnonzero(to_numpy(start) < now)
-    if short.size:
-        b = int(short[0])
-        raise ValueError(
-            f"num_masked_at_start: expected at least the {now[b]} positions that are masked now in "
-            f"sequence {b}, got {int(to_numpy(start)[b])}"
-        )
 
 
 def raise_on_dead_rows(dead: Any, name: str = "logits") -> None:

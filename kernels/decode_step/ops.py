@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from . import run
-from .spec import StepRule
+from . import dispatch
+from .rule.rule import StepRule
 
 _LIB = torch.library.Library("maskgit", "DEF")
 _LIB.define(
@@ -35,17 +35,17 @@ _LIB.define(
 
 
 def _decode_step(logits: torch.Tensor, tokens: torch.Tensor, rule: str, *rest: Any) -> Any:
-    return run.decode_step(logits, tokens, StepRule.decode(rule), *rest)
+    return dispatch.decode_step(logits, tokens, StepRule.decode(rule), *rest)
 
 
 def _commit_tokens(
     candidates: torch.Tensor, scores: torch.Tensor, tokens: torch.Tensor, rule: str, *rest: Any
 ) -> Any:
-    return run.commit_tokens(candidates, scores, tokens, StepRule.decode(rule), *rest)
+    return dispatch.commit_tokens(candidates, scores, tokens, StepRule.decode(rule), *rest)
 
 
 def _sample_tokens(logits: torch.Tensor, rule: str, *rest: Any) -> Any:
-    return run.sample_tokens(logits, StepRule.decode(rule), *rest)
+    return dispatch.sample_tokens(logits, StepRule.decode(rule), *rest)
 
 
 def _score_dtype(rule: str) -> torch.dtype:

@@ -19,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common import philox
+from ..common.philox import GROUPS, LEAF, PER_GROUP
 from ..common.rounding import F64, round_to
-from .counts import count_bases, next_masked_counts
-from .plan import StepPlan
-from .spec import StepInputs
-
-LEAF, GROUPS, PER_GROUP = 128, 16, 8
+from .inputs import StepInputs
+from .rule.counts import count_bases, next_masked_counts
+from .rule.plan import StepPlan
 
 
 def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..decode_step.spec import StepRule
-from .api import decode
+from ..decode_step.rule.rule import StepRule
+from .dispatch import decode
 
 _LIB = torch.library.Library("maskgit", "FRAGMENT")
 _LIB.define(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..common.selection import why_missing
+from ..common.backends import why_missing
 
 _LIB = torch.library.Library("maskgit", "FRAGMENT")
 _LIB.define(

@@ -17,8 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..decode_step.triton_cuda import on
-from ..decode_step.triton_tiles import rounded_to
+from ..common.triton_tools import on, rounded_to
 
 LARGEST_WIDTH = 1 << 14
 

@@ -39,9 +39,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from ..kernels.common.arrays import kind_of
+from ..kernels.common.arrays import as_index, kind_of
 from ..kernels.decode_step import StepNoise, StepRule
-from ..kernels.decode_step.checks import as_index
 from ..sampling.loop import generate as run_steps
 from .fingerprint import AdapterError, check_signature, check_version, names_in, read_ids
 from .lazy_head import Head, output_layer

@@ -28,9 +28,9 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+from ..kernels.common.arrays import as_index
 from ..kernels.decode_step import StepRule, decode_step
-from ..kernels.decode_step.checks import as_index
-from ..kernels.decode_step.counts import check_schedule
+from ..kernels.decode_step.rule.schedules import check_schedule
 from .fingerprint import check_signature, check_version
 from .patching import Handle, Report
 

@@ -190,8 +190,8 @@ def choice_gumbel(seeds: Any, shape: Any, step: int, device: Any) -> Any:
     import torch
 
     from ..kernels.common.philox import STREAM_CHOICE
-    from ..kernels.common.philox_torch import gumbel
-    from ..kernels.decode_step.run import key_words
+    from ..kernels.common.philox.torch_form import gumbel
+    from ..kernels.decode_step.inputs import key_words
 
     place = torch.arange(shape[1], device=device).expand(shape)
     return gumbel(key_words(seeds, shape[0]), place, step, STREAM_CHOICE, 1)[..., 0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from ..kernels.decode_step.checks import as_index, as_scalar
+from ..kernels.common.arrays import as_index, as_scalar
 from .fingerprint import AdapterError, signature_of, with_their_defaults
 
 MARK = "_maskgit_handle"

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.common.arrays import kind_of
-from ..kernels.common.selection import check_name, why_missing
+from ..kernels.common.arrays import check_integers, kind_of
+from ..kernels.common.backends import check_name, why_missing
 from ..kernels.decode_step.api import seeds_like
-from ..kernels.decode_step.checks import check_integers
 from .fingerprint import AdapterError
 from .patching import LOCK, MARK, Handle, check_unpatched, is_patched, name_of
 

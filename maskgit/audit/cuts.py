@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from ..kernels.common.rounding import round_to, rounded
 from ..kernels.decode_step import reference
-from ..kernels.decode_step.plan import StepPlan
-from ..kernels.decode_step.spec import StepInputs
+from ..kernels.decode_step.inputs import StepInputs
+from ..kernels.decode_step.rule.plan import StepPlan
 from .ties import EPS, F64, CutTie
 
 

@@ -11,9 +11,9 @@ from ..kernels.common.names import unknown
 from ..kernels.decode_step import StepNoise, StepRule
 from ..kernels.decode_step.api import rule_and_noise
 from ..kernels.decode_step.checks import LOGIT_DTYPES, check_guidance, check_logits, columns
-from ..kernels.decode_step.plan import StepPlan
-from ..kernels.decode_step.run import complete, inputs, narrowed
-from ..kernels.decode_step.spec import StepInputs
+from ..kernels.decode_step.dispatch import narrowed
+from ..kernels.decode_step.inputs import StepInputs, complete, inputs
+from ..kernels.decode_step.rule.plan import StepPlan
 from .cuts import cut_ties
 from .rows import filtered, key_tie, prob_tie
 from .ties import RowTie, TieReport

@@ -173,7 +173,7 @@ def check_sampling(
     if not 0 <= seed < MAX_SEED:
         raise bad("--seed", f"expected 0 to {MAX_SEED - 1}, got {seed}")
     from maskgit import StepRule
-    from maskgit.kernels.common.selection import check_able
+    from maskgit.kernels.common.backends import check_able
     from maskgit.sampling.orders import ORDERS
 
     if order not in ORDERS:

@@ -7,18 +7,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..kernels.common.arrays import dtype_name, kind_of, library_of, place_of, signed, to_numpy
-from ..kernels.decode_step import StepNoise, StepResult, StepRule, commit_tokens, decode_step
-from ..kernels.decode_step.api import rule_and_noise
-from ..kernels.decode_step.checks import (
+from ..kernels.common.arrays import (
     as_index,
-    check_logits,
     check_same_kind,
     check_shape,
-    raise_on_dead_rows,
+    dtype_name,
+    kind_of,
+    library_of,
+    place_of,
+    signed,
+    to_numpy,
 )
-from ..kernels.decode_step.parts import committing, drawing
-from ..kernels.decode_step.run import is_checked
+from ..kernels.decode_step import StepNoise, StepResult, StepRule, commit_tokens, decode_step
+from ..kernels.decode_step.api import rule_and_noise
+from ..kernels.decode_step.checks import check_logits, raise_on_dead_rows
+from ..kernels.decode_step.dispatch import is_checked
+from ..kernels.decode_step.rule.derive import committing, drawing
 
 
 def decode_shifted(

@@ -7,13 +7,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..kernels.common.arrays import kind_of, library_of, to_kind, to_numpy
-from ..kernels.decode_step.checks import (
+from ..kernels.common.arrays import (
     as_index,
     check_floating,
     check_integers,
     check_same_kind,
     check_shape,
+    kind_of,
+    library_of,
+    to_kind,
+    to_numpy,
 )
 
 

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskgit.files import FORMAT, FORMAT_VERSION, WEIGHTS, digest
-from maskgit.kernels.common.arrays import dtype_name, is_on_host
-from maskgit.kernels.common.sharding import active
+from maskgit.kernels.common.arrays import as_index, check_integers, dtype_name, is_on_host
+from maskgit.kernels.common.mesh import active
 from maskgit.kernels.decode_step import StepRule, as_rule
-from maskgit.kernels.decode_step.checks import as_index, check_integers, check_token_ids
-from maskgit.kernels.decode_step.run import backend_for, key_words
+from maskgit.kernels.decode_step.checks import check_token_ids
+from maskgit.kernels.decode_step.dispatch import backend_for
+from maskgit.kernels.decode_step.inputs import key_words
 from maskgit.models.config import TransformerConfig
 from maskgit.models.transformer_jax import Params, check, head_weight, hidden, project
 from maskgit.pipelines.recipes import PresetConfig

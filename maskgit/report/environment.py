@@ -10,7 +10,7 @@ from typing import Any
 
 from .._version import __version__
 from ..kernels.common import ffi
-from ..kernels.common.selection import available_backends, why_missing
+from ..kernels.common.backends import available_backends, why_missing
 
 _PACKAGES = ("numpy", "torch", "triton", "jax", "jaxlib", "libtpu", "safetensors", "scikit-learn")
 _VARIABLES = ("MASKGIT_BACKEND", "MASKGIT_CPU_ISA", "MASKGIT_NUM_THREADS", "MASKGIT_CHECK")
@@ -31,7 +31,7 @@ def _yes_or(reason: str | None) -> dict[str, Any]:
 
 def facts() -> dict[str, Any]:
     """Versions, CPU, GPU, threads, the C++ core: what the stamp of a figure needs."""
-    from ..kernels.decode_step.cpu import num_threads
+    from ..kernels.decode_step.cpu.launch import num_threads
 
     return {
         "maskgit": __version__,

@@ -6,8 +6,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..kernels.common.arrays import kind_of, library_of, place_of, to_kind, to_numpy
-from ..kernels.decode_step.checks import as_index, check_integers, check_shape
+from ..kernels.common.arrays import (
+    as_index,
+    check_integers,
+    check_shape,
+    kind_of,
+    library_of,
+    place_of,
+    to_kind,
+    to_numpy,
+)
 
 
 class Block(NamedTuple):

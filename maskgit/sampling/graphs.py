@@ -6,8 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..kernels.common.arrays import kind_of
-from ..kernels.decode_step.checks import as_index
+from ..kernels.common.arrays import as_index, kind_of
 from .result import GenerateResult
 
 _WARM_UPS = 2  # the first compiles kernels and copies tables, the second fills the allocator's pool

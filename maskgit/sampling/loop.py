@@ -7,16 +7,19 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..kernels.common.arrays import is_on_host, is_traced, kind_of, library_of, to_numpy
-from ..kernels.common.selection import check_name
-from ..kernels.decode_step import StepNoise, StepRule, as_rule
-from ..kernels.decode_step.checks import (
+from ..kernels.common.arrays import (
     as_index,
     as_scalar,
-    check_eligible,
     check_integers,
-    check_scores,
+    is_on_host,
+    is_traced,
+    kind_of,
+    library_of,
+    to_numpy,
 )
+from ..kernels.common.backends import check_name
+from ..kernels.decode_step import StepNoise, StepRule, as_rule
+from ..kernels.decode_step.checks import check_eligible, check_scores
 from ..report.progress import Progress
 from .blocks import plan_blocks
 from .result import GenerateResult

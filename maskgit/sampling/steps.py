@@ -8,7 +8,7 @@ from typing import Any
 from ..kernels.common.arrays import dtype_name, library_of, signed
 from ..kernels.decode_step import StepResult, StepRule, commit_tokens, decode_step
 from ..kernels.decode_step.checks import check_scores
-from ..kernels.decode_step.parts import candidates_of, committing
+from ..kernels.decode_step.rule.derive import candidates_of, committing
 from ..kernels.head_sample import decode_step_from_hidden
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from ..kernels.common.arrays import library_of, place_of, signed
 from ..kernels.decode_step import StepResult, StepRule
-from ..kernels.decode_step.parts import scoring
-from ..kernels.decode_step.run import usual_jax
+from ..kernels.decode_step.dispatch import usual_jax
+from ..kernels.decode_step.rule.derive import scoring
 
 
 class Trajectory(NamedTuple):

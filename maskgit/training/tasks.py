@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit.kernels.decode_step.counts import gamma
+from maskgit.kernels.decode_step.rule.schedules import gamma
 from maskgit.models.config import TokenizerConfig, TransformerConfig
 from maskgit.models.transformer import MaskGitTransformer
 from maskgit.models.vqgan import Tokenizer

@@ -144,7 +144,7 @@ def random_ids(seeds: Any, sample: Any, step: int, vocab: int, generator: Any) -
     """(B, N) ids below `vocab`, from the sequences' seeds, or without any from the generator."""
     import torch
 
-    from ...kernels.common.philox_torch import integers
+    from ...kernels.common.philox.torch_form import integers
 
     if seeds is None:
         return torch.randint(0, vocab, sample.shape, device=sample.device, generator=generator)
@@ -153,7 +153,7 @@ def random_ids(seeds: Any, sample: Any, step: int, vocab: int, generator: Any) -
 
 def _gumbels(seeds: Any, sample: Any, step: int) -> Any:
     """(B, N, 3) standard Gumbel variates."""
-    from ...kernels.common.philox_torch import gumbel
+    from ...kernels.common.philox.torch_form import gumbel
 
     return gumbel(*_keys(seeds, sample), step, STREAM_CHOICE, 3)
 
@@ -162,7 +162,7 @@ def _keys(seeds: Any, sample: Any) -> tuple[Any, Any]:
     """The seeds' key words, (B, 2), and the positions, (B, N)."""
     import torch
 
-    from ...kernels.decode_step.run import key_words
+    from ...kernels.decode_step.inputs import key_words
 
     place = torch.arange(sample.shape[1], device=sample.device).expand(sample.shape)
     return key_words(seeds_like(seeds, sample), len(sample)), place

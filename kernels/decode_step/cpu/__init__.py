@@ -1,0 +1,1 @@
+"""The decode step on CPUs: the C++ core, from NumPy arrays and inside jax's programs."""

@@ -1,0 +1,252 @@
+"""The C++ backend: fills in the parameters and calls the extension (csrc/decode_step-inl.h).
+
+Works on NumPy views of whatever host arrays came in; logits of any stride, never copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..inputs import StepInputs
+from ..rule.plan import RowPlan, StepPlan
+
+_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_SCORES = ("prob", "log_prob", "top1_prob", "margin", "neg_entropy", "logit", "random", "given")
+_COUNTS = (
+    "masked", "quota", "fraction", "bernoulli", "threshold", "factor", "entropy_bound", "runs",
+    "given",
+)  # fmt: skip
+_CUTS = ("strict", "inclusive", "exact")
+_FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_ROUNDING = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
+
+
+def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    from maskgit import _C
+
+    params, keep, out = _parameters(x, plan, dtype)
+    next_tokens = np.empty(x.tokens.shape, np.int64)
+    noise = None if x.choice_gumbel is None else x.choice_gumbel.astype(np.float64, order="C")
+    params.draw_choice_noise = noise is None and plan.commit.uses_noise
+    noise = np.empty(x.tokens.shape) if noise is None else noise
+    keep += [next_tokens, noise]
+    if x.num_commit is not None:
+        num_commit = np.ascontiguousarray(x.num_commit, dtype=np.int64)
+        params.num_commit = num_commit
+        keep.append(num_commit)
+    if plan.commit.remasks_by_score:
+        bounds = _remask_bounds(x, plan)
+        params.remask_bounds = bounds
+        keep.append(bounds)
+    if x.scores is not None:
+        scores = x.scores.astype(np.float64, order="C")
+        params.scores = scores
+        keep.append(scores)
+    params.next_tokens = next_tokens
+    params.choice_noise = noise
+    _C.decode_step(params)
+    candidates, confidence = out
+    kind = np.float64 if plan.commit.is_wide else np.float32
+    return next_tokens, candidates, confidence.astype(kind, copy=False)
+
+
+def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
+    """(candidate or -1, score, log_z), each (B, N)."""
+    from maskgit import _C
+
+    params, keep, (candidates, confidence) = _parameters(x, plan, dtype)
+    log_z = np.empty(x.tokens.shape)
+    keep += [log_z]
+    params.log_z = log_z
+    _C.sample_tokens(params)
+    kind = np.float64 if plan.row.is_wide else np.float32
+    return candidates, confidence.astype(kind, copy=False), log_z.astype(kind, copy=False)
+
+
+def num_threads() -> int:
+    """Threads to use: torch's number where torch is loaded, MASKGIT_NUM_THREADS, all CPUs."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_num_threads"):
+        _share_threads_with_torch()
+        return int(torch.get_num_threads())
+    setting = os.environ.get("MASKGIT_NUM_THREADS", "")
+    if setting:
+        if not setting.isdigit() or not 1 <= int(setting) <= 1024:
+            raise ValueError(f"MASKGIT_NUM_THREADS: expected 1 to 1024, got {setting!r}")
+        return int(setting)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@lru_cache(maxsize=1)
+def _share_threads_with_torch() -> None:
+    """Let the core run on the threads of the OpenMP runtime that torch brought, where it is found."""
+    from maskgit import _C
+
+    if is_forked():
+        return
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return
+    names = ("libgomp", "libiomp5", "libomp")
+    paths = {line.split(maxsplit=5)[-1] for line in maps if any(name in line for name in names)}
+    for path in sorted(paths, key=lambda p: "torch" not in p)[:1]:
+        try:
+            function = ctypes.CDLL(path).GOMP_parallel
+        except (OSError, AttributeError):
+            return
+        _C.use_openmp(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+
+def is_forked() -> bool:
+    """Whether this process was forked and has not called exec since, whatever was imported when.
+
+    OpenMP's threads stay with the parent, and a call in the child would wait for them for ever.  Linux
+    keeps it among the flags of a process (PF_FORKNOEXEC); elsewhere the threads are not shared.
+    """
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return bool(int(fields[6]) & 0x40)
+
+
+def _whole_strides(x: Any) -> Any:
+    """The array, copied only where a stride is no whole number of elements."""
+    size = x.itemsize
+    if any(stride % size for stride in x.strides):
+        return np.ascontiguousarray(x)
+    return x
+
+
+@lru_cache(maxsize=256)
+def left_out(row: RowPlan, mask_token_id: int, vocab: int) -> dict[str, Any]:
+    """The columns that are never drawn, and those outside the score's softmax, where there are any."""
+    columns = {"banned": row.banned_columns(mask_token_id), "score_banned": row.score_banned}
+    inside = {name: np.array([i for i in of if i < vocab]) for name, of in columns.items()}
+    return {name: ids.astype(np.int64) for name, ids in inside.items() if ids.size}
+
+
+def _remask_bounds(x: StepInputs, plan: StepPlan) -> Any:
+    """(B, N) bounds under which a known position's choice noise masks it again, shared by scores."""
+    known = x.eligible & (x.tokens != x.mask_token_id)
+    keys = np.where(known & np.isfinite(x.scores), x.scores.astype(np.float64), -np.inf)
+    top = np.maximum(keys.max(axis=1, keepdims=True, initial=-1e300), -1e300)
+    weights = np.exp(keys - top)
+    total = weights.sum(axis=1, keepdims=True)
+    chance = plan.numbers.remask_chance * weights / np.where(total > 0, total, 1)
+    with np.errstate(divide="ignore"):
+        return np.where(chance >= 1, np.inf, -np.log(-np.log(np.minimum(chance, 1 - 1e-16))))
+
+
+def _parameters(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, list[Any], Any]:
+    """The filled parameters, the arrays that must stay alive, and the two outputs."""
+    from maskgit import _C
+
+    p = _C.StepParams(_numbers(plan, dtype))
+    p.batch, p.length = x.tokens.shape
+    keep = [plan.numbers.table]
+    if x.logits is not None:
+        p.logits = logits = _whole_strides(x.logits)
+        p.vocab = logits.shape[2]
+        keep.append(logits)
+    tokens = np.ascontiguousarray(x.tokens, dtype=np.int64)
+    eligible = np.ascontiguousarray(x.eligible, dtype=np.uint8)
+    start = np.ascontiguousarray(x.num_masked_at_start, dtype=np.int64)
+    positions = np.ascontiguousarray(x.positions, dtype=np.uint32)
+    candidates, confidence = np.empty(tokens.shape, np.int64), np.empty(tokens.shape)
+    if x.drawn is not None:  # the core then draws none
+        candidates[...], confidence[...] = x.drawn, x.scores
+    keep += [tokens, eligible, start, positions]
+    if x.logits is not None:
+        for name, ids in left_out(plan.row, x.mask_token_id, x.logits.shape[2]).items():
+            setattr(p, name, ids)
+            setattr(p, f"num_{name}", ids.size)
+            keep.append(ids)
+    if x.uncond_logits is not None:
+        p.uncond = uncond = _whole_strides(x.uncond_logits)
+        p.guidance_scale = x.guidance_scale
+        keep.append(uncond)
+    if x.token_gumbel is not None:
+        p.token_gumbel = noise = _whole_strides(x.token_gumbel)
+        p.noise_is_double = noise.dtype == np.float64
+        keep.append(noise)
+    if x.seeds is not None:
+        seeds = np.ascontiguousarray(x.seeds, dtype=np.uint32)
+        p.seeds = seeds
+        keep.append(seeds)
+    p.tokens, p.eligible = tokens, eligible
+    p.masked_at_start, p.positions = start, positions
+    p.candidates, p.confidence = candidates, confidence
+    p.mask_token_id = x.mask_token_id
+    p.num_threads = num_threads()
+    return p, keep, (candidates, confidence)
+
+
+def numbers(plan: StepPlan, dtype: str, mask_token_id: int) -> Any:
+    """The parameters of a step without its arrays, for csrc/ffi.cpp."""
+    from maskgit import _C
+
+    p = _C.StepParams(_numbers(plan, dtype))
+    p.mask_token_id = mask_token_id
+    p.draw_choice_noise = plan.commit.uses_noise
+    return p
+
+
+@lru_cache(maxsize=1024)
+def _numbers(plan: StepPlan, dtype: str) -> Any:
+    """The parameters that depend on the plan and the dtype alone."""
+    from maskgit import _C
+
+    row, commit, n, p = plan.row, plan.commit, plan.numbers, _C.StepParams()
+    p.dtype = _DTYPES[dtype]
+    p.table, p.table_size = n.table, n.table.size
+    p.vocab_start = row.vocab_start
+    p.step = n.step
+    p.sample_temperature = n.sample_temperature
+    p.score_temperature = n.score_temperature
+    p.choice_temperature = n.choice_temperature
+    p.filter_temperature = n.filter_temperature
+    p.guide = row.guide
+    p.greedy_on_probs = row.greedy_on_probs
+    p.score = _SCORES.index(row.score)
+    p.score_filtered = row.score_filtered
+    p.score_rounding = _ROUNDING[row.score_dtype]
+    p.compare_rounding = _ROUNDING[commit.compared_in]
+    p.set_filters(_filters(row))
+    p.top_p_below = row.nucleus_below
+    p.commit_all = commit.count == "all"
+    p.count = 0 if p.commit_all else _COUNTS.index(commit.count)
+    p.cut = _CUTS.index(commit.cut)
+    p.count_rows = ("each", "first", "mean", "sum").index(commit.count_rows)
+    p.base_is_positions = commit.base_is_positions
+    p.clamps = [("commit_one", "keep_one").index(clamp) + 1 for clamp in commit.clamps]
+    p.revise = 1 if row.holds else 2 if commit.revises else 0
+    p.edits, p.edit_threshold = commit.edits, n.edit_threshold
+    p.remasks, p.remask_below = commit.remasks, n.remask_below
+    p.skip_mask_token = commit.skips_mask
+    p.threshold_strict, p.threshold, p.low_threshold = (
+        commit.threshold_strict, n.threshold, n.low_threshold,
+    )  # fmt: skip
+    p.has_slack, p.threshold_slack = commit.has_slack, n.threshold_slack
+    p.min_is_quota = commit.least_is_quota
+    p.commit_fraction, p.commit_below = n.commit_fraction, n.commit_below
+    p.factor, p.factor_tail = n.factor, commit.factor_tail
+    return p
+
+
+def _filters(row: RowPlan) -> list[tuple[int, float]]:
+    """The filters in order, and the temperature where it does not divide before the first."""
+    out = [(_FILTERS.index(name), float(value)) for name, value, _ in row.filters]
+    unscaled = sum(not divides for _, _, divides in row.filters)
+    if unscaled:
+        out.insert(unscaled, (_FILTERS.index("temperature"), 0.0))
+    return out

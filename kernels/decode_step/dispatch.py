@@ -1,0 +1,450 @@
+"""From the public arguments to a backend and back.
+
+`decode_step` and `sample_tokens` here take arrays of one kind and a `StepRule`; api.py gives them
+their public signatures, ops.py their torch.library form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache, partial, wraps
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..common.arrays import (
+    as_index,
+    as_scalar,
+    check_integer,
+    dtype_name,
+    is_on_host,
+    is_traced,
+    kind_of,
+    like,
+    to_numpy,
+)
+from ..common.backends import BACKENDS, TRACED, check_name, choose, serves_jax
+from ..common.mesh import active
+from .checks import (
+    check_guidance,
+    check_logits,
+    check_noise,
+    check_positions,
+    columns,
+    raise_on_dead_rows,
+)
+from .inputs import (
+    StepInputs,
+    TracedStep,
+    commit_inputs,
+    complete,
+    inputs,
+    key_words,
+    plan_of,
+    taking_part,
+    to_framework,
+    to_gpu,
+    to_host,
+)
+from .rule.plan import CommitPlan, Numbers, RowPlan, StepPlan, constant_plan
+from .rule.rule import StepRule
+
+_MODULES = {
+    "triton": ".triton_cuda.launch",
+    "pallas": ".pallas_tpu.launch",
+    "cpp": ".cpu.launch",
+    "cpp in jax": ".cpu.in_jax",
+    "jax on a mesh": ".plain.jax_mesh",
+    "torch": ".plain.torch_ref",
+    "jax": ".plain.jax_ref",
+    "reference": ".reference",
+}
+T = TypeVar("T")
+MOST_TRACED_STEPS = 4096
+
+
+@cache
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend that `choose` has found able to run."""
+    return importlib.import_module(_MODULES[name], __package__)
+
+
+def in_usual_jax(function: Callable[..., T]) -> Callable[..., T]:
+    """For jax arrays a function runs in jax as it is written for, whatever else the caller has set.
+
+    Infinities are part of the contract, NaN may stand in what a `where` then leaves out, and the numbers
+    of a step come from the host.  The first argument says what arrays they are.
+    """
+
+    @wraps(function)
+    def wrapped(model: Any, *args: Any, **options: Any) -> T:
+        with usual_jax(model):
+            return function(model, *args, **options)
+
+    return wrapped
+
+
+def usual_jax(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Where `model` is a jax array, the context of `in_usual_jax`."""
+    return _usual_jax() if kind_of(model) == "jax" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _usual_jax() -> Iterator[None]:
+    import jax
+
+    wanted = {
+        "jax_numpy_rank_promotion": ("allow", jax.numpy_rank_promotion),
+        "jax_numpy_dtype_promotion": ("standard", jax.numpy_dtype_promotion),
+        "jax_debug_nans": (False, jax.debug_nans),
+        "jax_debug_infs": (False, jax.debug_infs),
+        "jax_transfer_guard_host_to_device": ("allow", jax.transfer_guard_host_to_device),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, (value, switch) in wanted.items():
+            if getattr(jax.config, name) not in (None, value):
+                stack.enter_context(switch(value))
+        yield
+
+
+@in_usual_jax
+def decode_step(
+    logits: Any,
+    tokens: Any,
+    rule: StepRule,
+    mask_token_id: int,
+    step: int,
+    num_steps: int,
+    num_masked_at_start: Any = None,
+    seeds: Any = None,
+    token_gumbel: Any = None,
+    choice_gumbel: Any = None,
+    uncond_logits: Any = None,
+    guidance_scale: Any = None,
+    eligible: Any = None,
+    scores: Any = None,
+    num_commit: Any = None,
+    positions: Any = None,
+    temperature: Any = None,
+    threshold: Any = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence) of one step; see `maskgit.decode_step`."""
+    rule = with_scalars(rule, temperature, threshold)
+    _, _, vocab = check_logits(logits, 3)
+    scale = check_guidance(logits, uncond_logits, guidance_scale)
+    logits, uncond_logits = narrowed(logits), narrowed(uncond_logits)
+    x, plan = inputs(
+        logits, vocab, tokens, rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
+        token_gumbel, choice_gumbel, eligible, scores, num_commit, positions,
+    )  # fmt: skip
+    x = x._replace(
+        logits=_own_columns(logits, rule),
+        uncond_logits=_own_columns(uncond_logits, rule),
+        guidance_scale=scale,
+    )
+    out = call("decode_step", x, plan, logits, backend)
+    if is_checked(check):
+        eligible = taking_part(rule, tokens, mask_token_id, eligible)
+        suspects = eligible & (like(out[2], logits) == -np.inf)
+        _raise_on_dead_rows(suspects, x, plan, logits, backend)
+    return results(out, logits, tokens)
+
+
+def at_step(
+    call: Callable[[Any], Any], rule: StepRule, step: Any, num_steps: Any, model: Any
+) -> Any:
+    """`call(step)`; with a traced step a program with a branch for each structure of a plan."""
+    if kind_of(step) is None:
+        return call(step)
+    if not is_traced(step):
+        return call(as_index("step", step))
+    check_integer("num_steps", num_steps)
+    if tuple(step.shape) or not dtype_name(step).startswith(("int", "uint")):
+        raise TypeError(f"step: expected an integer, got {step!r}")
+    if not 1 <= num_steps <= MOST_TRACED_STEPS:
+        raise ValueError(
+            f"num_steps: expected 1 to {MOST_TRACED_STEPS} with a traced step, whose program holds the "
+            f"numbers of all; got {num_steps}"
+        )
+    import jax
+    import jax.numpy as jnp
+
+    alike: dict[Any, list[int]] = {}
+    for s in range(int(num_steps)):
+        plan = plan_of(rule, -1, s, num_steps, model)
+        alike.setdefault((plan.row, plan.commit), []).append(s)
+    groups = [tuple(steps) for steps in alike.values()]
+    places = sorted(
+        (s, group, i) for group, steps in enumerate(groups) for i, s in enumerate(steps)
+    )
+    at = jnp.asarray(places, jnp.int32)[jnp.clip(step, 0, int(num_steps) - 1)]
+    branches = [partial(_at_traced, call, steps) for steps in groups]
+    return jax.lax.switch(at[1], branches, at[2])
+
+
+def _at_traced(call: Callable[[Any], Any], steps: tuple[int, ...], index: Any) -> Any:
+    return call(TracedStep(steps, index))
+
+
+def with_scalars(rule: StepRule, temperature: Any, threshold: Any) -> StepRule:
+    """The rule with the numbers that are given in place of its own."""
+    if temperature is None and threshold is None:
+        return rule
+    numbers = {"sample_temperature": temperature, "threshold": threshold}
+    for field, value in numbers.items():
+        name = field.removeprefix("sample_")
+        numbers[field] = None if value is None else as_scalar(name, value)
+        if is_traced(numbers[field]):
+            raise TypeError(f"{name}: expected a number, got one that the program computes")
+    return _replaced(rule, **numbers)
+
+
+@lru_cache(maxsize=256)
+def _replaced(rule: StepRule, **numbers: float | None) -> StepRule:
+    given: Any = {field: value for field, value in numbers.items() if value is not None}
+    return dataclasses.replace(rule, **given)
+
+
+def narrowed(logits: Any) -> Any:
+    """The logits, float64 ones rounded to float32."""
+    is_double = logits is not None and dtype_name(logits) == "float64"
+    if not is_double:
+        return logits
+    with np.errstate(over="ignore"):
+        return _cast(logits, "float32")
+
+
+def _own_columns(logits: Any, rule: StepRule) -> Any:
+    """The columns that may be drawn; on a mesh all, since a slice would move them between chips."""
+    return logits if _mesh(logits) is not None else columns(logits, rule)
+
+
+def _mesh(model: Any) -> Any:
+    """The mesh that jax arrays are to be worked on, if any."""
+    return active() if kind_of(model) == "jax" else None
+
+
+def is_checked(check: bool) -> bool:
+    """Whether rows without a finite logit raise: by argument, or by environment."""
+    return check or os.environ.get("MASKGIT_CHECK", "") == "1"
+
+
+def _raise_on_dead_rows(
+    suspects: Any, x: StepInputs, plan: StepPlan, logits: Any, backend: str
+) -> None:
+    """ValueError if one of the suspects, (B, N) with confidence -inf, has that for want of a logit."""
+    if not is_traced(suspects) and not to_numpy(suspects).any():
+        return
+    _, _, log_z = call("sample_tokens", x._replace(eligible=suspects), plan, logits, backend)
+    raise_on_dead(suspects & (like(log_z, logits) == -np.inf))
+
+
+def raise_on_dead(dead: Any, name: str = "logits") -> None:
+    """ValueError naming the first of the dead rows; in a traced program when that runs."""
+    if not is_traced(dead):
+        return raise_on_dead_rows(to_numpy(dead), name)
+    import jax
+
+    jax.debug.callback(lambda rows: raise_on_dead_rows(np.asarray(rows), name), dead)
+    return None
+
+
+@in_usual_jax
+def commit_tokens(
+    candidate_tokens: Any,
+    scores: Any,
+    tokens: Any,
+    rule: StepRule,
+    mask_token_id: int,
+    step: int,
+    num_steps: int,
+    num_masked_at_start: Any = None,
+    seeds: Any = None,
+    choice_gumbel: Any = None,
+    eligible: Any = None,
+    num_commit: Any = None,
+    positions: Any = None,
+    threshold: Any = None,
+    backend: str = "auto",
+) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence); see `maskgit.commit_tokens`."""
+    rule = with_scalars(rule, None, threshold)
+    x, plan = commit_inputs(
+        candidate_tokens, scores, tokens, rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
+        choice_gumbel, eligible, num_commit, positions,
+    )  # fmt: skip
+    return results(call("decode_step", x, plan, scores, backend), scores, tokens)
+
+
+def results(out: Any, model: Any, tokens: Any) -> tuple[Any, Any, Any]:
+    """A backend's arrays in the library of `model` and the dtype of the tokens."""
+    next_tokens, candidates, confidence = (like(array, model) for array in out)
+    return _cast_like(next_tokens, tokens), _cast_like(candidates, tokens), confidence
+
+
+@in_usual_jax
+def sample_tokens(
+    logits: Any,
+    rule: StepRule,
+    seeds: Any = None,
+    positions: Any = None,
+    step: int = 0,
+    token_gumbel: Any = None,
+    temperature: Any = None,
+    backend: str = "auto",
+    check: bool = False,
+) -> tuple[Any, Any, Any]:
+    """(candidate_tokens, confidence, log_z) of (B, N, V) logits; see `maskgit.sample_tokens`."""
+    rule = with_scalars(rule, temperature, None)
+    _, _, vocab = check_logits(logits, 3)
+    logits = narrowed(logits)
+    plan = constant_plan(rule, step, dtype_name(logits))
+    if rule.score in ("random", "given"):
+        raise ValueError(
+            f"rule: expected a score computed from the logits, got score={rule.score!r}"
+        )
+    check_noise(logits, vocab, rule, plan, seeds, token_gumbel, None, both=False)
+    check_positions(positions, logits)
+    x = StepInputs(
+        logits=_own_columns(logits, rule),
+        tokens=None,
+        eligible=None,
+        num_masked_at_start=None,
+        seeds=seeds,
+        positions=positions,
+        token_gumbel=token_gumbel if plan.row.draws else None,
+        choice_gumbel=None,
+        uncond_logits=None,
+        guidance_scale=0.0,
+        mask_token_id=-1,
+    )
+    drawn, score, log_z = (like(a, logits) for a in call("sample_tokens", x, plan, logits, backend))
+    if is_checked(check):
+        raise_on_dead(drawn < 0)
+    kind = "float64" if rule.score_dtype == "float64" else "float32"
+    return drawn, _cast(score, kind), _cast(log_z, kind)
+
+
+def call(name: str, x: StepInputs, plan: StepPlan, logits: Any, backend: str) -> Any:
+    """Run the chosen backend on arrays of its own kind; `logits` says which kind and dtype."""
+    chosen = backend_for(logits, backend)
+    dtype = "float32" if x.logits is None else dtype_name(logits)
+    if chosen == "pallas" and backend == "auto" and _exceeds_tpu(x, dtype):
+        chosen = "jax"
+    native, mask_token_id = BACKENDS[chosen][1], x.mask_token_id
+    if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
+        out = getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
+        return tuple(like(array, logits) for array in out)  # to the host, if they were there
+    if chosen == "pallas":
+        x = x._replace(
+            seeds=key_words(x.seeds, (x.tokens if x.logits is None else x.logits).shape[0])
+        )
+    else:
+        x = complete(x, plan)
+    mesh = _mesh(logits)
+    if chosen == "cpp" and kind_of(logits) == "jax" and serves_jax():
+        chosen, native = "cpp in jax", "jax"
+    elif mesh is not None:
+        chosen = "jax on a mesh"
+    if native == "jax":
+        x = to_framework(x, native, logits)._replace(mask_token_id=0)
+        numbers = _arguments(plan, chosen, dtype, mask_token_id)
+        program = _jitted(name, chosen, mesh)
+        return program(x, numbers, mask_token_id, plan.row, plan.commit, dtype)
+    x = to_host(x, chosen, dtype) if native == "numpy" else to_framework(x, native, logits)
+    return getattr(backend_module(chosen), name)(x, plan, dtype)
+
+
+def _exceeds_tpu(x: StepInputs, dtype: str) -> bool:
+    """Whether the TPU's kernels refuse: it has no float16, and long sequences do not fit."""
+    shaped = x.tokens if x.logits is None else x.logits
+    return dtype == "float16" or int(shaped.shape[1]) > backend_module("pallas").MOST_POSITIONS
+
+
+def backend_for(model: Any, backend: str) -> str:
+    """The backend that runs on arrays like `model`; on a mesh, jax's own."""
+    if _mesh(model) is not None:
+        if check_name(backend) not in ("auto", "jax"):
+            raise ValueError(f"backend: expected 'jax' or 'auto' on a mesh, got {backend!r}")
+        return "jax"
+    device = "cpu" if is_on_host(model) else _device_of(model)
+    return choose(backend, kind_of(model) or "numpy", device)
+
+
+def _device_of(model: Any) -> str:
+    import sys
+
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(model, jax.core.Tracer):
+        return TRACED
+    return str(getattr(model, "device", TRACED))
+
+
+@cache
+def _jitted(name: str, backend: str, sharding: Any = None) -> Any:
+    """A jax backend's function, compiled once for plans that are alike; perhaps on a mesh."""
+    import jax
+
+    function = getattr(backend_module(backend), name)
+    more = () if sharding is None else (sharding,)
+
+    def call(
+        x: StepInputs,
+        numbers: Any,
+        mask_token_id: int,
+        row: RowPlan,
+        commit: CommitPlan,
+        dtype: str,
+    ) -> Any:
+        x = x._replace(mask_token_id=mask_token_id)
+        return function(x, StepPlan(row, commit, numbers), dtype, *more)
+
+    return jax.jit(call, static_argnames=("mask_token_id", "row", "commit", "dtype"))
+
+
+def _arguments(plan: StepPlan, chosen: str, dtype: str, mask_token_id: int) -> Any:
+    """The numbers of a plan as a jitted program of a backend takes them."""
+    if plan.index is None:
+        if chosen == "cpp in jax":
+            return backend_module(chosen).packed(plan, dtype, mask_token_id)
+        return as_arguments(plan.numbers)
+    import jax
+    import jax.numpy as jnp
+
+    each = [_arguments(one, chosen, dtype, mask_token_id) for one in plan.numbers]
+    return jax.tree.map(lambda *numbers: jnp.asarray(np.stack(numbers))[plan.index], *each)
+
+
+def as_arguments(numbers: Numbers) -> Numbers:
+    """The numbers of a plan as a jitted program takes them."""
+    return numbers._replace(step=np.uint32(numbers.step))
+
+
+def _cast(x: Any, dtype: str) -> Any:
+    if dtype_name(x) == dtype:
+        return x
+    if kind_of(x) == "jax" and dtype == "float64" and not has_float64():
+        dtype = "float32"
+    if kind_of(x) == "torch":
+        import torch
+
+        return x.to(getattr(torch, dtype))
+    return x.astype(dtype)
+
+
+def has_float64() -> bool:
+    """Whether jax has 64-bit types."""
+    import jax
+
+    return bool(jax.config.read("jax_enable_x64"))
+
+
+def _cast_like(x: Any, model: Any) -> Any:
+    return _cast(x, dtype_name(model))

@@ -1,0 +1,486 @@
+"""The decode step in plain torch, all rows at once: the unfused baseline, and the fallback.
+
+It works wherever torch does.  The meaning is that of reference.py; the arithmetic is float32, for rules
+that score in float64 float64.
+
+Passes over the logits of a plain rule: their maximum; for greedy tokens its place; the exponentials
+exp((l - max) / T), one array of the logits' size; their sums, by leaf of 128 where a token is drawn.  NaN
+and infinities are cleared away in further passes, which the CPU makes only where the maximum shows that
+there are any; elsewhere nothing waits for the device or depends on a tensor's values in its control flow,
+so that it may be compiled and captured in a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ...common import philox
+from ...common.philox import GROUPS, LEAF, PER_GROUP, torch_form
+from ..inputs import StepInputs
+from ..rule.plan import StepPlan
+
+_FLOAT_MAX = float(np.finfo(np.float32).max)
+PIECE = 2**18  # logits whose softmax stays in a CPU's cache
+
+
+def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
+    """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
+    how, known = plan.commit, x.tokens != x.mask_token_id
+    drawn, score = x.drawn, x.scores
+    if drawn is None:
+        drawn, score, _ = sample_tokens(x, plan, dtype)
+    wide = torch.float64 if how.is_wide else torch.float32
+    eligible = x.eligible if how.revises else x.eligible & ~known  # who competes
+    if how.skips_mask:
+        eligible = eligible & (drawn != x.mask_token_id)
+    alive = eligible & (known | (drawn >= 0))
+    candidates = torch.where(alive & ~known, drawn, x.tokens)
+    noise = _choice_noise(x, plan)
+    score = (x.scores if how.source == "given" else score).to(wide)
+    if noise is not None and how.source == "random":
+        score = noise.to(wide)
+    elif noise is not None and how.adds_noise:
+        score = score + plan.numbers.choice_temperature * noise.to(wide)
+    ranked = torch.where(alive & ~score.isnan(), score, -math.inf)
+    commit = select(ranked, eligible, x, noise, plan)
+    left = torch.where(eligible, x.mask_token_id, x.tokens)
+    next_tokens = torch.where(commit & alive, candidates, left)
+    if how.edits:
+        edited = x.eligible & known & (drawn >= 0) & (score > plan.numbers.edit_threshold)
+        next_tokens = torch.where(edited, drawn, next_tokens)
+        candidates = torch.where(edited, drawn, candidates)
+    if how.remasks:
+        assert noise is not None
+        again = x.eligible & known & (noise < _gumbel_below(_remask_chance(x, plan)))
+        next_tokens = torch.where(again, x.mask_token_id, next_tokens)
+    return next_tokens, candidates, torch.where(known & ~eligible, math.inf, ranked)
+
+
+def _remask_chance(x: StepInputs, plan: StepPlan) -> torch.Tensor:
+    """The chance of each position to be masked again; for "conf" shared out by the scores."""
+    chance = plan.numbers.remask_chance
+    if not plan.commit.remasks_by_score:
+        return torch.full(x.tokens.shape, chance, dtype=torch.float64, device=x.tokens.device)
+    known = x.eligible & (x.tokens != x.mask_token_id)
+    scores = x.scores.to(torch.float64)
+    keys = torch.where(known & scores.isfinite(), scores, -math.inf)
+    return chance * keys.softmax(-1).nan_to_num(0.0)
+
+
+def _gumbel_below(chance: torch.Tensor) -> torch.Tensor:
+    """The bound that a standard Gumbel variate stays under with this probability."""
+    inside = -torch.log(-torch.log(chance.clamp(max=1 - 1e-16)))
+    return torch.where(chance >= 1, math.inf, inside)
+
+
+def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
+    """(candidate or -1, score, log_z), each (B, N); (-1, -inf, -inf) where not eligible.
+
+    score and log_z are float32, float64 for rules that score in float64.
+    """
+    how, start = plan.row, plan.row.vocab_start
+    row, finite, best = _cleared(_banned(_guided(x, plan), x, plan), plan)
+    alive, compute = x.eligible & finite, compute_dtype(plan)
+    filtered = row
+    if how.filters:
+        row = row.to(compute)
+        filtered = torch.where(keep_mask(row, plan), row, -math.inf)
+    own_best = best if filtered is row else None
+    drawn_from = Exponentials(filtered, plan.numbers.sample_temperature, compute, own_best)
+    token = _draw(drawn_from, x, plan)
+    known = x.eligible & (x.tokens != x.mask_token_id)
+    if how.holds:  # scores the token that stands there
+        own = x.tokens - start
+        token = torch.where(known, own.clamp(0, row.shape[-1] - 1), token)
+        scored = alive & (~known | ((own >= 0) & (own < row.shape[-1])))
+    else:
+        scored = alive
+    base = filtered if how.score_filtered else row
+    ids = [i for i in how.score_banned if i < row.shape[-1]]
+    if ids:
+        base = base.clone()
+        base[..., ids] = -math.inf
+    scored_by = drawn_from
+    if base is not filtered or not how.same_temperature:
+        own_best = drawn_from.best if base is filtered else best if base is row else None
+        scored_by = Exponentials(base, plan.numbers.score_temperature, compute, own_best)
+    score, log_z = _score(scored_by, token, plan)
+    if ids:  # where nothing is left in the score's softmax
+        score = torch.where(score.isnan(), 0.0 if how.score == "prob" else -math.inf, score)
+    drawn = torch.where(alive, token + start, -1)
+    return (
+        torch.where(known, x.tokens, drawn) if how.holds else drawn,
+        torch.where(scored, score, -math.inf),
+        torch.where(alive, log_z, -math.inf),
+    )
+
+
+def _is_on_host(logits: torch.Tensor) -> bool:
+    """Whether the values of a tensor may be looked at in passing."""
+    return logits.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def compute_dtype(plan: StepPlan) -> torch.dtype:
+    """The dtype of the arithmetic."""
+    return torch.float64 if plan.row.is_wide else torch.float32
+
+
+def _guided(x: StepInputs, plan: StepPlan) -> torch.Tensor:
+    """The logits as they are, or with guidance mixed in, in the compute dtype."""
+    if x.uncond_logits is None:
+        return x.logits
+    compute = compute_dtype(plan)
+    if plan.row.guidance != "float32":
+        return _guided_by_operations(x, plan.row.guidance).to(compute)
+    row, uncond = x.logits.to(compute), x.uncond_logits.to(compute)
+    return _in_float32(uncond + x.guidance_scale * _in_float32(row - uncond))
+
+
+def _guided_by_operations(x: StepInputs, form: str) -> torch.Tensor:
+    """Guidance in a form, each operation one of float32 rounded to the dtype of the logits."""
+    cond, uncond = x.logits.float(), x.uncond_logits.float()
+    full = torch.full((), x.guidance_scale, dtype=torch.float32, device=cond.device)
+    rest = full - 1
+
+    def near(values: torch.Tensor) -> torch.Tensor:
+        return values.to(x.logits.dtype).float()
+
+    if form == "weighted":
+        return near(near(full * cond) - near(rest * uncond))
+    start, weight = (uncond, full) if form == "from_uncond" else (cond, rest)
+    return near(start + near(weight * near(cond - uncond)))
+
+
+def _in_float32(x: torch.Tensor) -> torch.Tensor:
+    """`x`, infinite where it overflows float32."""
+    return x if x.dtype == torch.float32 else torch.where(x.float().isinf(), x * math.inf, x)
+
+
+def _banned(row: torch.Tensor, x: StepInputs, plan: StepPlan) -> torch.Tensor:
+    """The rows with -inf in the banned columns."""
+    here = [i for i in plan.row.banned_columns(x.mask_token_id) if i < row.shape[-1]]
+    if here:
+        row = row.clone()
+        for i in here:
+            row[..., i] = -math.inf
+    return row
+
+
+def _cleared(row: torch.Tensor, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """(rows with NaN as -inf and +inf as the largest float32, which have a finite logit, their maxima)."""
+    best = row.max(-1) if _is_on_host(row) else None  # NaN where there is one
+    if best is not None and bool((finite := best.values.isfinite()).all()):
+        return row, finite, best
+    finite = row.isfinite().any(-1)
+    row = row.to(compute_dtype(plan)).nan_to_num(-math.inf, _FLOAT_MAX, -math.inf)
+    return row, finite, None
+
+
+def _once(method: Any) -> Any:
+    """A property that is formed once; functools.cached_property has a lock, which cannot be traced."""
+
+    def get(self: Any) -> Any:
+        if method.__name__ not in self.kept:
+            self.kept[method.__name__] = method(self)
+        return self.kept[method.__name__]
+
+    return property(get, doc=method.__doc__)
+
+
+class Exponentials:
+    """exp((row - its maximum) / temperature) and what is read off them, each formed when asked for."""
+
+    def __init__(self, row: torch.Tensor, temperature: float, dtype: torch.dtype, best: Any = None):
+        self.row, self.temperature, self.dtype = row, temperature, dtype
+        self.kept: dict[str, Any] = {} if best is None else {"best": best}
+
+    @_once
+    def best(self) -> Any:
+        """The largest logits (B, N) and where they are, the lowest of equals."""
+        return self.row.max(-1)
+
+    @_once
+    def top(self) -> torch.Tensor:
+        """(B, N, 1), 0 where nothing is finite."""
+        top = self.best.values[..., None].to(self.dtype)
+        return torch.where(top.isfinite(), top, 0.0)
+
+    def scaled(self, row: torch.Tensor) -> torch.Tensor:
+        """Some of the row's logits as exponents; finite entries never overflow to NaN."""
+        shifted = row - self.top
+        return shifted if self.temperature == 1 else shifted.div_(self.temperature)
+
+    @_once
+    def exps(self) -> torch.Tensor:
+        """(B, N, V), padded with 0 to whole leaves."""
+        after = -self.row.shape[-1] % LEAF
+        exps = self.scaled(self.row).exp_()
+        return F.pad(exps, (0, after)) if after else exps
+
+    @_once
+    def leaf_sums(self) -> torch.Tensor:
+        """(B, N, leaves)."""
+        return self.exps.unflatten(-1, (-1, LEAF)).sum(-1)
+
+    @_once
+    def total(self) -> torch.Tensor:
+        """(B, N); where nothing else is asked for from one softmax, in which the maximum has 1 / total."""
+        if "exps" in self.kept:
+            return self.leaf_sums.sum(-1)
+        row = self.row if self.temperature == 1 else self.scaled(self.row)
+        row, at = row.flatten(0, -2), self.best.indices.flatten()[:, None]
+        size = max(1, PIECE // row.shape[-1]) if _is_on_host(row) else max(1, len(row))
+        pieces = zip(row.split(size), at.split(size), strict=True)
+        probs = [piece.softmax(-1, dtype=self.dtype).gather(-1, i) for piece, i in pieces]
+        return torch.cat(probs).reciprocal().view(self.best.indices.shape)
+
+    def of(self, token: torch.Tensor) -> torch.Tensor:
+        """The exponents (B, N) of tokens (B, N)."""
+        return self.scaled(self.row.gather(-1, token[..., None])).squeeze(-1)
+
+
+def _scaled(row: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(row - its maximum) / temperature in float32 at least."""
+    dtype = row.dtype if row.dtype == torch.float64 else torch.float32
+    return Exponentials(row, temperature, dtype).scaled(row)
+
+
+def _draw(from_: Exponentials, x: StepInputs, plan: StepPlan) -> torch.Tensor:
+    """Candidates (B, N): argmax, Gumbel-max on injected noise, or the hierarchical draw."""
+    temperature, row = plan.numbers.sample_temperature, from_.row
+    if not plan.row.draws:
+        if plan.row.greedy_on_probs:
+            probs = _scaled(row.to(from_.dtype), 1.0).softmax(-1)
+            return round_to(probs, plan.row.score_dtype).argmax(-1)
+        return from_.best.indices
+    if x.token_gumbel is not None:
+        row = row.to(from_.dtype)
+        noisy = row + temperature * x.token_gumbel.to(row.dtype)
+        keys = torch.where(row.isfinite() & ~noisy.isnan(), noisy, -math.inf)
+        none = keys.isneginf().all(-1, keepdim=True)
+        return torch.where(none, row, keys).argmax(-1)
+
+    def variates(stream: int, size: int) -> torch.Tensor:
+        return torch_form.gumbel(x.seeds, x.positions, plan.numbers.step, stream, size)
+
+    sums = from_.leaf_sums
+    leaf = (sums.log() + variates(philox.STREAM_LEAF, sums.shape[-1])).argmax(-1)
+    columns = leaf[..., None] * LEAF + torch.arange(LEAF, device=row.device)
+    own = row.gather(-1, columns.clamp(max=row.shape[-1] - 1))
+    inside = from_.scaled(torch.where(columns < row.shape[-1], own, -math.inf))
+    inside = inside.unflatten(-1, (PER_GROUP, GROUPS))
+    inner = variates(philox.STREAM_INNER, GROUPS + PER_GROUP)
+    group = (inside.logsumexp(-2) + inner[..., :GROUPS]).argmax(-1)
+    inside = inside.take_along_dim(group[..., None, None], dim=-1).squeeze(-1)
+    token = (inside + inner[..., GROUPS:]).argmax(-1)
+    return leaf * LEAF + token * GROUPS + group
+
+
+def _score(
+    by: Exponentials, token: torch.Tensor, plan: StepPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rule's score of the candidates and log Z, in the compute dtype."""
+    kind = plan.row.score
+    if kind in ("margin", "neg_entropy"):
+        _ = by.exps  # of which the total is then formed
+    total = by.total
+    log_total = total.log()
+    log_z = by.top.squeeze(-1) / plan.numbers.score_temperature + log_total
+    if kind == "logit":
+        value = by.row.gather(-1, token[..., None]).squeeze(-1).to(by.dtype)
+    elif kind in ("random", "given"):
+        value = torch.zeros_like(total)
+    elif kind == "margin":  # the padding gives the second where there is but one column
+        pair = round_to(by.exps.topk(2, dim=-1).values / total[..., None], plan.row.score_dtype)
+        value = pair[..., 0] - pair[..., 1]
+    elif kind == "neg_entropy":
+        exps, z = by.exps[..., : by.row.shape[-1]], by.scaled(by.row)
+        value = torch.where(exps > 0, exps * z, 0.0).sum(-1) / total - log_total
+    elif kind == "log_prob":
+        value = by.of(token) - log_total
+    elif kind == "prob":
+        value = by.of(token).exp() / total
+    else:
+        value = total.reciprocal()
+    return round_to(value, plan.row.score_dtype), log_z
+
+
+def keep_mask(row: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+    """Which tokens survive the rule's filters, applied one after the other."""
+    keep = row.isfinite()
+    for name, value, divides in plan.row.filters:
+        left = torch.where(keep, row, -math.inf)
+        if name == "top_k":  # on the logits: two of them may not become equal by a division
+            size = min(int(value), row.shape[-1])
+            keep = keep & (row >= left.topk(size, dim=-1).values[..., -1:])
+            continue
+        scaled = _scaled(row, plan.numbers.filter_temperature if divides else 1.0)
+        kept = torch.where(keep, scaled, -math.inf)
+        if name == "min_p":
+            keep = keep & (scaled >= kept.amax(-1, keepdim=True) + math.log(value))
+        else:
+            below = name == "top_p" and plan.row.nucleus_below
+            keep = keep & _nucleus(kept, left, name, value, below)
+    return keep
+
+
+def _nucleus(
+    scaled: torch.Tensor, row: torch.Tensor, name: str, limit: float, below: bool
+) -> torch.Tensor:
+    """top_p: the most probable tokens until their sum passes p; typical_p: the most typical ones.
+
+    The token that passes the limit is kept; among equals the lowest index comes first.
+    """
+    probs = scaled.softmax(-1)
+    if name == "top_p":
+        key = -row
+    else:
+        log_p = scaled - scaled.logsumexp(-1, keepdim=True)
+        entropy = -torch.where(probs > 0, probs * log_p, 0.0).sum(-1, keepdim=True)
+        key = torch.where(log_p.isfinite(), (-log_p - entropy).abs(), math.inf)
+    order = key.sort(dim=-1, stable=True).indices
+    ranked = probs.gather(-1, order)
+    total = ranked.cumsum(-1)
+    within = (total if below else total - ranked) <= limit
+    within[..., :1] = True
+    return torch.zeros_like(within).scatter(-1, order, within)
+
+
+def select(
+    confidence: torch.Tensor,
+    eligible: torch.Tensor,
+    x: StepInputs,
+    noise: torch.Tensor | None,
+    plan: StepPlan,
+) -> torch.Tensor:
+    """Which of the competing positions are committed, (B, N) bool."""
+    count, cut = plan.commit.count, plan.commit.cut
+    if count == "all":
+        return eligible
+    if count == "bernoulli":
+        assert noise is not None
+        return eligible & (noise < plan.numbers.commit_below)
+    now = eligible.sum(-1, keepdim=True)
+    falling = torch.where(eligible, confidence, -math.inf).sort(
+        dim=-1, descending=True, stable=True
+    )
+    among = eligible.gather(-1, falling.indices).cumsum(-1) - 1
+    rank = torch.zeros_like(among).scatter(-1, falling.indices, among)  # 0 is the surest
+
+    def ranked(index: torch.Tensor) -> torch.Tensor:
+        """Confidence of the eligible position of rank `index` (B, 1); -inf where there is none."""
+        here = eligible & (rank == index)
+        found = torch.where(here, confidence, -math.inf)
+        return found.amax(-1, keepdim=True) if found.shape[-1] else found.sum(-1, keepdim=True)
+
+    if count == "runs":
+        return _best_of_runs(confidence, eligible, plan) | (eligible & (rank == 0))
+    if count in ("threshold", "factor", "entropy_bound"):
+        take = _confident(confidence, eligible, rank, now, plan)
+        least = torch.ones_like(now)
+        if plan.commit.least_is_quota:
+            least = _of_table(plan, x.num_masked_at_start, now.squeeze(-1))[:, None]
+        return eligible & (rank < take.maximum(least))
+    stay = _stay_masked(plan, x, now.squeeze(-1))[:, None]
+    exact = eligible & (rank < now - stay)
+    if cut == "exact":
+        return exact
+    if cut == "strict":  # rank U - 1 - k is sorted[k]; known positions are +inf above it
+        floor = torch.where(stay < now, ranked(now - 1 - stay), math.inf)
+        commit = eligible & (confidence >= floor)
+    else:
+        commit = eligible & (confidence > ranked(now - stay))
+    return torch.where(stay == 0, exact, commit)
+
+
+def _of_table(plan: StepPlan, at_start: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Each row's entry of the table, (B,)."""
+    table = torch.as_tensor(plan.numbers.table, dtype=torch.int64, device=now.device)
+    if plan.commit.base_is_positions:
+        return table[-1:].expand_as(now)
+    start = at_start.to(torch.int64)
+    if plan.commit.count_rows == "first":
+        start = start[:1].expand_as(start)
+    elif plan.commit.count_rows == "sum":
+        start = start.sum().expand_as(start)
+    return table[start.clamp(0, len(table) - 1)]
+
+
+def _stay_masked(plan: StepPlan, x: StepInputs, now: torch.Tensor) -> torch.Tensor:
+    """counts.next_masked_counts on tensors: how many of each row's positions stay masked, (B,)."""
+    how = plan.commit
+    if how.count == "given":
+        return (now - x.num_commit.to(torch.int64)).clamp(min=0).minimum(now)
+    if how.count == "fraction":
+        shares = torch.as_tensor(plan.numbers.shares, dtype=torch.int64, device=now.device)
+        index = now.sum().expand_as(now) if how.count_rows == "mean" else now
+        return (now - shares[index]).clamp(min=0)
+    target = _of_table(plan, x.num_masked_at_start, now)
+    if how.count == "quota":
+        return (now - target).clamp(min=0)
+    limit = now[:1].expand_as(now) if how.count_rows == "first" else now
+    for clamp in how.clamps:
+        target = target.minimum(limit - 1) if clamp == "commit_one" else target.clamp(min=1)
+    return target.clamp(min=0).minimum(now)
+
+
+def _confident(
+    confidence: torch.Tensor,
+    eligible: torch.Tensor,
+    rank: torch.Tensor,
+    now: torch.Tensor,
+    plan: StepPlan,
+) -> torch.Tensor:
+    """How many of the surest a rule commits that looks at their values, (B, 1)."""
+    how, numbers = plan.commit, plan.numbers
+    if how.count == "threshold":
+        bound = torch.full((), numbers.threshold, dtype=confidence.dtype, device=confidence.device)
+        if how.has_slack and confidence.shape[-1]:
+            top = torch.where(eligible, confidence, -math.inf).amax(-1, keepdim=True)
+            bound = bound.minimum(round_to(top - numbers.threshold_slack, how.compared_in))
+        above = confidence > bound if how.threshold_strict else confidence >= bound
+        return (eligible & above).sum(-1, keepdim=True)
+    if how.count == "entropy_bound":
+        order = torch.where(eligible, rank, rank.shape[-1]).argsort(dim=-1, stable=True)
+        falling = torch.where(eligible, confidence, 0.0).gather(-1, order)
+        within = (-falling).cumsum(-1) + falling <= numbers.threshold
+        return within.cumprod(-1).sum(-1, keepdim=True)
+    bounds = torch.as_tensor(numbers.bounds, device=rank.device).to(confidence.dtype)
+    failing = eligible & (rank >= 1) & (confidence < bounds[rank])  # the first always passes
+    first = torch.where(failing, rank, now)
+    first = first.amin(-1, keepdim=True) if first.shape[-1] else now
+    # Fast-dLLM's off-by-one: a failure at the last index is committed all the same.
+    ends = (now <= 2) | (first == now - 1)
+    return torch.where(ends, now, first) if how.factor_tail else first
+
+
+def _best_of_runs(confidence: torch.Tensor, eligible: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+    """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
+    starts = eligible & ~F.pad(eligible, (1, 0))[..., :-1]
+    run = torch.where(eligible, starts.cumsum(-1), 0)
+    best = torch.full(
+        (run.shape[0], run.shape[1] + 1), -math.inf, dtype=confidence.dtype, device=run.device
+    ).scatter_reduce(-1, run, torch.where(eligible, confidence, -math.inf), "amax")
+    is_best = (confidence == best.gather(-1, run)) & (confidence > plan.numbers.low_threshold)
+    return eligible & (is_best | (confidence > plan.numbers.threshold))
+
+
+def _choice_noise(x: StepInputs, plan: StepPlan) -> torch.Tensor | None:
+    """(B, N) Gumbel noise for confidences, or None where this step has no use for it."""
+    if not plan.commit.uses_noise:
+        return None
+    if x.choice_gumbel is not None:
+        return torch.as_tensor(x.choice_gumbel)
+    gumbel = torch_form.gumbel(x.seeds, x.positions, plan.numbers.step, philox.STREAM_CHOICE, 1)
+    return gumbel.squeeze(-1)
+
+
+def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """`values` rounded to a dtype, in their own."""
+    rounded: torch.Tensor = values.to(getattr(torch, dtype)).to(values.dtype)
+    return rounded

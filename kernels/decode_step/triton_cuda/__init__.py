@@ -1,0 +1,1 @@
+"""The decode step on NVIDIA GPUs, in Triton."""

@@ -1,0 +1,1 @@
+"""The fused head on TPUs, in Pallas."""

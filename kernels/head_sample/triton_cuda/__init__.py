@@ -1,0 +1,1 @@
+"""The fused head on NVIDIA GPUs, in Triton."""
