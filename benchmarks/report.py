@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,15 @@ DOCUMENTS = ("README.md", "docs/benchmarking.md", "docs/tpu.md")
 _MARKED = re.compile(r"(<!-- table: (\w+) ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def decode_step_table(report: dict[str, Any]) -> str:
+def decode_step_table(report: dict[str, Any], backend: str = "cpp") -> str:
     """One row per shape, dtype and mode: ours, the usual and the best eager spelling, the ceiling."""
     lines = [
-        "| shape | dtype | mode | cpp | usual eager | ratio | best eager | ratio | share of a read |",
+        f"| shape | dtype | mode | {backend} | usual eager | ratio | best eager | ratio | share of a read |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for run in report["runs"]:
         rows = {row["provider"]: row for row in run["results"] if row["passed"]}
-        ours = rows.get("maskgit cpp")
+        ours = rows.get(f"maskgit {backend}")
         eager = [row for row in rows.values() if row["kind"] == "eager"]
         if ours is None or not eager:
             continue
@@ -141,9 +143,10 @@ def _count(number: int | None) -> str:
     return "-" if number is None else f"{number:,}"
 
 
-TABLES = {
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "tpu": tpu_table,
     "decode_step": decode_step_table,
+    "plain_torch": partial(decode_step_table, backend="torch"),
     "digits": digits_table,
     "llada_loop": llada_loop_table,
 }
@@ -154,7 +157,8 @@ def _time(row: dict[str, Any]) -> str:
 
 
 def _ratio(other: dict[str, Any], ours: dict[str, Any]) -> str:
-    return f"{other['median_us'] / ours['median_us']:.1f}x"
+    ratio = other["median_us"] / ours["median_us"]
+    return f"{ratio:.1f}x" if ratio >= 2 else f"{ratio:.2f}x"
 
 
 def render(text: str) -> str:

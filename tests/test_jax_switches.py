@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import BACKENDS
+from maskgit.kernels.decode_step.rule.plan import resolve
 
 import maskgit
+from maskgit import StepNoise, StepRule
 
 jax = pytest.importorskip("jax")
 
@@ -223,6 +225,70 @@ def test_a_traced_step_among_a_thousand(rule: str) -> None:
             np.testing.assert_array_equal(traced(step), one(step))
         np.testing.assert_array_equal(traced(num_steps + 7), one(num_steps - 1))
     assert sizes[1] < 1.5 * sizes[0]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int32"])
+@pytest.mark.parametrize("num_steps", [1, 4, 300])
+def test_a_traced_step_of_every_dtype(dtype: str, num_steps: int) -> None:
+    given, most = arguments(), int(np.iinfo(dtype).max)
+
+    def one(step: Any) -> Any:
+        numbers: dict[str, Any] = {"mask_token_id": 50, "step": step, "num_steps": num_steps}
+        return maskgit.decode_step(**given, rule="titok", **numbers, backend="cpp").next_tokens
+
+    traced = jax.jit(one)
+    for step in (0, 1, 100, 299, most, int(np.iinfo(dtype).min)):
+        if np.iinfo(dtype).min <= step <= most:
+            wanted = one(min(max(step, 0), num_steps - 1))
+            np.testing.assert_array_equal(traced(np.array(step, dtype)), wanted)
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+@pytest.mark.parametrize("rule", ["maskgit", "mdlm", "llada-fp64", "dream-entropy"])
+def test_a_traced_step_has_the_dtypes_of_the_step(rule: str, is_wide: bool) -> None:
+    given = arguments()
+    noise = StepNoise(choice_gumbel=jnp.full((3, 8), -1.0625, jnp.bfloat16))
+
+    def one(step: Any) -> Any:
+        numbers: dict[str, Any] = {"mask_token_id": 50, "step": step, "num_steps": 3}
+        return maskgit.decode_step(**given, rule=rule, **numbers, noise=noise, backend="jax")
+
+    with jax.enable_x64(is_wide):
+        for step in (0, 2):
+            traced, wanted = jax.jit(one)(step), one(step)
+            assert [a.dtype for a in traced] == [b.dtype for b in wanted]
+            same(wanted, traced)
+
+
+def test_bounds_are_compared_in_float32_with_noise_of_fewer_bits() -> None:
+    """MDLM's chance at step 0 of 3: bfloat16(-1.0625) is above it, and next to it."""
+    given = arguments()
+    bound = resolve(StepRule.preset("mdlm"), 0, 3, (3, 8)).numbers.commit_below
+    noise = jnp.asarray(np.nextafter(np.float32(bound), np.float32(9)), jnp.bfloat16)
+    for near in (noise, noise + noise * 2.0**-7, noise - noise * 2.0**-7):
+        outs = [
+            maskgit.decode_step(
+                **given, rule="mdlm", mask_token_id=50, step=0, num_steps=3, backend=backend,
+                noise=StepNoise(choice_gumbel=jnp.full((3, 8), near)),
+            ).next_tokens
+            for backend in ("jax", "reference")
+        ]  # fmt: skip
+        np.testing.assert_array_equal(*outs)
+
+
+def test_the_step_of_sample_tokens() -> None:
+    given = arguments()
+    for logits, seeds in (
+        (given["logits"], given["seeds"]), (np.asarray(given["logits"]), np.arange(3)),
+    ):  # fmt: skip
+        wanted = maskgit.sample_tokens(logits, rule="maskgit", seeds=seeds, step=1)
+        for step in (np.int64(1), np.array(1), np.uint8(1), jnp.asarray(1)):
+            same(wanted, maskgit.sample_tokens(logits, rule="maskgit", seeds=seeds, step=step))
+        for bad in (1.0, True, "1", np.array([1])):
+            with pytest.raises(TypeError, match="step: expected an integer"):
+                maskgit.sample_tokens(logits, rule="maskgit", seeds=seeds, step=bad)
+    with pytest.raises(TypeError, match="step: expected an integer"):
+        jax.jit(lambda s: maskgit.sample_tokens(given["logits"], rule="llada", step=s))(1)
 
 
 def test_a_traced_step_of_the_other_ops() -> None:

@@ -51,7 +51,7 @@ from .inputs import (
     to_gpu,
     to_host,
 )
-from .rule.plan import CommitPlan, Numbers, RowPlan, StepPlan, constant_plan
+from .rule.plan import Arguments, CommitPlan, RowPlan, StepPlan, as_arguments, constant_plan
 from .rule.rule import StepRule
 
 _MODULES = {
@@ -184,7 +184,8 @@ def at_step(
     places = sorted(
         (s, group, i) for group, steps in enumerate(groups) for i, s in enumerate(steps)
     )
-    at = jnp.asarray(places, jnp.int32)[jnp.clip(step, 0, int(num_steps) - 1)]
+    last = min(int(num_steps) - 1, int(jnp.iinfo(step.dtype).max))  # in the dtype of the step
+    at = jnp.asarray(places, jnp.int32)[jnp.clip(step, 0, last).astype(jnp.int32)]
     branches = [partial(_at_traced, call, steps) for steps in groups]
     return jax.lax.switch(at[1], branches, at[2])
 
@@ -305,7 +306,7 @@ def sample_tokens(
     rule = with_scalars(rule, temperature, None)
     _, _, vocab = check_logits(logits, 3)
     logits = narrowed(logits)
-    plan = constant_plan(rule, step, dtype_name(logits))
+    plan = constant_plan(rule, as_index("step", step), dtype_name(logits))
     if rule.score in ("random", "given"):
         raise ValueError(
             f"rule: expected a score computed from the logits, got score={rule.score!r}"
@@ -355,7 +356,7 @@ def call(name: str, x: StepInputs, plan: StepPlan, logits: Any, backend: str) ->
         chosen = "jax on a mesh"
     if native == "jax":
         x = to_framework(x, native, logits)._replace(mask_token_id=0)
-        numbers = _arguments(plan, chosen, dtype, mask_token_id)
+        numbers = arguments_of(plan, chosen, dtype, mask_token_id)
         program = _jitted(name, chosen, mesh)
         return program(x, numbers, mask_token_id, plan.row, plan.commit, dtype)
     x = to_host(x, chosen, dtype) if native == "numpy" else to_framework(x, native, logits)
@@ -392,6 +393,8 @@ def _jitted(name: str, backend: str, sharding: Any = None) -> Any:
     """A jax backend's function, compiled once for plans that are alike; perhaps on a mesh."""
     import jax
 
+    from .jax_shared import float_of
+
     function = getattr(backend_module(backend), name)
     more = () if sharding is None else (sharding,)
 
@@ -404,27 +407,24 @@ def _jitted(name: str, backend: str, sharding: Any = None) -> Any:
         dtype: str,
     ) -> Any:
         x = x._replace(mask_token_id=mask_token_id)
+        if isinstance(numbers, Arguments):
+            numbers = numbers.unpacked(float_of(row.is_wide))
         return function(x, StepPlan(row, commit, numbers), dtype, *more)
 
     return jax.jit(call, static_argnames=("mask_token_id", "row", "commit", "dtype"))
 
 
-def _arguments(plan: StepPlan, chosen: str, dtype: str, mask_token_id: int) -> Any:
+def arguments_of(plan: StepPlan, chosen: str, dtype: str = "", mask_token_id: int = 0) -> Any:
     """The numbers of a plan as a jitted program of a backend takes them."""
     if plan.index is None:
         if chosen == "cpp in jax":
             return backend_module(chosen).packed(plan, dtype, mask_token_id)
-        return as_arguments(plan.numbers)
+        return as_arguments(plan)
     import jax
     import jax.numpy as jnp
 
-    each = [_arguments(one, chosen, dtype, mask_token_id) for one in plan.numbers]
+    each = [arguments_of(one, chosen, dtype, mask_token_id) for one in plan.numbers]
     return jax.tree.map(lambda *numbers: jnp.asarray(np.stack(numbers))[plan.index], *each)
-
-
-def as_arguments(numbers: Numbers) -> Numbers:
-    """The numbers of a plan as a jitted program takes them."""
-    return numbers._replace(step=np.uint32(numbers.step))
 
 
 def _cast(x: Any, dtype: str) -> Any:

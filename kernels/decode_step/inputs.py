@@ -235,7 +235,7 @@ def plan_of(
 ) -> StepPlan:  # fmt: skip
     """The rule at this step, once the numbers are integers."""
     if isinstance(step, TracedStep):
-        plans = [plan_of(rule, mask_token_id, s, num_steps, model) for s in step.steps]
+        plans = [plan_of(rule, mask_token_id, s, num_steps, model, dtype) for s in step.steps]
         return StepPlan(plans[0].row, plans[0].commit, plans, step.index)
     numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
     for name, number in numbers.items():

@@ -34,7 +34,8 @@ class Packed(NamedTuple):
 def packed(plan: StepPlan, dtype: str, mask_token_id: int) -> Packed:
     """The numbers of a plan, on the host."""
     params = launch.numbers(plan, dtype, mask_token_id).to_bytes()
-    return Packed(np.frombuffer(params, np.uint8), plan.numbers.table, plan.numbers.remask_chance)
+    n = plan.numbers
+    return Packed(np.frombuffer(params, np.uint8), n.table, np.float32(n.remask_chance))
 
 
 def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:

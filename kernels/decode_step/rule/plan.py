@@ -27,6 +27,7 @@ from .schedules import gamma, linspace
 # those above the second are the second, where any logits but of the order of 1e23 are long alike.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-6, 1e30
 _LOG2E = 1.4426950408889634
+_LARGE = 1 << 14  # positions whose tables are a memory that counts, over all steps of a loop
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,22 @@ class Numbers(NamedTuple):
     bounds: Any
 
 
+class Arguments(NamedTuple):
+    """`Numbers` as a jitted program takes them: few arrays, since each costs every call some microseconds."""
+
+    step: Any
+    scalars: Any  # the fields between `step` and `table`
+    table: Any
+    shares: Any
+    bounds: Any
+
+    def unpacked(self, kind: Any) -> Numbers:
+        """The numbers, those with a fraction in the floating dtype `kind`."""
+        scalars = self.scalars.astype(kind)
+        each = [scalars[i] for i in range(scalars.shape[0])]
+        return Numbers._make([self.step, *each, self.table, self.shares, self.bounds])
+
+
 @dataclass(frozen=True, eq=False)
 class StepPlan:
     """What every backend is given instead of (rule, step, num_steps).
@@ -162,6 +179,13 @@ class StepPlan:
     commit: CommitPlan
     numbers: Any  # Numbers; for the C++ core in jax's programs cpu.in_jax.Packed
     index: Any = None
+
+
+@lru_cache(maxsize=4096)
+def as_arguments(plan: StepPlan) -> Arguments:
+    """The numbers of a plan, packed."""
+    step, *scalars, table, shares, bounds = plan.numbers
+    return Arguments(np.uint32(step), np.array(scalars, np.float64), table, shares, bounds)
 
 
 def _anneal(kind: str, step: int, num_steps: int) -> float:
@@ -217,7 +241,7 @@ def check_num_steps(num_steps: object) -> None:
 @lru_cache(maxsize=1024)
 def constant_plan(rule: StepRule, step: int, dtype: str = "float32") -> StepPlan:
     """The rule without its annealing and its count, its random numbers those of `step`."""
-    if not isinstance(step, int) or not 0 <= step < 2**32:
+    if not 0 <= step < 2**32:
         raise ValueError(f"step: expected an integer in [0, 2^32), got {step!r}")
     flat = dataclasses.replace(
         rule,
@@ -247,7 +271,8 @@ def resolve(
         raise ValueError(f"step: expected an integer in [0, {num_steps}), got {step!r}")
     batch, length = shape
     size = batch * length if rule.count_rows in ("sum", "mean") else length
-    return _resolved(rule, step, num_steps, size, batch if rule.count_rows == "mean" else 1, dtype)
+    kept = _resolved if size < _LARGE else _large_resolved
+    return kept(rule, step, num_steps, size, batch if rule.count_rows == "mean" else 1, dtype)
 
 
 @lru_cache(maxsize=4096)
@@ -260,6 +285,9 @@ def _resolved(
     numbers = _numbers(rule, int(step), int(num_steps), size, compared_in, batch)
     row = _row_plan(rule, numbers, compared_in)
     return StepPlan(row, _commit_plan(rule, numbers, compared_in, step == num_steps - 1), numbers)
+
+
+_large_resolved = lru_cache(maxsize=64)(_resolved.__wrapped__)
 
 
 def _row_plan(rule: StepRule, numbers: Numbers, score_dtype: str) -> RowPlan:

@@ -22,7 +22,7 @@ from ...decode_step import dispatch
 from ...decode_step.inputs import StepInputs, complete
 from ...decode_step.pallas_tpu import launch as step_kernels
 from ...decode_step.pallas_tpu.tiles import LANES
-from ...decode_step.rule.plan import CommitPlan, RowPlan, StepPlan
+from ...decode_step.rule.plan import Arguments, CommitPlan, RowPlan, StepPlan
 from .. import chunked
 from .head import STATS, HeadSpec, head_kernel
 
@@ -51,7 +51,7 @@ def decode_step(
         wanted = wanted & (x.tokens == x.mask_token_id) & chunked.chosen(x, plan, hidden, backend)
     weight, bias = chunked.codebook(plan, weight, bias)
     drawn, score, _ = _sample(
-        x._replace(mask_token_id=0), hidden, weight, bias, wanted, dispatch.as_arguments(plan.numbers),
+        x._replace(mask_token_id=0), hidden, weight, bias, wanted, dispatch.arguments_of(plan, "pallas"),
         plan.row, plan.commit, int(x.mask_token_id),
     )  # fmt: skip
     scores = x.scores if plan.row.score == "given" else score
@@ -63,11 +63,12 @@ def decode_step(
 
 @functools.partial(jax.jit, static_argnames=("row", "commit", "mask_token_id"))
 def _sample(
-    x: StepInputs, hidden: Any, weight: Any, bias: Any, wanted: Any, numbers: Any, row: RowPlan,
+    x: StepInputs, hidden: Any, weight: Any, bias: Any, wanted: Any, numbers: Arguments, row: RowPlan,
     commit: CommitPlan, mask_token_id: int,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     x = x._replace(mask_token_id=mask_token_id)
-    return sample_rows(x, hidden, weight, bias, wanted, StepPlan(row, commit, numbers))
+    plan = StepPlan(row, commit, numbers.unpacked(jnp.float32))
+    return sample_rows(x, hidden, weight, bias, wanted, plan)
 
 
 def head_spec(x: StepInputs, plan: StepPlan, hidden: Any, weight: Any, has_bias: bool) -> HeadSpec:
