@@ -7,7 +7,7 @@ rows in VMEM for each bit compares the count (top_k) or the mass (top_p, typical
 with what is asked for.  Where only some of several equal tokens fit, the last of them is bisected too, by
 its index.
 
-`rows` is pallas_tiles.Rows; values of a row are [1, 128], the same in all its lanes.
+`rows` is tiles.Rows; values of a row are [1, 128], the same in all its lanes.
 """
 
 from __future__ import annotations

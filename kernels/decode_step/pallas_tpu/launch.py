@@ -165,7 +165,7 @@ def rule_spec(
 
 
 def numbers(x: StepInputs, plan: StepPlan) -> tuple[jax.Array, jax.Array]:
-    """(step, the other numbers of pallas_tiles.Numbers)."""
+    """(step, the other numbers of tiles.Numbers)."""
     n = plan.numbers
     scalars = [x.guidance_scale, n.sample_temperature, n.draw_scale, n.score_scale, n.filter_scale]
     return _integers(plan), _floats(*scalars)

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from ...common.philox.triton_form import STREAM_CHOICE, exponential
 from ...common.triton_tools import rounded_to, scalar
-from .rows import UNSPECIALIZED, finish, merged, offsets, stream_of, taking_part
+from .finish import UNSPECIALIZED, finish, merged, offsets, stream_of, taking_part
 
 MOST_POSITIONS = 1 << 15
 RANKED = tl.constexpr(128)  # longest sequence whose cut is found by rank

@@ -28,7 +28,8 @@ from ...common.tuning import tuned
 from ..inputs import StepInputs
 from ..rule.plan import CommitPlan, RowPlan, StepPlan
 from .commit import MOST_POSITIONS, CommitSpec, commit_kernel, merge_kernel
-from .rows import NUM_PARTS, sample_kernel
+from .finish import NUM_PARTS
+from .rows import sample_kernel
 from .tiles import RowSpec
 
 _FILTERS = {"top_k": 1, "top_p": 2, "min_p": 3, "typical_p": 4}

@@ -43,7 +43,7 @@ class HeadSpec:
     """What the head's kernel is compiled for.
 
     rows: of a block, a multiple of 128; tile: tokens of a tile, a multiple of 256; depth: hidden units
-    of a block; row: the rule's half of it (pallas_tiles.RowSpec), of which vocab is V.
+    of a block; row: the rule's half of it (decode_step/pallas_tpu/tiles.py), of which vocab is V.
     """
 
     rows: int

@@ -37,7 +37,7 @@ import triton.language as tl
 
 from ...common.philox.triton_form import LEAF, STREAM_LEAF, exponential, over
 from ...common.triton_tools import BIG, FLOAT_MAX
-from ...decode_step.triton_cuda.rows import finish, stream_of, top_two
+from ...decode_step.triton_cuda.finish import finish, stream_of, top_two
 from ...decode_step.triton_cuda.tiles import RowSpec, without
 
 NUM_PARTS = 6
