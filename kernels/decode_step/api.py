@@ -50,7 +50,8 @@ def decode_step(
         step, num_steps: this step, from 0, and how many there are.  In jax `step` may be traced: the
             program then holds the numbers of all steps, and one beyond them is the last.
         num_masked_at_start: (B,) masked positions before step 0 (or one number for all); by
-            default those of `tokens`, which is right at step 0 only.
+            default those of `tokens`, which is right at step 0 only and refused later.  Of rules that
+            revise the default is all positions that take part; of a block's rules, N.
         seeds: (B,) 64-bit integers, one per sequence (or (B, 2) uint32 words; in jax also keys).
             Needed where the rule draws at this step and `noise` does not replace it.
         noise: the caller's own Gumbel noise.

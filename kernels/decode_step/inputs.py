@@ -156,7 +156,7 @@ def inputs(
         logits=None,
         tokens=_signed_in_torch(tokens),
         eligible=eligible,
-        num_masked_at_start=_starts(rule, num_masked_at_start, tokens, mask_token_id, eligible),
+        num_masked_at_start=_starts(rule, num_masked_at_start, tokens),
         seeds=seeds,
         positions=_signed_in_torch(positions),
         token_gumbel=token_gumbel if plan.row.draws else None,
@@ -168,7 +168,7 @@ def inputs(
         num_commit=_commits(rule, num_commit, tokens, batch, length),
     )
     at = step.steps[-1] if isinstance(step, TracedStep) else step
-    check_start(rule, plan, x, at, is_given=num_masked_at_start is not None)
+    check_start(rule, plan, x, at)
     return x, plan
 
 
@@ -197,7 +197,7 @@ def commit_inputs(
         logits=None,
         tokens=_signed_in_torch(tokens),
         eligible=eligible,
-        num_masked_at_start=_starts(rule, num_masked_at_start, tokens, mask_token_id, eligible),
+        num_masked_at_start=_starts(rule, num_masked_at_start, tokens),
         seeds=seeds,
         positions=_signed_in_torch(positions),
         token_gumbel=None,
@@ -210,7 +210,7 @@ def commit_inputs(
         num_commit=_commits(rule, num_commit, tokens, batch, length),
     )
     at = step.steps[-1] if isinstance(step, TracedStep) else step
-    check_start(rule, plan, x, at, is_given=num_masked_at_start is not None)
+    check_start(rule, plan, x, at)
     return x, plan
 
 
@@ -358,17 +358,11 @@ def _signed_in_torch(x: Any) -> Any:
     return _signed_for_torch(x) if kind_of(x) == "torch" else x
 
 
-def _starts(rule: StepRule, given: Any, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
-    """num_masked_at_start as (B,) integers, or None for the number of those that take part.
-
-    Without it a block is the whole of N, and of rules that touch known positions it is what is masked.
-    """
+def _starts(rule: StepRule, given: Any, tokens: Any) -> Any:
+    """num_masked_at_start as (B,) integers where it is given; without, a block is the whole of N."""
     batch, length = tokens.shape
     if given is None and rule.count_base == "block":
         return library_of(tokens).full((batch,), length, **place_of(tokens))
-    if given is None and rule.touches_known:
-        is_masked = _signed_in_torch(tokens) == mask_token_id
-        return (is_masked if eligible is None else is_masked & eligible).sum(1)
     return _counts("num_masked_at_start", given, tokens, batch, length)
 
 
@@ -405,9 +399,7 @@ def _counts(name: str, given: Any, tokens: Any, batch: int, length: int) -> Any:
     return _signed_in_torch(given)
 
 
-def check_start(
-    rule: StepRule, plan: StepPlan, x: StepInputs, last_step: int, *, is_given: bool
-) -> None:
+def check_start(rule: StepRule, plan: StepPlan, x: StepInputs, last_step: int) -> None:
     """ValueError where a count from the start of the loop is missing, or cannot be right.
 
     last_step: the step, of those that it may be the last.  With a block's eligible positions the masks
@@ -417,7 +409,9 @@ def check_start(
     if not looks_up or plan.commit.count == "all" or rule.count_base == "positions":
         return
     start = x.num_masked_at_start
-    if not is_given and last_step > 0 and rule.count_base != "block":
+    if (
+        start is None and last_step > 0 and not rule.touches_known
+    ):  # whose base is all that takes part
         raise ValueError(
             "num_masked_at_start: expected the (B,) numbers of positions masked before step 0, from "
             f"which rule {rule.name!r} counts at step {last_step}, got None"
