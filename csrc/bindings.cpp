@@ -12,7 +12,7 @@ using maskgit::Strided;
 
 namespace {
 
-// The memory behind an array; kernels/decode_step/cpu.py keeps it alive.
+// The memory behind an array; kernels/decode_step/cpu/launch.py keeps it alive.
 Py_buffer buffer_of(py::handle array, int flags) {
   Py_buffer view;
   if (PyObject_GetBuffer(array.ptr(), &view, flags) != 0) throw py::error_already_set();

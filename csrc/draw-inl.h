@@ -1,4 +1,4 @@
-// The races that draw a token, and the variates they use (kernels/common/philox.py).
+// The races that draw a token, and the variates they use (kernels/common/philox/stream.py).
 //
 // Within one reference maximum a race needs no logarithm: log(sum) + g = log(sum / E), so the largest
 // sum / E wins.  Leaves of different chunks are compared as shift + log(sum / E).

@@ -23,7 +23,7 @@ int64_t of_table(const StepParams& p, int64_t start, const Totals& all) {
   return p.table[p.base_is_positions ? p.table_size - 1 : std::min(base, p.table_size - 1)];
 }
 
-// kernels/decode_step/counts.py, next_masked_counts: how many of `now` positions stay masked.
+// kernels/decode_step/rule/counts.py, next_masked_counts: how many of `now` positions stay masked.
 int64_t stay_masked(const StepParams& p, int64_t b, int64_t now, const Totals& all) {
   if (p.commit_all) return 0;
   if (p.count == kGivenCount) return std::min(now, std::max<int64_t>(now - p.num_commit[b], 0));
