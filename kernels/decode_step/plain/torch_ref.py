@@ -25,7 +25,7 @@ from ..inputs import StepInputs
 from ..rule.plan import StepPlan
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
-PIECE = 2**18  # logits whose softmax stays in a CPU's cache
+PIECE = 2**19  # logits whose softmax stays in a CPU's cache
 
 
 def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
