@@ -43,10 +43,10 @@ def contract(backend: str, more: str = "") -> str:
 STEP = "kernels/decode_step/"
 FAULTS = (
     # a rule at a step
-    Fault(STEP + "rule/plan.py", "(step < base % num_steps)", "(step <= base % num_steps)", "tests/test_schedule.py"),
-    Fault(STEP + "rule/plan.py", '{"floor": np.floor,', '{"floor": np.ceil,', "tests/test_golden.py -k reference-maskgit"),
+    Fault(STEP + "rule/tables.py", "(step < base % num_steps)", "(step <= base % num_steps)", "tests/test_schedule.py"),
+    Fault(STEP + "rule/tables.py", '{"floor": np.floor,', '{"floor": np.ceil,', "tests/test_golden.py -k reference-maskgit"),
     Fault(STEP + "rule/counts.py", "np.minimum(target, limit - 1) if", "np.minimum(target, limit) if", contract("cpp", "preset")),
-    Fault(STEP + "rule/plan.py", "return 1.0 - masked(after) / masked(before)", "return masked(after) / masked(before)", "tests/test_golden.py -k 'reference-md4'"),
+    Fault(STEP + "rule/tables.py", "return 1.0 - masked(after) / masked(before)", "return masked(after) / masked(before)", "tests/test_golden.py -k 'reference-md4'"),
     Fault(STEP + "rule/plan.py", "return 1.0 - (step + 1) / num_steps", "return 1.0 - step / num_steps", "tests/test_golden.py -k reference-maskgit"),
     Fault(STEP + "rule/plan.py", '"all" if is_last and rule', '"all" if rule', "tests/test_golden.py -k reference-amused"),
     Fault(STEP + "rule/plan.py", "threshold=rounded(rule.threshold, compared_in)", "threshold=rule.threshold", "tests/test_thresholds.py"),
@@ -73,7 +73,7 @@ FAULTS = (
     Fault(STEP + "plain/jax_ref.py", "elif noise is not None and how.adds_noise:", "elif False:", contract("jax", "preset")),
     # what a compiled program is told apart by
     Fault(STEP + "dispatch.py", 'static_argnames=("mask_token_id", "row", "commit", "dtype"))', 'static_argnames=("mask_token_id", "row", "commit", "dtype", "numbers"))', "tests/test_jax_switches.py -k share"),
-    Fault(STEP + "dispatch.py", "return numbers._replace(step=np.uint32(numbers.step))", "return numbers._replace(step=np.uint32(0))", contract("jax", "preset")),
+    Fault(STEP + "rule/plan.py", "return Arguments(np.uint32(step),", "return Arguments(np.uint32(0),", contract("jax", "preset")),
     Fault(STEP + "dispatch.py", "jnp.asarray(np.stack(numbers))[plan.index]", "jnp.asarray(np.stack(numbers))[0]", "tests/test_jax_switches.py -k traced"),
     # words of keys, positions, checks
     Fault(STEP + "inputs.py", "torch.stack([wide & 0xFFFFFFFF, (wide >> 32) & 0xFFFFFFFF], dim=1)", "torch.stack([(wide >> 32) & 0xFFFFFFFF, wide & 0xFFFFFFFF], dim=1)", contract("torch", "preset")),

@@ -430,20 +430,16 @@ def arguments_of(plan: StepPlan, chosen: str, dtype: str = "", mask_token_id: in
 def _cast(x: Any, dtype: str) -> Any:
     if dtype_name(x) == dtype:
         return x
-    if kind_of(x) == "jax" and dtype == "float64" and not has_float64():
-        dtype = "float32"
-    if kind_of(x) == "torch":
+    kind = kind_of(x)
+    if kind == "torch":
         import torch
 
         return x.to(getattr(torch, dtype))
+    if kind == "jax" and dtype == "float64":
+        from .jax_shared import float_of
+
+        return x.astype(float_of(True))
     return x.astype(dtype)
-
-
-def has_float64() -> bool:
-    """Whether jax has 64-bit types."""
-    import jax
-
-    return bool(jax.config.read("jax_enable_x64"))
 
 
 def _cast_like(x: Any, model: Any) -> Any:

@@ -167,8 +167,7 @@ def inputs(
         scores=scores,
         num_commit=_commits(rule, num_commit, tokens, batch, length),
     )
-    at = step.steps[-1] if isinstance(step, TracedStep) else step
-    check_start(rule, plan, x, at)
+    check_start(rule, plan, x, step)
     return x, plan
 
 
@@ -209,8 +208,7 @@ def commit_inputs(
         drawn=_signed_in_torch(candidate_tokens),
         num_commit=_commits(rule, num_commit, tokens, batch, length),
     )
-    at = step.steps[-1] if isinstance(step, TracedStep) else step
-    check_start(rule, plan, x, at)
+    check_start(rule, plan, x, step)
     return x, plan
 
 
@@ -399,22 +397,21 @@ def _counts(name: str, given: Any, tokens: Any, batch: int, length: int) -> Any:
     return _signed_in_torch(given)
 
 
-def check_start(rule: StepRule, plan: StepPlan, x: StepInputs, last_step: int) -> None:
+def check_start(rule: StepRule, plan: StepPlan, x: StepInputs, step: Any) -> None:
     """ValueError where a count from the start of the loop is missing, or cannot be right.
 
-    last_step: the step, of those that it may be the last.  With a block's eligible positions the masks
-    that earlier blocks left are there too, uncounted.
+    With a block's eligible positions the masks that earlier blocks left are there too, uncounted.
     """
     looks_up = plan.commit.count in ("masked", "quota") or plan.commit.least_is_quota
     if not looks_up or plan.commit.count == "all" or rule.count_base == "positions":
         return
     start = x.num_masked_at_start
-    if (
-        start is None and last_step > 0 and not rule.touches_known
-    ):  # whose base is all that takes part
+    last = step.steps[-1] if isinstance(step, TracedStep) else step
+    # where known positions take part the base is all that do, the same at every step
+    if start is None and last > 0 and not rule.touches_known:
         raise ValueError(
             "num_masked_at_start: expected the (B,) numbers of positions masked before step 0, from "
-            f"which rule {rule.name!r} counts at step {last_step}, got None"
+            f"which rule {rule.name!r} counts at step {last}, got None"
         )
     if start is None or (x.eligible is not None and rule.block_scope == "prefix"):
         return

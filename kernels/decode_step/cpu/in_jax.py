@@ -6,6 +6,7 @@ numbers of a step are one of the arrays, so that the steps of a loop share a pro
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ class Packed(NamedTuple):
     remask_chance: Any
 
 
+@lru_cache(maxsize=4096)
 def packed(plan: StepPlan, dtype: str, mask_token_id: int) -> Packed:
     """The numbers of a plan, on the host."""
     params = launch.numbers(plan, dtype, mask_token_id).to_bytes()
