@@ -244,7 +244,7 @@ def test_a_traced_step_of_every_dtype(dtype: str, num_steps: int) -> None:
 
 
 @pytest.mark.parametrize("is_wide", [False, True])
-@pytest.mark.parametrize("rule", ["maskgit", "mdlm", "llada-fp64", "dream-entropy"])
+@pytest.mark.parametrize("rule", ["maskgit", "llada-fp64"])
 def test_a_traced_step_has_the_dtypes_of_the_step(rule: str, is_wide: bool) -> None:
     given = arguments()
     noise = StepNoise(choice_gumbel=jnp.full((3, 8), -1.0625, jnp.bfloat16))
