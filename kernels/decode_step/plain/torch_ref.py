@@ -13,7 +13,7 @@ so that it may be compiled and captured in a graph.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,14 @@ from ..rule.plan import StepPlan
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 PIECE = 2**19  # logits whose softmax stays in a CPU's cache
+SPAN = 256  # columns that a CPU's maximum is first taken over
+
+
+class Largest(NamedTuple):
+    """The largest logits (B, N) of rows, and their columns."""
+
+    values: torch.Tensor
+    indices: torch.Tensor
 
 
 def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
@@ -173,12 +181,31 @@ def _banned(row: torch.Tensor, x: StepInputs, plan: StepPlan) -> torch.Tensor:
 
 def _cleared(row: torch.Tensor, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """(rows with NaN as -inf and +inf as the largest float32, which have a finite logit, their maxima)."""
-    best = row.max(-1) if _is_on_host(row) else None  # NaN where there is one
+    best = _largest(row) if _is_on_host(row) else None  # NaN where there is one
     if best is not None and bool((finite := best.values.isfinite()).all()):
         return row, finite, best
     finite = row.isfinite().any(-1)
     row = row.to(compute_dtype(plan)).nan_to_num(-math.inf, _FLOAT_MAX, -math.inf)
     return row, finite, None
+
+
+def _largest(row: torch.Tensor) -> Largest:
+    """The largest logits (B, N), NaN where there is one, and where they are, the lowest of equals.
+
+    On a CPU torch's maximum with its place takes one logit at a time, that without it a vector: long
+    rows are gone through without, span by span, and the place is looked for in the best span alone.
+    """
+    vocab = row.shape[-1]
+    if vocab < 32 * SPAN or not _is_on_host(row):
+        return Largest(*row.max(-1))
+    whole = vocab // SPAN * SPAN
+    tops = [row[..., :whole].unflatten(-1, (-1, SPAN)).amax(-1)]
+    if whole < vocab:
+        tops.append(row[..., whole:].amax(-1, keepdim=True))
+    values, span = torch.cat(tops, -1).max(-1)
+    columns = (span[..., None] * SPAN + torch.arange(SPAN)).clamp(max=vocab - 1)
+    inside = row.gather(-1, columns).argmax(-1)  # the first one: the last column may be there twice
+    return Largest(values, span * SPAN + inside)
 
 
 def _once(method: Any) -> Any:
@@ -201,8 +228,8 @@ class Exponentials:
 
     @_once
     def best(self) -> Any:
-        """The largest logits (B, N) and where they are, the lowest of equals."""
-        return self.row.max(-1)
+        """The largest logits (B, N) and where they are."""
+        return _largest(self.row)
 
     @_once
     def top(self) -> torch.Tensor:
