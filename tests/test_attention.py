@@ -168,9 +168,9 @@ def test_one_node_of_a_compiled_graph():
     assert torch.equal(compiled(*longer, more), call(*longer, more))
     from maskgit.kernels.attention.ops import attention_op
 
-    torch.library.opcheck(attention_op, (q, k, v, padding, 0.25, "auto"))
+    torch.library.opcheck(attention_op.overload, (q, k, v, padding, 0.25, "auto"))
     packed = torch.randn(2, 9, 3, 2, 16).unbind(2)
-    torch.library.opcheck(attention_op, (*packed, None, 0.25, "torch"))
+    torch.library.opcheck(attention_op.overload, (*packed, None, 0.25, "torch"))
 
 
 def test_jax_traces():

@@ -248,7 +248,7 @@ def test_commit_is_one_node_of_a_compiled_graph():
 
     encoded = StepRule.preset("llada").encoded
     full = (*args, encoded, 9, 0, 3, *[None] * 7, "auto")
-    torch.library.opcheck(commit_tokens_op, full)
+    torch.library.opcheck(commit_tokens_op.overload, full)
 
 
 def test_noise_replaces_seeds():

@@ -25,7 +25,7 @@ def test_opcheck(rule, backend):
     logits, tokens, seeds = example()
     encoded = StepRule.preset(rule).encoded
     torch.library.opcheck(
-        decode_step_op,
+        decode_step_op.overload,
         (
             logits,
             tokens,
@@ -41,7 +41,7 @@ def test_opcheck(rule, backend):
         ),
     )
     torch.library.opcheck(
-        sample_tokens_op, (logits, encoded, seeds, None, 0, None, None, backend, False)
+        sample_tokens_op.overload, (logits, encoded, seeds, None, 0, None, None, backend, False)
     )
 
 

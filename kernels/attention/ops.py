@@ -1,4 +1,4 @@
-"""torch.library form of `attention`: schema, fake kernel and the body behind them."""
+"""The torch.library form of `attention`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ from typing import Any
 
 import torch
 
+from ..common.torch_op import TorchOp
 from .dispatch import attend
-
-_LIB = torch.library.Library("maskgit", "FRAGMENT")
-_LIB.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, float scale, str backend) "
-    "-> Tensor"
-)
 
 
 def _attention(
@@ -25,7 +20,9 @@ def _fake(q: torch.Tensor, *rest: Any) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
-_LIB.impl("attention", _attention, "CompositeExplicitAutograd")
-torch.library.register_fake("maskgit::attention", _fake, lib=_LIB)
-
-attention_op = torch.ops.maskgit.attention.default
+attention_op = TorchOp(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, float scale, str backend) "
+    "-> Tensor",
+    _attention,
+    _fake,
+)

@@ -11,7 +11,7 @@ import numbers
 import operator
 import sys
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,27 @@ def kind_of(x: object) -> str | None:
     if jax is not None and isinstance(x, jax.Array):
         return "jax"
     return None
+
+
+class Facts(NamedTuple):
+    """What an array is, its values apart: equal for arrays that are alike.  Of all else `kind` is None."""
+
+    kind: str | None
+    type: type
+    shape: Any = ()
+    dtype: Any = None
+    device: Any = None
+    requires_grad: bool = False
+
+
+def facts(x: Any) -> Facts:
+    """The facts about an array, or those themselves."""
+    kind = kind_of(x)
+    if kind == "torch":
+        return Facts(kind, type(x), x.shape, x.dtype, x.device, x.requires_grad)
+    if kind is not None:
+        return Facts(kind, type(x), x.shape, x.dtype)
+    return x if isinstance(x, Facts) else Facts(None, type(x))
 
 
 def library_of(x: Any) -> Any:
@@ -90,16 +111,13 @@ def to_numpy(x: Any) -> Any:
     """`x` as a NumPy array, without a copy where it is on the host; bfloat16 as its uint16 bits."""
     if x is None:
         return None
-    is_bfloat16 = dtype_name(x) == "bfloat16"
-    if type(x) is np.ndarray and not is_bfloat16:
-        return x
     if kind_of(x) == "torch":
         host = x if x.device.type == "cpu" else x.cpu()
-        if is_bfloat16:
+        if dtype_name(x) == "bfloat16":
             return host.view(sys.modules["torch"].int16).numpy().view(np.uint16)
         return host.numpy()
-    array = np.asarray(x)
-    return array.view(np.uint16) if is_bfloat16 else array
+    array = x if type(x) is np.ndarray else np.asarray(x)
+    return array.view(np.uint16) if dtype_name(x) == "bfloat16" else array
 
 
 def widen(x: Any, dtype: str) -> Any:
@@ -120,10 +138,11 @@ def to_kind(x: Any, kind: str, device: Any = None) -> Any:
     if kind == "torch":
         import torch
 
-        if min(array.strides, default=0) < 0:
-            array = np.ascontiguousarray(array)
         array = array.view(np.int16) if is_bfloat16 else array
-        if array.flags.writeable:
+        flags = array.flags
+        if not flags.c_contiguous and min(array.strides, default=0) < 0:
+            array = np.ascontiguousarray(array)
+        if flags.writeable:
             tensor = torch.from_numpy(array)
         else:
             with warnings.catch_warnings():
@@ -139,21 +158,25 @@ def to_kind(x: Any, kind: str, device: Any = None) -> Any:
 def like(result: Any, model: Any) -> Any:
     """`result` as an array of the library and on the device of `model`."""
     kind = kind_of(model) or "numpy"
-    if kind == "torch" and kind_of(result) == "torch":  # a GPU may have worked for the host
+    if kind != "torch":
+        return to_kind(result, kind)
+    if type(result) is np.ndarray and model.device.type == "cpu" and result.flags.carray:
+        return sys.modules["torch"].from_numpy(result)
+    if kind_of(result) == "torch":  # a GPU may have worked for the host
         return result if result.device == model.device else result.to(model.device)
-    return to_kind(result, kind, model.device if kind == "torch" else None)
+    return to_kind(result, kind, model.device)
 
 
 def check_same_kind(name: str, x: Any, model: Any) -> None:
     """TypeError or ValueError unless `x` is an array of the kind and on the device of `model`."""
-    kind, expected = kind_of(x), kind_of(model)
-    if kind != expected:
+    own, other = facts(x), facts(model)
+    if own.kind != other.kind:
         raise TypeError(
-            f"{name}: expected a {expected} array like the others, got {type(x).__name__}"
+            f"{name}: expected a {other.kind} array like the others, got {own.type.__name__}"
         )
-    if kind == "torch" and x.device != model.device:
+    if own.device != other.device:
         raise ValueError(
-            f"{name}: expected on device {model.device} like the others, got {x.device}"
+            f"{name}: expected on device {other.device} like the others, got {own.device}"
         )
 
 
@@ -191,6 +214,8 @@ def as_scalar(name: str, value: Any) -> Any:
 
 def check_integer(name: str, value: Any) -> None:
     """TypeError unless `value` is an integer, symbolic ones of a traced program included."""
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return
     if type(value).__name__ == "SymInt":
         return
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
@@ -206,7 +231,7 @@ def check_integer(name: str, value: Any) -> None:
 
 def check_no_grad(name: str, x: Any) -> None:
     """ValueError for a torch tensor that requires grad: decoding has none."""
-    if kind_of(x) == "torch" and x.requires_grad:
+    if facts(x).requires_grad:
         raise ValueError(
             f"{name}: decoding has no gradient; expected {name}.detach() or torch.no_grad(), "
             "got a tensor that requires grad"

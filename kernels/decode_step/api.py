@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.arrays import as_scalar, check_integer, check_same_kind, kind_of, to_kind
+from ..common.arrays import as_scalar, check_same_kind, kind_of, to_kind
 from ..common.backends import check_name
 from . import dispatch
 from .inputs import StepNoise, StepResult, TokenStats
@@ -93,13 +93,7 @@ def decode_step(
         from .ops import decode_step_op
 
         num_masked_at_start = counts_tensor("num_masked_at_start", num_masked_at_start, logits)
-        arrays = {"tokens": tokens, "seeds": seeds, "noise.token_gumbel": token_gumbel}
-        arrays |= {"noise.choice_gumbel": choice_gumbel, "uncond_logits": uncond_logits}
-        arrays |= {"eligible": eligible, "num_masked_at_start": num_masked_at_start}
         num_commit = counts_tensor("num_commit", num_commit, logits)
-        arrays |= {"scores": scores, "num_commit": num_commit, "positions": positions}
-        numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
-        check_op_arguments(logits, arrays, numbers)
         out = decode_step_op(
             logits, tokens, step_rule.encoded, mask_token_id, step, num_steps,
             num_masked_at_start, seeds, token_gumbel, choice_gumbel, uncond_logits,
@@ -169,13 +163,7 @@ def commit_tokens(
     from .ops import commit_tokens_op
 
     num_masked_at_start = counts_tensor("num_masked_at_start", num_masked_at_start, scores)
-    arrays = {"candidate_tokens": candidate_tokens, "tokens": tokens, "seeds": seeds}
-    arrays |= {"choice_gumbel": choice_gumbel, "eligible": eligible}
     num_commit = counts_tensor("num_commit", num_commit, scores)
-    arrays |= {"num_masked_at_start": num_masked_at_start, "num_commit": num_commit}
-    arrays |= {"positions": positions}
-    numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
-    check_op_arguments(scores, arrays, numbers)
     out = commit_tokens_op(
         candidate_tokens, scores, tokens, step_rule.encoded, mask_token_id, step, num_steps,
         num_masked_at_start, seeds, choice_gumbel, eligible, num_commit, positions,
@@ -231,8 +219,6 @@ def sample_tokens(
     if kind_of(logits) == "torch":
         from .ops import sample_tokens_op
 
-        arrays = {"seeds": seeds, "positions": positions, "noise.token_gumbel": token_gumbel}
-        check_op_arguments(logits, arrays, {"step": step})
         out = sample_tokens_op(
             logits, step_rule.encoded, seeds, positions, step, token_gumbel,
             scale_tensor(temperature, "temperature"), backend, check,
@@ -322,15 +308,6 @@ def counts_tensor(name: str, counts: Any, logits: Any) -> Any:
         return torch.stack([torch.as_tensor(count) for count in counts]).to(logits.device)
     values = torch.as_tensor(counts, device=logits.device)
     return values.expand(logits.shape[0]) if values.ndim == 0 else values
-
-
-def check_op_arguments(logits: Any, arrays: dict[str, Any], numbers: dict[str, Any]) -> None:
-    """What the op's schema would refuse with a message about schemas."""
-    for name, array in arrays.items():
-        if array is not None:
-            check_same_kind(name, array, logits)
-    for name, number in numbers.items():
-        check_integer(name, number)
 
 
 def scale_tensor(number: Any, name: str = "guidance_scale") -> Any:

@@ -28,29 +28,20 @@ from ..common.arrays import (
     like,
     to_numpy,
 )
-from ..common.backends import BACKENDS, TRACED, check_name, choose, serves_jax
+from ..common.backends import TRACED, check_name, choose, serves_jax
 from ..common.mesh import active
-from .checks import (
+from .door import (
+    TracedStep,
+    admit,
     check_guidance,
     check_logits,
-    check_noise,
-    check_positions,
+    check_scores,
+    check_values,
     columns,
+    plan_of,
     raise_on_dead_rows,
 )
-from .inputs import (
-    StepInputs,
-    TracedStep,
-    commit_inputs,
-    complete,
-    inputs,
-    key_words,
-    plan_of,
-    taking_part,
-    to_framework,
-    to_gpu,
-    to_host,
-)
+from .inputs import StepInputs, complete, key_words, taking_part, to_framework, to_gpu, to_host
 from .rule.plan import Arguments, CommitPlan, RowPlan, StepPlan, as_arguments, constant_plan
 from .rule.rule import StepRule
 
@@ -83,7 +74,9 @@ def in_usual_jax(function: Callable[..., T]) -> Callable[..., T]:
 
     @wraps(function)
     def wrapped(model: Any, *args: Any, **options: Any) -> T:
-        with usual_jax(model):
+        if kind_of(model) != "jax":
+            return function(model, *args, **options)
+        with _usual_jax():
             return function(model, *args, **options)
 
     return wrapped
@@ -140,16 +133,21 @@ def decode_step(
     _, _, vocab = check_logits(logits, 3)
     scale = check_guidance(logits, uncond_logits, guidance_scale)
     logits, uncond_logits = narrowed(logits), narrowed(uncond_logits)
-    x, plan = inputs(
-        logits, vocab, tokens, rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
-        token_gumbel, choice_gumbel, eligible, scores, num_commit, positions,
-    )  # fmt: skip
+    plan = plan_of(rule, mask_token_id, step, num_steps, logits)
+    chosen = backend_for(logits, backend)
+    x = admit(logits, vocab, rule, plan, mask_token_id, {
+        "tokens": tokens, "num_masked_at_start": num_masked_at_start, "seeds": seeds,
+        "token_gumbel": token_gumbel, "choice_gumbel": choice_gumbel, "eligible": eligible,
+        "scores": scores, "num_commit": num_commit, "positions": positions,
+    })  # fmt: skip
     x = x._replace(
         logits=_own_columns(logits, rule),
         uncond_logits=_own_columns(uncond_logits, rule),
         guidance_scale=scale,
     )
-    out = call("decode_step", x, plan, logits, backend)
+    x = as_taken(x, chosen, logits)
+    check_values(x, vocab, rule, plan, step)
+    out = run("decode_step", x, plan, logits, chosen)
     if is_checked(check):
         eligible = taking_part(rule, tokens, mask_token_id, eligible)
         suspects = eligible & (like(out[2], logits) == -np.inf)
@@ -224,7 +222,9 @@ def narrowed(logits: Any) -> Any:
 
 def _own_columns(logits: Any, rule: StepRule) -> Any:
     """The columns that may be drawn; on a mesh all, since a slice would move them between chips."""
-    return logits if _mesh(logits) is not None else columns(logits, rule)
+    if rule.vocab_slice is None or _mesh(logits) is not None:
+        return logits
+    return columns(logits, rule)
 
 
 def _mesh(model: Any) -> Any:
@@ -277,17 +277,26 @@ def commit_tokens(
 ) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence); see `maskgit.commit_tokens`."""
     rule = with_scalars(rule, None, threshold)
-    x, plan = commit_inputs(
-        candidate_tokens, scores, tokens, rule, mask_token_id, step, num_steps, num_masked_at_start, seeds,
-        choice_gumbel, eligible, num_commit, positions,
-    )  # fmt: skip
-    return results(call("decode_step", x, plan, scores, backend), scores, tokens)
+    check_scores(scores)
+    plan = plan_of(rule, mask_token_id, step, num_steps, scores)
+    chosen = backend_for(scores, backend)
+    x = admit(scores, None, rule, plan, mask_token_id, {
+        "drawn": candidate_tokens, "scores": scores, "tokens": tokens,
+        "num_masked_at_start": num_masked_at_start, "seeds": seeds, "choice_gumbel": choice_gumbel,
+        "eligible": eligible, "num_commit": num_commit, "positions": positions,
+    })  # fmt: skip
+    x = as_taken(x, chosen, scores)
+    check_values(x, None, rule, plan, step)
+    return results(run("decode_step", x, plan, scores, chosen), scores, tokens)
 
 
 def results(out: Any, model: Any, tokens: Any) -> tuple[Any, Any, Any]:
     """A backend's arrays in the library of `model` and the dtype of the tokens."""
-    next_tokens, candidates, confidence = (like(array, model) for array in out)
-    return _cast_like(next_tokens, tokens), _cast_like(candidates, tokens), confidence
+    next_tokens, candidates, confidence = [like(array, model) for array in out]
+    if next_tokens.dtype != tokens.dtype:
+        kind = dtype_name(tokens)
+        next_tokens, candidates = _cast(next_tokens, kind), _cast(candidates, kind)
+    return next_tokens, candidates, confidence
 
 
 @in_usual_jax
@@ -311,22 +320,12 @@ def sample_tokens(
         raise ValueError(
             f"rule: expected a score computed from the logits, got score={rule.score!r}"
         )
-    check_noise(logits, vocab, rule, plan, seeds, token_gumbel, None, both=False)
-    check_positions(positions, logits)
-    x = StepInputs(
-        logits=_own_columns(logits, rule),
-        tokens=None,
-        eligible=None,
-        num_masked_at_start=None,
-        seeds=seeds,
-        positions=positions,
-        token_gumbel=token_gumbel if plan.row.draws else None,
-        choice_gumbel=None,
-        uncond_logits=None,
-        guidance_scale=0.0,
-        mask_token_id=-1,
-    )
-    drawn, score, log_z = (like(a, logits) for a in call("sample_tokens", x, plan, logits, backend))
+    given = {"seeds": seeds, "positions": positions, "token_gumbel": token_gumbel}
+    chosen = backend_for(logits, backend)
+    x = admit(logits, vocab, rule, plan, -1, given)
+    x = as_taken(x._replace(logits=_own_columns(logits, rule)), chosen, logits)
+    check_values(x, vocab, rule, plan, step)
+    drawn, score, log_z = (like(a, logits) for a in run("sample_tokens", x, plan, logits, chosen))
     if is_checked(check):
         raise_on_dead(drawn < 0)
     kind = "float64" if rule.score_dtype == "float64" else "float32"
@@ -334,49 +333,66 @@ def sample_tokens(
 
 
 def call(name: str, x: StepInputs, plan: StepPlan, logits: Any, backend: str) -> Any:
-    """Run the chosen backend on arrays of its own kind; `logits` says which kind and dtype."""
+    """Run a backend on inputs that have been checked; `logits` says of which kind and dtype they are."""
     chosen = backend_for(logits, backend)
-    dtype = "float32" if x.logits is None else dtype_name(logits)
-    if chosen == "pallas" and backend == "auto" and _exceeds_tpu(x, dtype):
-        chosen = "jax"
-    native, mask_token_id = BACKENDS[chosen][1], x.mask_token_id
+    return run(name, as_taken(x, chosen, logits), plan, logits, chosen)
+
+
+def as_taken(x: StepInputs, chosen: str, logits: Any) -> StepInputs:
+    """The inputs for `run`: on the host where the backend works there, else as they are."""
+    return to_host(x, chosen, _logits_dtype(x, logits)) if _on_host(chosen, logits) else x
+
+
+def _on_host(chosen: str, logits: Any) -> bool:
+    """Whether a backend works on NumPy arrays; the C++ core can do so inside jax's programs too."""
+    return chosen == "reference" or (
+        chosen == "cpp" and not (kind_of(logits) == "jax" and serves_jax())
+    )
+
+
+def _logits_dtype(x: StepInputs, logits: Any) -> str:
+    return "float32" if x.logits is None else dtype_name(logits)
+
+
+def run(name: str, x: StepInputs, plan: StepPlan, logits: Any, chosen: str) -> Any:
+    """Run a backend on what `as_taken` gives."""
+    dtype, mask_token_id = _logits_dtype(x, logits), x.mask_token_id
+    if _on_host(chosen, logits):
+        return getattr(backend_module(chosen), name)(complete(x, plan), plan, dtype)
     if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
         out = getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
         return tuple(like(array, logits) for array in out)  # to the host, if they were there
+    if chosen == "torch":
+        x = to_framework(complete(x, plan), "torch", logits)
+        return getattr(backend_module(chosen), name)(x, plan, dtype)
     if chosen == "pallas":
-        x = x._replace(
-            seeds=key_words(x.seeds, (x.tokens if x.logits is None else x.logits).shape[0])
-        )
+        seeds = key_words(x.seeds, (x.tokens if x.logits is None else x.logits).shape[0])
+        x = x._replace(seeds=seeds)
     else:
         x = complete(x, plan)
     mesh = _mesh(logits)
-    if chosen == "cpp" and kind_of(logits) == "jax" and serves_jax():
-        chosen, native = "cpp in jax", "jax"
-    elif mesh is not None:
-        chosen = "jax on a mesh"
-    if native == "jax":
-        x = to_framework(x, native, logits)._replace(mask_token_id=0)
-        numbers = arguments_of(plan, chosen, dtype, mask_token_id)
-        program = _jitted(name, chosen, mesh)
-        return program(x, numbers, mask_token_id, plan.row, plan.commit, dtype)
-    x = to_host(x, chosen, dtype) if native == "numpy" else to_framework(x, native, logits)
-    return getattr(backend_module(chosen), name)(x, plan, dtype)
-
-
-def _exceeds_tpu(x: StepInputs, dtype: str) -> bool:
-    """Whether the TPU's kernels refuse: it has no float16, and long sequences do not fit."""
-    shaped = x.tokens if x.logits is None else x.logits
-    return dtype == "float16" or int(shaped.shape[1]) > backend_module("pallas").MOST_POSITIONS
+    chosen = "cpp in jax" if chosen == "cpp" else "jax on a mesh" if mesh is not None else chosen
+    x = to_framework(x, "jax", logits)._replace(mask_token_id=0)
+    numbers = arguments_of(plan, chosen, dtype, mask_token_id)
+    program = _jitted(name, chosen, mesh)
+    return program(x, numbers, mask_token_id, plan.row, plan.commit, dtype)
 
 
 def backend_for(model: Any, backend: str) -> str:
-    """The backend that runs on arrays like `model`; on a mesh, jax's own."""
+    """The backend that runs on arrays like `model`, (B, N) or (B, N, ...); on a mesh, jax's own."""
     if _mesh(model) is not None:
         if check_name(backend) not in ("auto", "jax"):
             raise ValueError(f"backend: expected 'jax' or 'auto' on a mesh, got {backend!r}")
         return "jax"
     device = "cpu" if is_on_host(model) else _device_of(model)
-    return choose(backend, kind_of(model) or "numpy", device)
+    chosen = choose(backend, kind_of(model) or "numpy", device)
+    return "jax" if chosen == "pallas" and backend == "auto" and _exceeds_tpu(model) else chosen
+
+
+def _exceeds_tpu(model: Any) -> bool:
+    """Whether the TPU's kernels refuse: it has no float16, and long sequences do not fit."""
+    is_half = len(model.shape) == 3 and dtype_name(model) == "float16"
+    return is_half or int(model.shape[1]) > backend_module("pallas").MOST_POSITIONS
 
 
 def _device_of(model: Any) -> str:
@@ -440,7 +456,3 @@ def _cast(x: Any, dtype: str) -> Any:
 
         return x.astype(float_of(True))
     return x.astype(dtype)
-
-
-def _cast_like(x: Any, model: Any) -> Any:
-    return _cast(x, dtype_name(model))

@@ -7,7 +7,6 @@ from typing import Any
 from ..common.arrays import kind_of
 from ..decode_step import dispatch
 from ..decode_step.api import (
-    check_op_arguments,
     counts_tensor,
     rule_and_noise,
     scale_tensor,
@@ -86,14 +85,7 @@ def decode_step_from_hidden(
     from .ops import decode_step_from_hidden_op
 
     num_masked_at_start = counts_tensor("num_masked_at_start", num_masked_at_start, hidden)
-    arrays = {"head_weight": head_weight, "tokens": tokens, "head_bias": head_bias, "seeds": seeds}
-    arrays |= {"uncond_hidden": uncond_hidden, "noise.token_gumbel": token_gumbel}
-    arrays |= {"noise.choice_gumbel": choice_gumbel, "eligible": eligible, "scores": scores}
     num_commit = counts_tensor("num_commit", num_commit, hidden)
-    arrays |= {"num_masked_at_start": num_masked_at_start, "num_commit": num_commit}
-    arrays |= {"positions": positions}
-    numbers = {"mask_token_id": mask_token_id, "step": step, "num_steps": num_steps}
-    check_op_arguments(hidden, arrays, numbers)
     out = decode_step_from_hidden_op(
         hidden, head_weight, tokens, step_rule.encoded, mask_token_id, step, num_steps, head_bias,
         uncond_hidden, scale_tensor(guidance_scale), num_masked_at_start, seeds, token_gumbel,

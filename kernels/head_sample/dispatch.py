@@ -9,8 +9,7 @@ from ..common.arrays import check_no_grad, check_same_kind, check_shape, dtype_n
 from ..common.backends import check_name
 from ..common.mesh import active
 from ..decode_step import dispatch as step_dispatch
-from ..decode_step.checks import LOGIT_DTYPES, check_guidance
-from ..decode_step.inputs import inputs
+from ..decode_step.door import LOGIT_DTYPES, admit, check_guidance, check_values, plan_of
 from ..decode_step.rule.rule import StepRule
 from . import chunked
 
@@ -28,11 +27,13 @@ def decode(
     rule = step_dispatch.with_scalars(rule, temperature, threshold)
     check_head(hidden, head_weight, head_bias)
     scale = check_guidance(hidden, uncond_hidden, guidance_scale, "uncond_hidden", "hidden")
-    x, plan = inputs(
-        hidden, head_weight.shape[0], tokens, rule, mask_token_id, step, num_steps,
-        num_masked_at_start, seeds, token_gumbel, choice_gumbel, eligible, scores, num_commit,
-        positions,
-    )  # fmt: skip
+    plan = plan_of(rule, mask_token_id, step, num_steps, hidden)
+    x = admit(hidden, head_weight.shape[0], rule, plan, mask_token_id, {
+        "tokens": tokens, "num_masked_at_start": num_masked_at_start, "seeds": seeds,
+        "token_gumbel": token_gumbel, "choice_gumbel": choice_gumbel, "eligible": eligible,
+        "scores": scores, "num_commit": num_commit, "positions": positions,
+    })  # fmt: skip
+    check_values(x, head_weight.shape[0], rule, plan, step)
     mixed = mix(hidden, uncond_hidden, scale)
     way: Any = chunked
     chosen = step_dispatch.backend_for(hidden, backend)

@@ -1,4 +1,4 @@
-"""`residual_norm` as a `torch.library` op: schema, fake kernel and the way to a kernel."""
+"""`residual_norm` as a `torch.library` op, and the way to a kernel."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..common.backends import why_missing
-
-_LIB = torch.library.Library("maskgit", "FRAGMENT")
-_LIB.define(
-    "residual_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor"
-)
+from ..common.torch_op import TorchOp
 
 
 def residual_norm(
@@ -29,7 +25,8 @@ def residual_norm(
 
     Source: arXiv 1607.06450; eps and the biased variance as in torch.nn.LayerNorm.
     """
-    return torch.ops.maskgit.residual_norm.default(x, residual, weight, bias, eps)
+    result: torch.Tensor = _residual_norm_op(x, residual, weight, bias, eps)
+    return result
 
 
 def _fuses(x: torch.Tensor, others: tuple[torch.Tensor, ...]) -> bool:
@@ -56,5 +53,8 @@ def _fake(x: torch.Tensor, residual: torch.Tensor, *rest: object) -> torch.Tenso
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
-_LIB.impl("residual_norm", _residual_norm, "CompositeExplicitAutograd")
-torch.library.register_fake("maskgit::residual_norm", _fake, lib=_LIB)
+_residual_norm_op = TorchOp(
+    "residual_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor",
+    _residual_norm,
+    _fake,
+)

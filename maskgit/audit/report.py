@@ -10,9 +10,17 @@ from ..kernels.common.arrays import dtype_name, kind_of, to_numpy, widen
 from ..kernels.common.names import unknown
 from ..kernels.decode_step import StepNoise, StepRule
 from ..kernels.decode_step.api import rule_and_noise
-from ..kernels.decode_step.checks import LOGIT_DTYPES, check_guidance, check_logits, columns
 from ..kernels.decode_step.dispatch import narrowed
-from ..kernels.decode_step.inputs import StepInputs, complete, inputs
+from ..kernels.decode_step.door import (
+    LOGIT_DTYPES,
+    admit,
+    check_guidance,
+    check_logits,
+    check_values,
+    columns,
+    plan_of,
+)
+from ..kernels.decode_step.inputs import StepInputs, complete
 from ..kernels.decode_step.rule.plan import StepPlan
 from .cuts import cut_ties
 from .rows import filtered, key_tie, prob_tie
@@ -111,11 +119,14 @@ def _inputs(
     if seeds is None and not has_noise and rule.needs_seeds:
         seeds = np.arange(batch)
     model = _host(logits)
-    x, plan = inputs(
-        model, vocab, _host(tokens), rule, mask_token_id, step, num_steps,
-        _host(num_masked_at_start), _host(seeds), _host(token_gumbel), _host(choice_gumbel),
-        _host(eligible), _host(scores), _host(num_commit), _host(positions), kind,
-    )  # fmt: skip
+    plan = plan_of(rule, mask_token_id, step, num_steps, model, kind)
+    x = admit(model, vocab, rule, plan, mask_token_id, {
+        "tokens": _host(tokens), "num_masked_at_start": _host(num_masked_at_start),
+        "seeds": _host(seeds), "token_gumbel": _host(token_gumbel),
+        "choice_gumbel": _host(choice_gumbel), "eligible": _host(eligible), "scores": _host(scores),
+        "num_commit": _host(num_commit), "positions": _host(positions),
+    })  # fmt: skip
+    check_values(x, vocab, rule, plan, step)
     x = complete(x, plan)._replace(
         logits=columns(model, rule),
         uncond_logits=columns(_host(uncond_logits), rule),

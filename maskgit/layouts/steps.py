@@ -20,8 +20,8 @@ from ..kernels.common.arrays import (
 )
 from ..kernels.decode_step import StepNoise, StepResult, StepRule, commit_tokens, decode_step
 from ..kernels.decode_step.api import rule_and_noise
-from ..kernels.decode_step.checks import check_logits, raise_on_dead_rows
 from ..kernels.decode_step.dispatch import is_checked
+from ..kernels.decode_step.door import check_logits, raise_on_dead_rows
 from ..kernels.decode_step.rule.derive import committing, drawing
 
 

@@ -21,8 +21,8 @@ from maskgit.files import FORMAT, FORMAT_VERSION, WEIGHTS, digest
 from maskgit.kernels.common.arrays import as_index, check_integers, dtype_name, is_on_host
 from maskgit.kernels.common.mesh import active
 from maskgit.kernels.decode_step import StepRule, as_rule
-from maskgit.kernels.decode_step.checks import check_token_ids
 from maskgit.kernels.decode_step.dispatch import backend_for
+from maskgit.kernels.decode_step.door import check_token_ids
 from maskgit.kernels.decode_step.inputs import key_words
 from maskgit.models.config import TransformerConfig
 from maskgit.models.transformer_jax import Params, check, head_weight, hidden, project

@@ -19,7 +19,7 @@ from ..kernels.common.arrays import (
 )
 from ..kernels.common.backends import check_name
 from ..kernels.decode_step import StepNoise, StepRule, as_rule
-from ..kernels.decode_step.checks import check_eligible, check_scores
+from ..kernels.decode_step.door import check_beside
 from ..report.progress import Progress
 from .blocks import plan_blocks
 from .result import GenerateResult
@@ -213,9 +213,8 @@ def _check_arrays(rule: StepRule, tokens: Any, eligible: Any, scores: Any) -> No
     if len(tokens.shape) != 2:
         raise ValueError(f"tokens: expected shape (B, N), got {tuple(tokens.shape)}")
     check_integers("tokens", tokens)
-    check_eligible(eligible, tokens)
-    if rule.score != "given" or not callable(scores):
-        check_scores(rule, scores, tokens, "scores")
+    given = {} if rule.score == "given" and callable(scores) else {"scores": scores}
+    check_beside(tokens, rule, eligible, **given)
 
 
 def _steps_per_block(num_steps: int, blocks: int) -> int:

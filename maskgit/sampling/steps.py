@@ -7,7 +7,7 @@ from typing import Any
 
 from ..kernels.common.arrays import dtype_name, library_of, signed
 from ..kernels.decode_step import StepResult, StepRule, commit_tokens, decode_step
-from ..kernels.decode_step.checks import check_scores
+from ..kernels.decode_step.door import check_beside
 from ..kernels.decode_step.rule.derive import candidates_of, committing
 from ..kernels.head_sample import decode_step_from_hidden
 
@@ -69,7 +69,7 @@ class Stepper:
             return out.candidate_tokens
 
         given = scores(number, tokens, candidates)
-        check_scores(rule, given, tokens, "scores")
+        check_beside(tokens, rule, scores=given)
         if not drawn:
             return self.decode(output, tokens, rule, scores=given, **options)
         noise = options["noise"]

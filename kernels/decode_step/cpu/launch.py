@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from maskgit import _C
+
 from ..inputs import StepInputs
 from ..rule.plan import RowPlan, StepPlan
 
@@ -30,8 +32,6 @@ _ROUNDING = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 
 def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
-    from maskgit import _C
-
     params, keep, out = _parameters(x, plan, dtype)
     next_tokens = np.empty(x.tokens.shape, np.int64)
     noise = None if x.choice_gumbel is None else x.choice_gumbel.astype(np.float64, order="C")
@@ -60,8 +60,6 @@ def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, An
 
 def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N)."""
-    from maskgit import _C
-
     params, keep, (candidates, confidence) = _parameters(x, plan, dtype)
     log_z = np.empty(x.tokens.shape)
     keep += [log_z]
@@ -88,8 +86,6 @@ def num_threads() -> int:
 @lru_cache(maxsize=1)
 def _share_threads_with_torch() -> None:
     """Let the core run on the threads of the OpenMP runtime that torch brought, where it is found."""
-    from maskgit import _C
-
     if is_forked():
         return
     try:
@@ -122,7 +118,7 @@ def is_forked() -> bool:
 def _whole_strides(x: Any) -> Any:
     """The array, copied only where a stride is no whole number of elements."""
     size = x.itemsize
-    if any(stride % size for stride in x.strides):
+    if not x.flags.c_contiguous and any(stride % size for stride in x.strides):
         return np.ascontiguousarray(x)
     return x
 
@@ -149,8 +145,6 @@ def _remask_bounds(x: StepInputs, plan: StepPlan) -> Any:
 
 def _parameters(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, list[Any], Any]:
     """The filled parameters, the arrays that must stay alive, and the two outputs."""
-    from maskgit import _C
-
     p = _C.StepParams(_numbers(plan, dtype))
     p.batch, p.length = x.tokens.shape
     keep = [plan.numbers.table]
@@ -159,7 +153,7 @@ def _parameters(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, list[An
         p.vocab = logits.shape[2]
         keep.append(logits)
     tokens = np.ascontiguousarray(x.tokens, dtype=np.int64)
-    eligible = np.ascontiguousarray(x.eligible, dtype=np.uint8)
+    eligible = np.ascontiguousarray(x.eligible).view(np.uint8)
     start = np.ascontiguousarray(x.num_masked_at_start, dtype=np.int64)
     positions = np.ascontiguousarray(x.positions, dtype=np.uint32)
     candidates, confidence = np.empty(tokens.shape, np.int64), np.empty(tokens.shape)
@@ -193,8 +187,6 @@ def _parameters(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, list[An
 
 def numbers(plan: StepPlan, dtype: str, mask_token_id: int) -> Any:
     """The parameters of a step without its arrays, for csrc/ffi.cpp."""
-    from maskgit import _C
-
     p = _C.StepParams(_numbers(plan, dtype))
     p.mask_token_id = mask_token_id
     p.draw_choice_noise = plan.commit.uses_noise
@@ -204,8 +196,6 @@ def numbers(plan: StepPlan, dtype: str, mask_token_id: int) -> Any:
 @lru_cache(maxsize=1024)
 def _numbers(plan: StepPlan, dtype: str) -> Any:
     """The parameters that depend on the plan and the dtype alone."""
-    from maskgit import _C
-
     row, commit, n, p = plan.row, plan.commit, plan.numbers, _C.StepParams()
     p.dtype = _DTYPES[dtype]
     p.table, p.table_size = n.table, n.table.size
