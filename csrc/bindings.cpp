@@ -2,6 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string_view>
+#include <type_traits>
+#include <unordered_map>
+
 #include "dispatch.h"
 #include "ffi.h"
 #include "thread_pool.h"
@@ -12,38 +16,63 @@ using maskgit::Strided;
 
 namespace {
 
-// The memory behind an array; kernels/decode_step/cpu/launch.py keeps it alive.
-Py_buffer buffer_of(py::handle array, int flags) {
+// Takes the memory of an array; what is made of it keeps the arrays alive.
+using Take = void (*)(StepParams&, PyObject*);
+
+// A C-contiguous array.
+template <auto member>
+void take(StepParams& p, PyObject* array) {
   Py_buffer view;
-  if (PyObject_GetBuffer(array.ptr(), &view, flags) != 0) throw py::error_already_set();
+  if (PyObject_GetBuffer(array, &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  p.*member = static_cast<std::remove_reference_t<decltype(p.*member)>>(view.buf);
   PyBuffer_Release(&view);
-  return view;
 }
 
-// A property that takes a C-contiguous array.
-template <class T>
-void array(py::class_<StepParams>& c, const char* name, T* StepParams::* member) {
-  c.def_property(
-      name, [](const StepParams&) { return py::none(); },
-      [member](StepParams& p, py::handle given) {
-        p.*member = static_cast<T*>(buffer_of(given, PyBUF_SIMPLE).buf);
-      });
+// A (B, N, V) array of any strides that are whole elements.
+template <Strided StepParams::* member>
+void take_strided(StepParams& p, PyObject* array) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(array, &view, PyBUF_STRIDES) != 0) throw py::error_already_set();
+  const bool fits = view.ndim == 3;
+  if (fits)
+    p.*member = Strided{view.buf, view.strides[0] / view.itemsize, view.strides[1] / view.itemsize,
+                        view.strides[2] / view.itemsize};
+  PyBuffer_Release(&view);
+  if (!fits) throw py::value_error("expected an array of three dimensions");
 }
 
-// A property that takes a (B, N, V) array of any strides that are whole elements.
-void strided(py::class_<StepParams>& c, const char* name, Strided StepParams::* member) {
-  c.def_property(
-      name, [](const StepParams&) { return py::none(); },
-      [member](StepParams& p, py::handle given) {
-        Py_buffer view;
-        if (PyObject_GetBuffer(given.ptr(), &view, PyBUF_STRIDES) != 0) throw py::error_already_set();
-        const bool fits = view.ndim == 3;
-        if (fits)
-          p.*member = Strided{view.buf, view.strides[0] / view.itemsize, view.strides[1] / view.itemsize,
-                              view.strides[2] / view.itemsize};
-        PyBuffer_Release(&view);
-        if (!fits) throw py::value_error("expected an array of three dimensions");
-      });
+const std::unordered_map<std::string_view, Take> kArrays = {
+    {"logits", take_strided<&StepParams::logits>},
+    {"uncond", take_strided<&StepParams::uncond>},
+    {"token_gumbel", take_strided<&StepParams::token_gumbel>},
+    {"tokens", take<&StepParams::tokens>},
+    {"eligible", take<&StepParams::eligible>},
+    {"masked_at_start", take<&StepParams::masked_at_start>},
+    {"seeds", take<&StepParams::seeds>},
+    {"positions", take<&StepParams::positions>},
+    {"choice_noise", take<&StepParams::choice_noise>},
+    {"score_banned", take<&StepParams::score_banned>},
+    {"num_commit", take<&StepParams::num_commit>},
+    {"remask_bounds", take<&StepParams::remask_bounds>},
+    {"scores", take<&StepParams::scores>},
+    {"banned", take<&StepParams::banned>},
+    {"table", take<&StepParams::table>},
+    {"next_tokens", take<&StepParams::next_tokens>},
+    {"candidates", take<&StepParams::candidates>},
+    {"confidence", take<&StepParams::confidence>},
+    {"log_z", take<&StepParams::log_z>},
+};
+
+StepParams with_arrays(StepParams p, const py::dict& arrays) {
+  for (const auto& [key, array] : arrays) {
+    Py_ssize_t size = 0;
+    const char* name = PyUnicode_AsUTF8AndSize(key.ptr(), &size);
+    if (name == nullptr) throw py::error_already_set();
+    const auto found = kArrays.find(std::string_view(name, static_cast<size_t>(size)));
+    if (found == kArrays.end()) throw py::key_error(name);
+    found->second(p, array.ptr());
+  }
+  return p;
 }
 
 }  // namespace
@@ -51,27 +80,8 @@ void strided(py::class_<StepParams>& c, const char* name, Strided StepParams::* 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ core of the decode step";
   py::class_<StepParams> c(m, "StepParams");
-  c.def(py::init<>());
-  c.def(py::init<const StepParams&>());
-  strided(c, "logits", &StepParams::logits);
-  strided(c, "uncond", &StepParams::uncond);
-  strided(c, "token_gumbel", &StepParams::token_gumbel);
-  array(c, "tokens", &StepParams::tokens);
-  array(c, "eligible", &StepParams::eligible);
-  array(c, "masked_at_start", &StepParams::masked_at_start);
-  array(c, "seeds", &StepParams::seeds);
-  array(c, "positions", &StepParams::positions);
-  array(c, "choice_noise", &StepParams::choice_noise);
-  array(c, "score_banned", &StepParams::score_banned);
-  array(c, "num_commit", &StepParams::num_commit);
-  array(c, "remask_bounds", &StepParams::remask_bounds);
-  array(c, "scores", &StepParams::scores);
-  array(c, "banned", &StepParams::banned);
-  array(c, "table", &StepParams::table);
-  array(c, "next_tokens", &StepParams::next_tokens);
-  array(c, "candidates", &StepParams::candidates);
-  array(c, "confidence", &StepParams::confidence);
-  array(c, "log_z", &StepParams::log_z);
+  c.def(py::init([](const py::dict& arrays) { return with_arrays({}, arrays); }), py::keep_alive<1, 2>());
+  c.def(py::init(&with_arrays), py::keep_alive<1, 2>(), py::keep_alive<1, 3>());
 #define MASKGIT_NUMBER(name) c.def_readwrite(#name, &StepParams::name)
   MASKGIT_NUMBER(batch);
   MASKGIT_NUMBER(length);

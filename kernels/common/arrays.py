@@ -11,6 +11,7 @@ import numbers
 import operator
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,7 +94,7 @@ def is_on_host(x: Any) -> bool:
     """Whether reading a value of `x` costs no device synchronisation (false under tracing)."""
     kind = kind_of(x)
     if kind == "torch":
-        return bool(x.device.type == "cpu")
+        return bool(x.is_cpu)
     if kind == "jax":
         if is_traced(x):
             return False
@@ -112,7 +113,7 @@ def to_numpy(x: Any) -> Any:
     if x is None:
         return None
     if kind_of(x) == "torch":
-        host = x if x.device.type == "cpu" else x.cpu()
+        host = x if x.is_cpu else x.cpu()
         if dtype_name(x) == "bfloat16":
             return host.view(sys.modules["torch"].int16).numpy().view(np.uint16)
         return host.numpy()
@@ -160,11 +161,16 @@ def like(result: Any, model: Any) -> Any:
     kind = kind_of(model) or "numpy"
     if kind != "torch":
         return to_kind(result, kind)
-    if type(result) is np.ndarray and model.device.type == "cpu" and result.flags.carray:
-        return sys.modules["torch"].from_numpy(result)
     if kind_of(result) == "torch":  # a GPU may have worked for the host
         return result if result.device == model.device else result.to(model.device)
     return to_kind(result, kind, model.device)
+
+
+def like_all(results: Sequence[Any], model: Any) -> list[Any]:
+    """A backend's own results, fresh arrays of one library, as arrays like `model`."""
+    if kind_of(model) == "torch" and type(results[0]) is np.ndarray and model.device.type == "cpu":
+        return list(map(sys.modules["torch"].from_numpy, results))
+    return [like(result, model) for result in results]
 
 
 def check_same_kind(name: str, x: Any, model: Any) -> None:

@@ -26,6 +26,7 @@ from ..common.arrays import (
     is_traced,
     kind_of,
     like,
+    like_all,
     to_numpy,
 )
 from ..common.backends import TRACED, check_name, choose, serves_jax
@@ -292,7 +293,7 @@ def commit_tokens(
 
 def results(out: Any, model: Any, tokens: Any) -> tuple[Any, Any, Any]:
     """A backend's arrays in the library of `model` and the dtype of the tokens."""
-    next_tokens, candidates, confidence = [like(array, model) for array in out]
+    next_tokens, candidates, confidence = like_all(out, model)
     if next_tokens.dtype != tokens.dtype:
         kind = dtype_name(tokens)
         next_tokens, candidates = _cast(next_tokens, kind), _cast(candidates, kind)
@@ -325,7 +326,8 @@ def sample_tokens(
     x = admit(logits, vocab, rule, plan, -1, given)
     x = as_taken(x._replace(logits=_own_columns(logits, rule)), chosen, logits)
     check_values(x, vocab, rule, plan, step)
-    drawn, score, log_z = (like(a, logits) for a in run("sample_tokens", x, plan, logits, chosen))
+    out = run("sample_tokens", x, plan, logits, chosen)
+    drawn, score, log_z = like_all(out, logits)
     if is_checked(check):
         raise_on_dead(drawn < 0)
     kind = "float64" if rule.score_dtype == "float64" else "float32"

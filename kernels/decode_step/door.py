@@ -110,12 +110,11 @@ def admit(
         batch, length = tokens.shape
         whole = library_of(tokens).full((batch,), length, **place_of(tokens))
         given["num_masked_at_start"] = whole
-    return _EMPTY._replace(mask_token_id=mask_token_id, **given)
+    return StepInputs(mask_token_id=mask_token_id, **given)
 
 
 _LAST_ID = 2**63 - 1
 _SIGNLESS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_EMPTY = StepInputs(*[None] * len(StepInputs._fields))._replace(guidance_scale=0.0)
 
 
 @lru_cache(maxsize=4096)

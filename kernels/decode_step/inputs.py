@@ -6,6 +6,7 @@ converts it to the arrays of a backend.
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -50,17 +51,17 @@ class StepInputs(NamedTuple):
     (B, 2) words for `pallas`.
     """
 
-    logits: Any
-    tokens: Any
-    eligible: Any
-    num_masked_at_start: Any
-    seeds: Any
-    positions: Any
-    token_gumbel: Any
-    choice_gumbel: Any
-    uncond_logits: Any
-    guidance_scale: float
-    mask_token_id: int
+    logits: Any = None
+    tokens: Any = None
+    eligible: Any = None
+    num_masked_at_start: Any = None
+    seeds: Any = None
+    positions: Any = None
+    token_gumbel: Any = None
+    choice_gumbel: Any = None
+    uncond_logits: Any = None
+    guidance_scale: Any = 0.0
+    mask_token_id: int = -1
     scores: Any = None
     drawn: Any = None
     num_commit: Any = None
@@ -218,8 +219,10 @@ def key_words(seeds: Any, batch: int) -> Any:
         return jnp.stack([seeds.astype(jnp.uint32), high], axis=1)
     if seeds.ndim == 2:
         return seeds.astype(np.uint32)
-    wide = seeds.astype("<u8" if seeds.dtype.kind == "u" else "<i8")
-    return wide.view("<u4").reshape(-1, 2)
+    if seeds.dtype != np.int64:
+        seeds = seeds.astype(np.uint64 if seeds.dtype.kind == "u" else np.int64)
+    words = np.ascontiguousarray(seeds).view(np.uint32).reshape(-1, 2)
+    return words if sys.byteorder == "little" else words[:, ::-1]
 
 
 def _signed_for_torch(x: Any) -> Any:

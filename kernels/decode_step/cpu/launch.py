@@ -32,41 +32,33 @@ _ROUNDING = {"float32": 0, "float64": 1, "bfloat16": 2, "float16": 3}
 
 def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
-    params, keep, out = _parameters(x, plan, dtype)
-    next_tokens = np.empty(x.tokens.shape, np.int64)
-    noise = None if x.choice_gumbel is None else x.choice_gumbel.astype(np.float64, order="C")
-    params.draw_choice_noise = noise is None and plan.commit.uses_noise
-    noise = np.empty(x.tokens.shape) if noise is None else noise
-    keep += [next_tokens, noise]
+    arrays = _arrays(x, plan)
+    next_tokens = arrays["next_tokens"] = np.empty(x.tokens.shape, np.int64)
+    if x.choice_gumbel is None:  # room for what is drawn
+        arrays["choice_noise"] = np.empty(x.tokens.shape)
+    else:
+        arrays["choice_noise"] = x.choice_gumbel.astype(np.float64, order="C")
     if x.num_commit is not None:
-        num_commit = np.ascontiguousarray(x.num_commit, dtype=np.int64)
-        params.num_commit = num_commit
-        keep.append(num_commit)
+        arrays["num_commit"] = np.ascontiguousarray(x.num_commit, dtype=np.int64)
     if plan.commit.remasks_by_score:
-        bounds = _remask_bounds(x, plan)
-        params.remask_bounds = bounds
-        keep.append(bounds)
+        arrays["remask_bounds"] = _remask_bounds(x, plan)
     if x.scores is not None:
-        scores = x.scores.astype(np.float64, order="C")
-        params.scores = scores
-        keep.append(scores)
-    params.next_tokens = next_tokens
-    params.choice_noise = noise
+        arrays["scores"] = x.scores.astype(np.float64, order="C")
+    params = _parameters(x, plan, dtype, arrays)
+    params.draw_choice_noise = x.choice_gumbel is None and plan.commit.uses_noise
     _C.decode_step(params)
-    candidates, confidence = out
     kind = np.float64 if plan.commit.is_wide else np.float32
-    return next_tokens, candidates, confidence.astype(kind, copy=False)
+    return next_tokens, arrays["candidates"], arrays["confidence"].astype(kind, copy=False)
 
 
 def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N)."""
-    params, keep, (candidates, confidence) = _parameters(x, plan, dtype)
-    log_z = np.empty(x.tokens.shape)
-    keep += [log_z]
-    params.log_z = log_z
-    _C.sample_tokens(params)
+    arrays = _arrays(x, plan)
+    log_z = arrays["log_z"] = np.empty(x.tokens.shape)
+    _C.sample_tokens(_parameters(x, plan, dtype, arrays))
     kind = np.float64 if plan.row.is_wide else np.float32
-    return candidates, confidence.astype(kind, copy=False), log_z.astype(kind, copy=False)
+    score = arrays["confidence"].astype(kind, copy=False)
+    return arrays["candidates"], score, log_z.astype(kind, copy=False)
 
 
 def num_threads() -> int:
@@ -143,51 +135,49 @@ def _remask_bounds(x: StepInputs, plan: StepPlan) -> Any:
         return np.where(chance >= 1, np.inf, -np.log(-np.log(np.minimum(chance, 1 - 1e-16))))
 
 
-def _parameters(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, list[Any], Any]:
-    """The filled parameters, the arrays that must stay alive, and the two outputs."""
-    p = _C.StepParams(_numbers(plan, dtype))
-    p.batch, p.length = x.tokens.shape
-    keep = [plan.numbers.table]
-    if x.logits is not None:
-        p.logits = logits = _whole_strides(x.logits)
-        p.vocab = logits.shape[2]
-        keep.append(logits)
-    tokens = np.ascontiguousarray(x.tokens, dtype=np.int64)
-    eligible = np.ascontiguousarray(x.eligible).view(np.uint8)
-    start = np.ascontiguousarray(x.num_masked_at_start, dtype=np.int64)
-    positions = np.ascontiguousarray(x.positions, dtype=np.uint32)
-    candidates, confidence = np.empty(tokens.shape, np.int64), np.empty(tokens.shape)
-    if x.drawn is not None:  # the core then draws none
-        candidates[...], confidence[...] = x.drawn, x.scores
-    keep += [tokens, eligible, start, positions]
-    if x.logits is not None:
-        for name, ids in left_out(plan.row, x.mask_token_id, x.logits.shape[2]).items():
-            setattr(p, name, ids)
-            setattr(p, f"num_{name}", ids.size)
-            keep.append(ids)
-    if x.uncond_logits is not None:
-        p.uncond = uncond = _whole_strides(x.uncond_logits)
-        p.guidance_scale = x.guidance_scale
-        keep.append(uncond)
-    if x.token_gumbel is not None:
-        p.token_gumbel = noise = _whole_strides(x.token_gumbel)
-        p.noise_is_double = noise.dtype == np.float64
-        keep.append(noise)
+def _arrays(x: StepInputs, plan: StepPlan) -> dict[str, Any]:
+    """The arrays of a call, those that it fills among them, as csrc/params.h wants them."""
+    arrays = {
+        "tokens": np.ascontiguousarray(x.tokens, dtype=np.int64),
+        "eligible": np.ascontiguousarray(x.eligible).view(np.uint8),
+        "masked_at_start": np.ascontiguousarray(x.num_masked_at_start, dtype=np.int64),
+        "positions": np.ascontiguousarray(x.positions, dtype=np.uint32),
+        "candidates": np.empty(x.tokens.shape, np.int64),
+        "confidence": np.empty(x.tokens.shape),
+    }
     if x.seeds is not None:
-        seeds = np.ascontiguousarray(x.seeds, dtype=np.uint32)
-        p.seeds = seeds
-        keep.append(seeds)
-    p.tokens, p.eligible = tokens, eligible
-    p.masked_at_start, p.positions = start, positions
-    p.candidates, p.confidence = candidates, confidence
+        arrays["seeds"] = np.ascontiguousarray(x.seeds, dtype=np.uint32)
+    if x.drawn is not None:  # the core then draws none
+        arrays["candidates"][...], arrays["confidence"][...] = x.drawn, x.scores
+    if x.logits is None:
+        return arrays
+    arrays["logits"] = _whole_strides(x.logits)
+    if x.uncond_logits is not None:
+        arrays["uncond"] = _whole_strides(x.uncond_logits)
+    if x.token_gumbel is not None:
+        arrays["token_gumbel"] = _whole_strides(x.token_gumbel)
+    return arrays | left_out(plan.row, x.mask_token_id, x.logits.shape[2])
+
+
+def _parameters(x: StepInputs, plan: StepPlan, dtype: str, arrays: dict[str, Any]) -> Any:
+    """The parameters of a call; they keep the arrays alive."""
+    p = _C.StepParams(_numbers(plan, dtype), arrays)
+    p.batch, p.length = x.tokens.shape
+    p.vocab = 0 if x.logits is None else x.logits.shape[2]
+    for name in ("banned", "score_banned"):
+        if name in arrays:
+            setattr(p, f"num_{name}", arrays[name].size)
+    if x.token_gumbel is not None:
+        p.noise_is_double = x.token_gumbel.dtype == np.float64
+    p.guidance_scale = x.guidance_scale
     p.mask_token_id = x.mask_token_id
     p.num_threads = num_threads()
-    return p, keep, (candidates, confidence)
+    return p
 
 
 def numbers(plan: StepPlan, dtype: str, mask_token_id: int) -> Any:
     """The parameters of a step without its arrays, for csrc/ffi.cpp."""
-    p = _C.StepParams(_numbers(plan, dtype))
+    p = _C.StepParams(_numbers(plan, dtype), {})
     p.mask_token_id = mask_token_id
     p.draw_choice_noise = plan.commit.uses_noise
     return p
@@ -196,9 +186,10 @@ def numbers(plan: StepPlan, dtype: str, mask_token_id: int) -> Any:
 @lru_cache(maxsize=1024)
 def _numbers(plan: StepPlan, dtype: str) -> Any:
     """The parameters that depend on the plan and the dtype alone."""
-    row, commit, n, p = plan.row, plan.commit, plan.numbers, _C.StepParams()
+    row, commit, n = plan.row, plan.commit, plan.numbers
+    p = _C.StepParams({"table": n.table})
     p.dtype = _DTYPES[dtype]
-    p.table, p.table_size = n.table, n.table.size
+    p.table_size = n.table.size
     p.vocab_start = row.vocab_start
     p.step = n.step
     p.sample_temperature = n.sample_temperature
