@@ -42,6 +42,10 @@ def contract(backend: str, more: str = "") -> str:
 
 STEP = "kernels/decode_step/"
 FAULTS = (
+    # the door
+    Fault(STEP + "door.py", ".max() < top:", ".max() <= top:", "tests/test_errors.py"),
+    Fault(STEP + "door.py", "if count < least:", "if count + 1 < least:", "tests/test_arguments.py"),
+    Fault("kernels/common/arrays.py", "x.device, x.requires_grad)", "x.device)", "tests/test_arguments.py -k once"),
     # a rule at a step
     Fault(STEP + "rule/tables.py", "(step < base % num_steps)", "(step <= base % num_steps)", "tests/test_schedule.py"),
     Fault(STEP + "rule/tables.py", '{"floor": np.floor,', '{"floor": np.ceil,', "tests/test_golden.py -k reference-maskgit"),
@@ -62,6 +66,7 @@ FAULTS = (
     # plain torch
     Fault(STEP + "plain/torch_ref.py", "exact = eligible & (rank < now - stay)", "exact = eligible & (rank <= now - stay)", contract("torch", "preset")),
     Fault(STEP + "plain/torch_ref.py", "nan_to_num(-math.inf, _FLOAT_MAX, -math.inf)", "nan_to_num(_FLOAT_MAX, _FLOAT_MAX, -math.inf)", contract("torch")),
+    Fault(STEP + "plain/torch_ref.py", "if whole < vocab:", "if whole + 1 < vocab:", "tests/test_semantics.py -k plain_maximum"),
     Fault(STEP + "plain/torch_ref.py", "return leaf * LEAF + token * GROUPS + group", "return leaf * LEAF + group * PER_GROUP + token", contract("torch", "preset")),
     Fault(STEP + "plain/torch_ref.py", "within = (total if below else total - ranked) <= limit", "within = total <= limit", contract("torch")),
     Fault(STEP + "plain/torch_ref.py", 'index = now.sum().expand_as(now) if how.count_rows == "mean" else now', "index = now", contract("torch", "preset")),

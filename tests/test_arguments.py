@@ -416,3 +416,50 @@ sys.stdout.write(pickle.dumps(given).hex())
     )  # fmt: skip
     back = pickle.loads(bytes.fromhex(done.stdout))
     assert {rule: 1}[back] == 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_what_was_let_in_once_is_looked_at_again(backend: str) -> None:
+    """Facts about arrays are remembered: one that is another one is refused right after."""
+    given = problem("torch")
+    floats, whole = given["logits"], given["tokens"]
+    changed: dict[str, tuple[Any, str]] = {
+        "logits": (floats.clone().requires_grad_(), "logits: decoding has no gradient"),
+        "tokens": (whole.float(), "tokens: expected integers, got dtype float32"),
+        "seeds": (given["seeds"][:1], r"seeds: expected shape \(2,\)"),
+        "positions": (given["positions"].to("meta"), "positions: expected on device cpu"),
+        "num_masked_at_start": (torch.tensor([6, 6, 6]), "num_masked_at_start: expected shape"),
+        "eligible": (whole, "eligible: expected dtype bool, got int64"),
+        "uncond_logits": (floats.half(), "uncond_logits: expected dtype float32 like logits"),
+        "mask_token_id": (2**40, "tokens: expected a dtype that holds ids up to"),
+        "rule": (StepRule(vocab_slice=(0, VOCAB + 1)), "rule: vocab_slice"),
+    }
+    given |= {"eligible": whole == MASK, "uncond_logits": floats * 0.5, "guidance_scale": 2.0}
+    for _ in range(2):
+        maskgit.decode_step(**given, backend=backend)
+        for name, (value, message) in changed.items():
+            narrow = {"tokens": whole.int()} if name == "mask_token_id" else {}
+            with pytest.raises((TypeError, ValueError), match=message):
+                maskgit.decode_step(**given | {name: value} | narrow, backend=backend)
+    noise = maskgit.StepNoise(choice_gumbel=torch.zeros(2, 6).requires_grad_())
+    with pytest.raises(ValueError, match="noise.choice_gumbel: decoding has no gradient"):
+        maskgit.decode_step(**given, noise=noise, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_values_are_looked_at_in_every_call(backend: str) -> None:
+    given = problem("torch")
+    maskgit.decode_step(**given, backend=backend)
+    for name, value, at, message in (
+        ("tokens", VOCAB + 1, (0, 0), r"tokens: expected ids in \[0, 41\) or the mask token 40, got 41"),
+        ("tokens", -1, (1, 5), "tokens: expected ids in .* got -1"),
+        ("positions", -1, (0, 3), r"positions: expected values in \[0, 2\^32\)"),
+        ("positions", 2**32, (1, 0), r"positions: expected values in \[0, 2\^32\)"),
+        ("num_masked_at_start", 7, (1,), "num_masked_at_start: expected counts between 0 and the 6"),
+        ("num_masked_at_start", -1, (0,), "num_masked_at_start: expected counts between 0 and the 6"),
+        ("num_masked_at_start", 1, (0,), r"num_masked_at_start: expected at least the \d"),
+    ):  # fmt: skip
+        wrong = given[name].clone()
+        wrong[at] = value
+        with pytest.raises(ValueError, match=message):
+            maskgit.decode_step(**given | {name: wrong}, backend=backend)

@@ -1,6 +1,7 @@
 """Properties of the contract on every backend: random shapes, strides, NaN, infinities, empties."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -364,3 +365,24 @@ def test_logits_far_from_zero_and_small_temperatures(backend, dtype):
         np.testing.assert_allclose(
             ours.confidence[same], judge.confidence[same], rtol=1e-6, atol=2e-6
         )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_the_plain_maximum_is_the_first_of_equals(dtype: str) -> None:
+    """It is taken span by span on a CPU: ties within and between spans, tails, NaN, infinities."""
+    torch = pytest.importorskip("torch")
+    from maskgit.kernels.decode_step.plain.torch_ref import _largest
+
+    generator = torch.Generator().manual_seed(5)
+    kind = getattr(torch, dtype)
+    for vocab in (1, 63, 1023, 1024, 1025, 1087, 8191, 8192, 8193, 8447, 2**17 + 1):
+        rows = torch.randint(-3, 3, (2, 4, vocab), generator=generator).to(kind)
+        rows[0, 0] = -math.inf
+        rows[0, 1, -1] = math.inf
+        rows[0, 2, vocab // 2] = math.nan
+        rows[0, 3] = 7.0
+        rows[1, 0, -1] = 9.0
+        for view in (rows, rows.transpose(0, 1), rows[..., ::2]):
+            found, wanted = _largest(view), view.max(-1)
+            assert torch.equal(found.indices, wanted.indices), vocab
+            assert torch.equal(found.values.nan_to_num(5.5), wanted.values.nan_to_num(5.5)), vocab

@@ -42,7 +42,16 @@ from .door import (
     plan_of,
     raise_on_dead_rows,
 )
-from .inputs import StepInputs, complete, key_words, taking_part, to_framework, to_gpu, to_host
+from .inputs import (
+    StepInputs,
+    complete,
+    complete_in_torch,
+    key_words,
+    taking_part,
+    to_framework,
+    to_gpu,
+    to_host,
+)
 from .rule.plan import Arguments, CommitPlan, RowPlan, StepPlan, as_arguments, constant_plan
 from .rule.rule import StepRule
 
@@ -365,7 +374,7 @@ def run(name: str, x: StepInputs, plan: StepPlan, logits: Any, chosen: str) -> A
         out = getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
         return tuple(like(array, logits) for array in out)  # to the host, if they were there
     if chosen == "torch":
-        x = to_framework(complete(x, plan), "torch", logits)
+        x = complete_in_torch(to_framework(x, "torch", logits), plan)
         return getattr(backend_module(chosen), name)(x, plan, dtype)
     if chosen == "pallas":
         seeds = key_words(x.seeds, (x.tokens if x.logits is None else x.logits).shape[0])

@@ -117,6 +117,23 @@ def complete(x: StepInputs, plan: StepPlan) -> StepInputs:
     )
 
 
+def complete_in_torch(x: StepInputs, plan: StepPlan) -> StepInputs:
+    """As `complete` of tensors, on their device; without tokens `eligible` is None: all rows are drawn."""
+    import torch
+
+    model = x.tokens if x.logits is None else x.logits
+    batch, length = model.shape[:2]
+    if x.tokens is not None:
+        eligible = taking_part(plan.row, x.tokens, x.mask_token_id, x.eligible)
+        start = x.num_masked_at_start
+        start = eligible.sum(1) if start is None else start
+        x = x._replace(eligible=eligible, num_masked_at_start=start)
+    needs_positions = x.positions is None and x.seeds is not None
+    if needs_positions:
+        x = x._replace(positions=torch.arange(length, device=model.device).expand(batch, length))
+    return x if x.seeds is None else x._replace(seeds=key_words(x.seeds, batch))
+
+
 def taking_part(rule: StepRule | RowPlan, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
     """(B, N) bool: the masked positions that `eligible` admits; known ones too where they are revised."""
     is_masked = tokens == mask_token_id
@@ -163,14 +180,16 @@ def to_host(x: StepInputs, chosen: str, dtype: str) -> StepInputs:
 
 def to_framework(x: StepInputs, native: str, logits: Any) -> StepInputs:
     """The inputs as torch or jax arrays, in torch on the device of the logits."""
-    fields = {k: v for k, v in x._asdict().items() if k not in _SCALARS}
-    if native == "torch":
-        fields = {k: _signed_for_torch(v) for k, v in fields.items()}
+    fields = list(x)
     target = logits.device if kind_of(logits) == "torch" else None
-    fields = {k: to_kind(v, native, target) for k, v in fields.items()}
-    if native == "jax":
-        fields = {k: _strongly_typed(v) for k, v in fields.items()}
-    return x._replace(**fields)
+    for i, _ in _ARRAYS:
+        value = fields[i]
+        if value is None:
+            continue
+        value = _signed_for_torch(value) if native == "torch" else value
+        value = to_kind(value, native, target)
+        fields[i] = _strongly_typed(value) if native == "jax" else value
+    return StepInputs._make(fields)
 
 
 def _strongly_typed(x: Any) -> Any:

@@ -137,7 +137,7 @@ def _remask_bounds(x: StepInputs, plan: StepPlan) -> Any:
 
 def _arrays(x: StepInputs, plan: StepPlan) -> dict[str, Any]:
     """The arrays of a call, those that it fills among them, as csrc/params.h wants them."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "tokens": np.ascontiguousarray(x.tokens, dtype=np.int64),
         "eligible": np.ascontiguousarray(x.eligible).view(np.uint8),
         "masked_at_start": np.ascontiguousarray(x.num_masked_at_start, dtype=np.int64),

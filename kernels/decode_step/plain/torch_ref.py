@@ -26,7 +26,16 @@ from ..rule.plan import StepPlan
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 PIECE = 2**19  # logits whose softmax stays in a CPU's cache
-SPAN = 256  # columns that a CPU's maximum is first taken over
+SPAN = {
+    torch.float32: 64,
+    torch.bfloat16: 256,
+    torch.float16: 256,
+}  # columns of a CPU's first maxima
+LEAST_SPANS = {
+    torch.float32: 16,
+    torch.bfloat16: 32,
+    torch.float16: 32,
+}  # of rows that gain by them
 
 
 class Largest(NamedTuple):
@@ -93,21 +102,20 @@ def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, 
     """
     how, start = plan.row, plan.row.vocab_start
     row, finite, best = _cleared(_banned(_guided(x, plan), x, plan), plan)
-    alive, compute = x.eligible & finite, compute_dtype(plan)
+    alive, compute = _both(x.eligible, finite), compute_dtype(plan)
     filtered = row
     if how.filters:
         row = row.to(compute)
         filtered = torch.where(keep_mask(row, plan), row, -math.inf)
     own_best = best if filtered is row else None
-    drawn_from = Exponentials(filtered, plan.numbers.sample_temperature, compute, own_best)
-    token = _draw(drawn_from, x, plan)
-    known = x.eligible & (x.tokens != x.mask_token_id)
-    if how.holds:  # scores the token that stands there
-        own = x.tokens - start
+    temperature, is_finite = plan.numbers.sample_temperature, finite is None
+    drawn_from = Exponentials(filtered, temperature, compute, own_best, is_finite)
+    token, scored = _draw(drawn_from, x, plan), alive
+    holds = how.holds and x.tokens is not None
+    if holds:  # scores the token that stands there
+        known, own = x.eligible & (x.tokens != x.mask_token_id), x.tokens - start
         token = torch.where(known, own.clamp(0, row.shape[-1] - 1), token)
-        scored = alive & (~known | ((own >= 0) & (own < row.shape[-1])))
-    else:
-        scored = alive
+        scored = _both(alive, ~known | ((own >= 0) & (own < row.shape[-1])))
     base = filtered if how.score_filtered else row
     ids = [i for i in how.score_banned if i < row.shape[-1]]
     if ids:
@@ -116,16 +124,27 @@ def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, 
     scored_by = drawn_from
     if base is not filtered or not how.same_temperature:
         own_best = drawn_from.best if base is filtered else best if base is row else None
-        scored_by = Exponentials(base, plan.numbers.score_temperature, compute, own_best)
+        temperature, is_finite = plan.numbers.score_temperature, is_finite and not ids
+        scored_by = Exponentials(base, temperature, compute, own_best, is_finite)
     score, log_z = _score(scored_by, token, plan)
     if ids:  # where nothing is left in the score's softmax
         score = torch.where(score.isnan(), 0.0 if how.score == "prob" else -math.inf, score)
-    drawn = torch.where(alive, token + start, -1)
+    drawn = _where(alive, token + start if start else token, -1)
     return (
-        torch.where(known, x.tokens, drawn) if how.holds else drawn,
-        torch.where(scored, score, -math.inf),
-        torch.where(alive, log_z, -math.inf),
+        torch.where(known, x.tokens, drawn) if holds else drawn,
+        _where(scored, score, -math.inf),
+        _where(alive, log_z, -math.inf),
     )
+
+
+def _both(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    """a & b, of which None is true everywhere."""
+    return a if b is None else b if a is None else a & b
+
+
+def _where(condition: torch.Tensor | None, values: torch.Tensor, other: float) -> torch.Tensor:
+    """The values where a condition holds, of which None does everywhere."""
+    return values if condition is None else torch.where(condition, values, other)
 
 
 def _is_on_host(logits: torch.Tensor) -> bool:
@@ -139,9 +158,12 @@ def compute_dtype(plan: StepPlan) -> torch.dtype:
 
 
 def _guided(x: StepInputs, plan: StepPlan) -> torch.Tensor:
-    """The logits as they are, or with guidance mixed in, in the compute dtype."""
+    """The logits, or with guidance mixed in, in the compute dtype."""
     if x.uncond_logits is None:
-        return x.logits
+        is_small = x.logits.numel() <= 2 * PIECE and _is_on_host(x.logits)
+        return (
+            x.logits.float() if is_small else x.logits
+        )  # of which a CPU is quicker to find the largest
     compute = compute_dtype(plan)
     if plan.row.guidance != "float32":
         return _guided_by_operations(x, plan.row.guidance).to(compute)
@@ -179,11 +201,14 @@ def _banned(row: torch.Tensor, x: StepInputs, plan: StepPlan) -> torch.Tensor:
     return row
 
 
-def _cleared(row: torch.Tensor, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """(rows with NaN as -inf and +inf as the largest float32, which have a finite logit, their maxima)."""
+def _cleared(row: torch.Tensor, plan: StepPlan) -> tuple[torch.Tensor, Any, Any]:
+    """(rows with NaN as -inf and +inf as the largest float32, which have a finite logit, their maxima).
+
+    The second is None where all have one, the third where it is not known yet.
+    """
     best = _largest(row) if _is_on_host(row) else None  # NaN where there is one
-    if best is not None and bool((finite := best.values.isfinite()).all()):
-        return row, finite, best
+    if best is not None and math.isfinite(best.values.sum(dtype=torch.float64).item()):
+        return row, None, best
     finite = row.isfinite().any(-1)
     row = row.to(compute_dtype(plan)).nan_to_num(-math.inf, _FLOAT_MAX, -math.inf)
     return row, finite, None
@@ -195,17 +220,17 @@ def _largest(row: torch.Tensor) -> Largest:
     On a CPU torch's maximum with its place takes one logit at a time, that without it a vector: long
     rows are gone through without, span by span, and the place is looked for in the best span alone.
     """
-    vocab = row.shape[-1]
-    if vocab < 32 * SPAN or not _is_on_host(row):
+    vocab, size = row.shape[-1], SPAN.get(row.dtype, 0)
+    if not size or vocab < LEAST_SPANS[row.dtype] * size or not _is_on_host(row):
         return Largest(*row.max(-1))
-    whole = vocab // SPAN * SPAN
-    tops = [row[..., :whole].unflatten(-1, (-1, SPAN)).amax(-1)]
+    whole = vocab // size * size
+    tops = [row[..., :whole].unflatten(-1, (-1, size)).amax(-1)]
     if whole < vocab:
         tops.append(row[..., whole:].amax(-1, keepdim=True))
     values, span = torch.cat(tops, -1).max(-1)
-    columns = (span[..., None] * SPAN + torch.arange(SPAN)).clamp(max=vocab - 1)
+    columns = (span[..., None] * size + torch.arange(size)).clamp(max=vocab - 1)
     inside = row.gather(-1, columns).argmax(-1)  # the first one: the last column may be there twice
-    return Largest(values, span * SPAN + inside)
+    return Largest(values, span * size + inside)
 
 
 def _once(method: Any) -> Any:
@@ -220,10 +245,20 @@ def _once(method: Any) -> Any:
 
 
 class Exponentials:
-    """exp((row - its maximum) / temperature) and what is read off them, each formed when asked for."""
+    """exp((row - its maximum) / temperature) and what is read off them, each formed when asked for.
 
-    def __init__(self, row: torch.Tensor, temperature: float, dtype: torch.dtype, best: Any = None):
-        self.row, self.temperature, self.dtype = row, temperature, dtype
+    best: the largest logits, where they are known; is_finite: whether all of them are known to be.
+    """
+
+    def __init__(
+        self,
+        row: torch.Tensor,
+        temperature: float,
+        dtype: torch.dtype,
+        best: Largest | None = None,
+        is_finite: bool = False,
+    ):
+        self.row, self.temperature, self.dtype, self.is_finite = row, temperature, dtype, is_finite
         self.kept: dict[str, Any] = {} if best is None else {"best": best}
 
     @_once
@@ -233,13 +268,13 @@ class Exponentials:
 
     @_once
     def top(self) -> torch.Tensor:
-        """(B, N, 1), 0 where nothing is finite."""
-        top = self.best.values[..., None].to(self.dtype)
-        return torch.where(top.isfinite(), top, 0.0)
+        """(B, N), 0 where nothing is finite."""
+        top = self.best.values.to(self.dtype)
+        return top if self.is_finite else torch.where(top.isfinite(), top, 0.0)
 
     def scaled(self, row: torch.Tensor) -> torch.Tensor:
         """Some of the row's logits as exponents; finite entries never overflow to NaN."""
-        shifted = row - self.top
+        shifted = row - self.top[..., None]
         return shifted if self.temperature == 1 else shifted.div_(self.temperature)
 
     @_once
@@ -259,12 +294,21 @@ class Exponentials:
         """(B, N); where nothing else is asked for from one softmax, in which the maximum has 1 / total."""
         if "exps" in self.kept:
             return self.leaf_sums.sum(-1)
+        return self.best_prob.reciprocal()
+
+    @_once
+    def best_prob(self) -> torch.Tensor:
+        """The probability (B, N) of the largest logits."""
+        if "exps" in self.kept:
+            return self.total.reciprocal()
         row = self.row if self.temperature == 1 else self.scaled(self.row)
-        row, at = row.flatten(0, -2), self.best.indices.flatten()[:, None]
-        size = max(1, PIECE // row.shape[-1]) if _is_on_host(row) else max(1, len(row))
+        at, size = self.best.indices[..., None], PIECE // row.shape[-1]
+        if row.numel() <= PIECE or not _is_on_host(row):
+            return row.softmax(-1, dtype=self.dtype).gather(-1, at).squeeze(-1)
+        row, at, size = row.flatten(0, -2), at.flatten(0, -2), max(1, size)
         pieces = zip(row.split(size), at.split(size), strict=True)
         probs = [piece.softmax(-1, dtype=self.dtype).gather(-1, i) for piece, i in pieces]
-        return torch.cat(probs).reciprocal().view(self.best.indices.shape)
+        return torch.cat(probs).view(self.best.indices.shape)
 
     def of(self, token: torch.Tensor) -> torch.Tensor:
         """The exponents (B, N) of tokens (B, N)."""
@@ -317,7 +361,10 @@ def _score(
         _ = by.exps  # of which the total is then formed
     total = by.total
     log_total = total.log()
-    log_z = by.top.squeeze(-1) / plan.numbers.score_temperature + log_total
+    log_z = by.top
+    if by.temperature != 1:
+        log_z = log_z / by.temperature
+    log_z = log_z + log_total
     if kind == "logit":
         value = by.row.gather(-1, token[..., None]).squeeze(-1).to(by.dtype)
     elif kind in ("random", "given"):
@@ -330,10 +377,10 @@ def _score(
         value = torch.where(exps > 0, exps * z, 0.0).sum(-1) / total - log_total
     elif kind == "log_prob":
         value = by.of(token) - log_total
-    elif kind == "prob":
+    elif kind == "prob" and token is not by.best.indices:
         value = by.of(token).exp() / total
     else:
-        value = total.reciprocal()
+        value = by.best_prob
     return round_to(value, plan.row.score_dtype), log_z
 
 
@@ -509,5 +556,6 @@ def _choice_noise(x: StepInputs, plan: StepPlan) -> torch.Tensor | None:
 
 def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """`values` rounded to a dtype, in their own."""
-    rounded: torch.Tensor = values.to(getattr(torch, dtype)).to(values.dtype)
-    return rounded
+    if values.dtype == getattr(torch, dtype):
+        return values
+    return values.to(getattr(torch, dtype)).to(values.dtype)
