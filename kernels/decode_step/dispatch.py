@@ -46,6 +46,7 @@ from .inputs import (
     StepInputs,
     complete,
     complete_in_torch,
+    for_program,
     key_words,
     taking_part,
     to_framework,
@@ -376,14 +377,9 @@ def run(name: str, x: StepInputs, plan: StepPlan, logits: Any, chosen: str) -> A
     if chosen == "torch":
         x = complete_in_torch(to_framework(x, "torch", logits), plan)
         return getattr(backend_module(chosen), name)(x, plan, dtype)
-    if chosen == "pallas":
-        seeds = key_words(x.seeds, (x.tokens if x.logits is None else x.logits).shape[0])
-        x = x._replace(seeds=seeds)
-    else:
-        x = complete(x, plan)
     mesh = _mesh(logits)
     chosen = "cpp in jax" if chosen == "cpp" else "jax on a mesh" if mesh is not None else chosen
-    x = to_framework(x, "jax", logits)._replace(mask_token_id=0)
+    x = for_program(x)._replace(mask_token_id=0)
     numbers = arguments_of(plan, chosen, dtype, mask_token_id)
     program = _jitted(name, chosen, mesh)
     return program(x, numbers, mask_token_id, plan.row, plan.commit, dtype)
@@ -436,7 +432,12 @@ def _jitted(name: str, backend: str, sharding: Any = None) -> Any:
         x = x._replace(mask_token_id=mask_token_id)
         if isinstance(numbers, Arguments):
             numbers = numbers.unpacked(float_of(row.is_wide))
-        return function(x, StepPlan(row, commit, numbers), dtype, *more)
+        plan = StepPlan(row, commit, numbers)
+        if backend == "pallas":  # which derives the rest in its kernels
+            x = x._replace(seeds=key_words(x.seeds))
+        else:
+            x = to_framework(complete(x, plan), "jax", x.logits)
+        return function(x, plan, dtype, *more)
 
     return jax.jit(call, static_argnames=("mask_token_id", "row", "commit", "dtype"))
 

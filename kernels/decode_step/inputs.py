@@ -112,7 +112,7 @@ def complete(x: StepInputs, plan: StepPlan) -> StepInputs:
     return x._replace(
         eligible=eligible,
         num_masked_at_start=eligible.sum(1) if start is None else start,
-        seeds=key_words(x.seeds, batch),
+        seeds=key_words(x.seeds),
         positions=_rows_of_positions(batch, length) if x.positions is None else x.positions,
     )
 
@@ -131,7 +131,7 @@ def complete_in_torch(x: StepInputs, plan: StepPlan) -> StepInputs:
     needs_positions = x.positions is None and x.seeds is not None
     if needs_positions:
         x = x._replace(positions=torch.arange(length, device=model.device).expand(batch, length))
-    return x if x.seeds is None else x._replace(seeds=key_words(x.seeds, batch))
+    return x if x.seeds is None else x._replace(seeds=key_words(x.seeds))
 
 
 def taking_part(rule: StepRule | RowPlan, tokens: Any, mask_token_id: int, eligible: Any) -> Any:
@@ -192,6 +192,17 @@ def to_framework(x: StepInputs, native: str, logits: Any) -> StepInputs:
     return StepInputs._make(fields)
 
 
+def for_program(x: StepInputs) -> StepInputs:
+    """The inputs as a jitted program takes them: seeds as words, since jax may have no 64-bit integers."""
+    seeds = x.seeds if kind_of(x.seeds) == "jax" else key_words(x.seeds)
+    fields = list(x._replace(seeds=seeds))
+    for i, _ in _ARRAYS:
+        value = fields[i]
+        if kind_of(value) != "numpy":  # which goes in as it is
+            fields[i] = _strongly_typed(to_kind(value, "jax"))
+    return StepInputs._make(fields)
+
+
 def _strongly_typed(x: Any) -> Any:
     """A jax array without jax's weak type (jnp.full's of a number), for which a program is compiled anew."""
     return x.astype(x.dtype) if getattr(x, "weak_type", False) else x
@@ -209,7 +220,7 @@ def to_gpu(x: StepInputs, logits: Any) -> StepInputs:
     return x._replace(**{k: to_kind(v, "torch").to(device) for k, v in plain.items()})
 
 
-def key_words(seeds: Any, batch: int) -> Any:
+def key_words(seeds: Any) -> Any:
     """(B, 2) words of the 64-bit seeds, uint32 (in torch int64), in the library of `seeds`."""
     if seeds is None:
         return None

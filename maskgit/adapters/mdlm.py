@@ -194,7 +194,7 @@ def choice_gumbel(seeds: Any, shape: Any, step: int, device: Any) -> Any:
     from ..kernels.decode_step.inputs import key_words
 
     place = torch.arange(shape[1], device=device).expand(shape)
-    return gumbel(key_words(seeds, shape[0]), place, step, STREAM_CHOICE, 1)[..., 0]
+    return gumbel(key_words(seeds), place, step, STREAM_CHOICE, 1)[..., 0]
 
 
 def happens(chance: Any, gumbels: Any) -> Any:

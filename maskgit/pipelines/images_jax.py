@@ -133,7 +133,7 @@ def generate(
     seeds = seeds if isinstance(seeds, jax.Array) else np.asarray(seeds)
     if "key" not in dtype_name(seeds):
         check_integers("seeds", seeds)
-    words = key_words(seeds, size[0])
+    words = key_words(seeds)
     backend_for(tokens, backend)
     run = _program(config, step_rule, steps, scale, backend, active())
     out: jax.Array = run(weights.params, jnp.asarray(tokens), class_ids, jnp.asarray(words))

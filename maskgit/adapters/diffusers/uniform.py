@@ -165,7 +165,7 @@ def _keys(seeds: Any, sample: Any) -> tuple[Any, Any]:
     from ...kernels.decode_step.inputs import key_words
 
     place = torch.arange(sample.shape[1], device=sample.device).expand(sample.shape)
-    return key_words(seeds_like(seeds, sample), len(sample)), place
+    return key_words(seeds_like(seeds, sample)), place
 
 
 @lru_cache(maxsize=64)
