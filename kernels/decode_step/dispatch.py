@@ -347,7 +347,8 @@ def sample_tokens(
 def call(name: str, x: StepInputs, plan: StepPlan, logits: Any, backend: str) -> Any:
     """Run a backend on inputs that have been checked; `logits` says of which kind and dtype they are."""
     chosen = backend_for(logits, backend)
-    return run(name, as_taken(x, chosen, logits), plan, logits, chosen)
+    out = run(name, as_taken(x, chosen, logits), plan, logits, chosen)
+    return like_all(out, logits) if chosen == "triton" else out  # to the host, if they were there
 
 
 def as_taken(x: StepInputs, chosen: str, logits: Any) -> StepInputs:
@@ -372,8 +373,7 @@ def run(name: str, x: StepInputs, plan: StepPlan, logits: Any, chosen: str) -> A
     if _on_host(chosen, logits):
         return getattr(backend_module(chosen), name)(complete(x, plan), plan, dtype)
     if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
-        out = getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
-        return tuple(like(array, logits) for array in out)  # to the host, if they were there
+        return getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
     if chosen == "torch":
         x = complete_in_torch(to_framework(x, "torch", logits), plan)
         return getattr(backend_module(chosen), name)(x, plan, dtype)

@@ -28,6 +28,7 @@ from ..common.arrays import (
     library_of,
     place_of,
     signed,
+    to_kind,
     to_numpy,
 )
 from .inputs import UNSIGNED, StepInputs
@@ -94,7 +95,7 @@ def admit(
     """
     for name in _COUNTS:
         if given.get(name) is not None:
-            given[name] = _as_counts(name, given[name], model.shape[0])
+            given[name] = _as_counts(name, given[name], model)
     arrays = tuple([(name, facts(x)) for name, x in given.items() if x is not None])
     unsigned = _check_facts(
         facts(model), vocab, rule, int(mask_token_id), "tokens" in given, arrays
@@ -304,14 +305,15 @@ def _check_start(rule: StepRule, plan: StepPlan, x: StepInputs, step: Any, token
             )
 
 
-def _as_counts(name: str, given: Any, batch: int) -> Any:
-    """Numbers of positions, or one for all sequences, as an array."""
+def _as_counts(name: str, given: Any, model: Any) -> Any:
+    """Numbers of positions, or one for all sequences, as an array; beside tensors as one."""
     if kind_of(given) not in (None, "numpy"):
         return given
     array = np.asarray(given)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got {given!r}")
-    return np.full(batch, array, np.int64) if array.ndim == 0 else array
+    array = np.full(model.shape[0], array, np.int64) if array.ndim == 0 else array
+    return to_kind(array, "torch", model.device) if kind_of(model) == "torch" else array
 
 
 def columns(logits: Any, rule: StepRule) -> Any:

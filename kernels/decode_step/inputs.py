@@ -213,7 +213,9 @@ def to_gpu(x: StepInputs, logits: Any) -> StepInputs:
     import torch
 
     device = logits.device if kind_of(logits) == "torch" else torch.device("cpu")
-    if device.type == "cpu" and not is_interpreting():
+    if device.type != "cpu":  # as all are
+        return x
+    if not is_interpreting():
         device = torch.device("cuda")
     fields = {k: v for k, v in x._asdict().items() if v is not None and k not in _SCALARS}
     plain = {k: v if k == "seeds" else _signed_for_torch(v) for k, v in fields.items()}

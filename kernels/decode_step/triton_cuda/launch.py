@@ -2,7 +2,7 @@
 
 Two kernels a step: `sample_kernel` (rows.py) reads the logits of the masked positions once and
 leaves a candidate and a score each; `commit_kernel` (commit.py), one program a sequence, counts,
-selects and re-masks.  Between them lies one temporary of two numbers a position, and where few long
+selects and re-masks.  Between them lie two numbers a position, and where few long
 rows are shared between programs nine numbers a program, less than a thousandth of the logits.
 
 Nothing waits for the device's work, and nothing is computed on the host from its values.  Tables of counts
@@ -15,9 +15,8 @@ Triton's interpreter: that is how they are tested where there is no GPU.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,111 +51,171 @@ def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, An
         raise ValueError(
             f"tokens: backend 'triton' expected at most {MOST_POSITIONS} positions, got {length}"
         )
-    device = x.tokens.device
-    kind = torch.float64 if plan.commit.is_wide else torch.float32
+    device, n = x.tokens.device, plan.numbers
     tokens = x.tokens.contiguous()
-    next_tokens, candidates = torch.empty_like(tokens), torch.empty_like(tokens)
+    next_tokens = torch.empty(tokens.shape, dtype=tokens.dtype, device=device)
+    candidates = torch.empty(tokens.shape, dtype=tokens.dtype, device=device)
+    kind = torch.float64 if plan.commit.is_wide else torch.float32
     confidence = torch.empty(tokens.shape, dtype=kind, device=device)
     if batch * length == 0:
         return next_tokens, candidates, confidence
-    x = x._replace(tokens=tokens)
+    rows, commit = _launches(plan, dtype, _layout(x), device)
+    given = tokens, as_bytes(x.eligible), seed_words(x.seeds), flat(x.positions)
+    values = numbers(x, plan, rows.sizes[2])
     with on(device):
         if x.drawn is None:
-            rows = _rows(x, plan, dtype, False)
-            rows.sample(x, plan, None)
+            drawn, score, parts = _temporary(
+                batch * length, rows.spec.splits, rows.spec.wide, device
+            )
+            _sample(rows, x, given, (drawn, score, None, parts), values)
         else:
-            rows = _given(x, plan)
-        _commit(x, plan, dtype, rows, next_tokens, candidates, confidence)
+            drawn, score, parts = x.drawn.contiguous(), x.scores.contiguous(), None
+        table = _table(plan, device) if n.table.size else None
+        commit_kernel[(batch,)](
+            x.logits, x.uncond_logits, *given, drawn, score, parts, *rows.sizes, *rows.strides, *values,
+            next_tokens, candidates, confidence, flat(x.choice_gumbel), flat(x.scores),
+            flat(x.num_masked_at_start), flat(x.num_commit), table, n.table.size, batch,
+            n.choice_temperature, n.commit_fraction, n.commit_below, n.remask_below, n.remask_chance,
+            _bounds(plan), F=commit.finishing, S=commit.spec, **commit.options,
+        )  # fmt: skip
     return next_tokens, candidates, confidence
 
 
 def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(candidate or -1, score, log_z), each (B, N)."""
-    batch, length, _ = x.logits.shape
+    shape, device = x.logits.shape[:2], x.logits.device
     kind = torch.float64 if plan.row.is_wide else torch.float32
-    shape, device = (batch, length), x.logits.device
     drawn = torch.empty(shape, dtype=torch.int64, device=device)
     score = torch.empty(shape, dtype=kind, device=device)
     log_z = torch.empty(shape, dtype=kind, device=device)
-    if batch * length > 0:
-        x = x if x.tokens is None else x._replace(tokens=x.tokens.contiguous())
-        with on(device):
-            rows = _rows(x, plan, dtype, True)._replace_outputs(drawn, score)
-            rows.sample(x, plan, log_z)
-            rows.merge(x, plan, log_z)
+    if drawn.numel() == 0:
+        return drawn, score, log_z
+    rows = _row_launch(plan, dtype, _layout(x), device, True)
+    given = flat(x.tokens), as_bytes(x.eligible), seed_words(x.seeds), flat(x.positions)
+    values = numbers(x, plan, rows.sizes[2])
+    with on(device):
+        out = drawn, score, log_z, _shares(drawn.numel(), rows.spec.splits, kind, device)
+        _sample(rows, x, given, out, values)
+        if rows.merged is not None:  # programs shared rows
+            merge_kernel[(-(-drawn.numel() // rows.merged.rows),)](
+                x.logits, x.uncond_logits, *given, *out, *rows.sizes, *rows.strides, *values,
+                F=rows.merged, **options(4, 168),
+            )  # fmt: skip
     return drawn, score, log_z
 
 
-@dataclass
-class _Rows:
-    """One launch over rows of logits: its specialisation, its outputs, its arguments."""
+def _sample(
+    rows: RowLaunch, x: StepInputs, given: tuple[Any, ...], out: tuple[Any, ...],
+    values: tuple[Any, ...],
+) -> None:  # fmt: skip
+    """Launch `sample_kernel`."""
+    sample_kernel[rows.grid](
+        x.logits, x.uncond_logits, x.token_gumbel, *given, *out, *rows.sizes, *rows.strides,
+        *rows.noise_strides, *values, S=rows.spec, **rows.options,
+    )  # fmt: skip
+
+
+class Layout(NamedTuple):
+    """How the rows of a call lie in memory, as far as a launch depends on it; strides in elements.
+
+    misalignment: logits between a multiple of 16 bytes and the first; is_twin: rows of neighbours lie
+    equally far from such a multiple in the unconditional logits too.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] = (0, 0, 0)
+    misalignment: int = 0
+    uncond_strides: tuple[int, ...] | None = None
+    is_twin: bool = False
+    noise_strides: tuple[int, ...] | None = None
+
+
+def _layout(x: StepInputs) -> Layout:
+    if x.logits is None:
+        return Layout((*x.tokens.shape, 0))
+    logits, uncond, noise = x.logits, x.uncond_logits, x.token_gumbel
+    return Layout(
+        logits.shape,
+        logits.stride(),
+        logits.data_ptr() % 16 // logits.element_size(),
+        None if uncond is None else uncond.stride(),
+        uncond is not None and _lie_alike(logits, uncond),
+        None if noise is None else noise.stride(),
+    )
+
+
+class RowLaunch(NamedTuple):
+    """What calls of one layout share: the specialisation of `sample_kernel`, its grid, its strides.
+
+    sizes: rows, N, V; strides: of the logits, their misalignment, of the unconditional ones; merged: the
+    specialisation of `merge_kernel`, where programs share rows.
+    """
 
     spec: RowSpec
+    grid: tuple[int, int]
+    sizes: tuple[int, int, int]
+    strides: tuple[int, ...]
+    noise_strides: tuple[int, ...]
     options: dict[str, int]
-    drawn: torch.Tensor
-    score: torch.Tensor
-    parts: torch.Tensor | None
-    logits: tuple[Any, ...]
-    num_rows: int
-    length: int
-    vocab: int
-    numbers: tuple[Any, ...]
-
-    def _replace_outputs(self, drawn: torch.Tensor, score: torch.Tensor) -> _Rows:
-        return dataclasses.replace(self, drawn=drawn, score=score)
-
-    def sample(self, x: StepInputs, plan: StepPlan, log_z: torch.Tensor | None) -> None:
-        """Launch `sample_kernel`."""
-        pointers, strides, uncond_strides = self.logits
-        noise = x.token_gumbel
-        noise_strides = (0, 0, 0) if noise is None else noise.stride()
-        grid = (-(-self.num_rows // self.spec.rows), self.spec.splits)
-        sample_kernel[grid](
-            *pointers, noise, x.tokens, as_bytes(x.eligible), seed_words(x.seeds), flat(x.positions),
-            self.drawn, self.score, log_z, self.parts, self.num_rows, self.length, self.vocab,
-            *strides, *uncond_strides, *noise_strides, *self.numbers, S=self.spec,
-            **self.options,
-        )  # fmt: skip
-
-    def merge(self, x: StepInputs, plan: StepPlan, log_z: torch.Tensor) -> None:
-        """Launch `merge_kernel`, where programs shared rows."""
-        if self.spec.splits == 1:
-            return
-        pointers, strides, uncond_strides = self.logits
-        spec = dataclasses.replace(self.spec, rows=4)
-        merge_kernel[(-(-self.num_rows // 4),)](
-            *pointers, x.tokens, as_bytes(x.eligible), seed_words(x.seeds), flat(x.positions),
-            self.drawn, self.score, log_z, self.parts, self.num_rows, self.length, self.vocab,
-            *strides, *uncond_strides, *self.numbers, F=spec, **options(4, 168),
-        )  # fmt: skip
+    merged: RowSpec | None
 
 
-def _rows(x: StepInputs, plan: StepPlan, dtype: str, wants_z: bool) -> _Rows:
-    """The launch for the rows of (B, N, V) logits."""
-    batch, length, vocab = x.logits.shape
-    size = x.logits.element_size()
-    vec = 16 // size
-    head = x.logits.data_ptr() % 16 // size  # logits between a multiple of 16 bytes and the first
-    strides = x.logits.stride()
-    shifted = strides[2] == 1 and bool(head or any(s % vec for s in strides[:2]))
-    spec = row_spec(x, plan, dtype, x.uncond_logits is not None, wants_z)
+@lru_cache(maxsize=4096)
+def _row_launch(
+    plan: StepPlan, dtype: str, layout: Layout, device: torch.device, wants_z: bool
+) -> RowLaunch:
+    batch, length, vocab = layout.shape
+    num_rows, strides = batch * length, layout.strides
+    none = (0, 0, 0)
+    uncond_strides, noise_strides = layout.uncond_strides or none, layout.noise_strides or none
+    every = (*strides, layout.misalignment, *uncond_strides)
+    if not vocab:  # candidates are given
+        return RowLaunch(RowSpec(), (0, 0), (num_rows, length, 0), every, none, {}, None)
+    vec = 128 // torch.finfo(getattr(torch, dtype)).bits
+    shifted = strides[2] == 1 and bool(layout.misalignment or any(s % vec for s in strides[:2]))
+    is_guided = layout.uncond_strides is not None
+    spec = _row_spec(plan.row, layout.noise_strides is not None, is_guided, dtype, wants_z)
     heavy = spec.wide or spec.score == "margin" or spec.draw in ("greedy_probs", "noise")
-    tiling = tiles(batch * length, vocab, strides[2] == 1, heavy, dtype, x.logits.device)
+    tiling = tiles(num_rows, vocab, strides[2] == 1, heavy, dtype, device)
     # rows that start anywhere: Triton 3.6 wants 230 registers, 3.9 from 168 to 200
     crowded = _is_crowded(spec) or shifted
     splits = tiling["splits"] if spec.quick else 1
-    uncond_strides = (0, 0, 0) if x.uncond_logits is None else x.uncond_logits.stride()
     spec = dataclasses.replace(
         spec, rows=tiling["rows"], leaves=tiling["leaves"], vec=vec, splits=splits,
         dense=strides[2] == 1, shifted=shifted, ragged=shifted or vocab % vec != 0,
-        twin=x.uncond_logits is not None and _lie_alike(x.logits, x.uncond_logits),
+        twin=layout.is_twin,
     )  # fmt: skip
-    drawn, score, parts = _temporary(batch * length, splits, spec.wide, x.logits.device)
-    return _Rows(
-        spec, options(tiling["warps"], 255 if crowded else tiling["registers"]), drawn, score, parts,
-        ((x.logits, x.uncond_logits), (*strides, head), uncond_strides), batch * length, length,
-        vocab, numbers(x, plan, vocab),
-    )  # fmt: skip
+    return RowLaunch(
+        spec,
+        (-(-num_rows // spec.rows), splits),
+        (num_rows, length, vocab),
+        every,
+        noise_strides,
+        options(tiling["warps"], 255 if crowded else tiling["registers"]),
+        dataclasses.replace(spec, rows=4) if splits > 1 else None,
+    )
+
+
+class CommitLaunch(NamedTuple):
+    """What calls of one layout share: the specialisations of `commit_kernel`."""
+
+    spec: CommitSpec
+    finishing: RowSpec | None
+    options: dict[str, int]
+
+
+@lru_cache(maxsize=4096)
+def _launches(
+    plan: StepPlan, dtype: str, layout: Layout, device: torch.device
+) -> tuple[RowLaunch, CommitLaunch]:
+    """Those of a step."""
+    rows, length = _row_launch(plan, dtype, layout, device, False), layout.shape[1]
+    block = max(16, 1 << (length - 1).bit_length())
+    spec, finishing = _commit_spec(plan.commit, block), None
+    if rows.spec.splits > 1:
+        together = 16 if _is_crowded(rows.spec) else 32  # rows whose leaf fits into registers
+        finishing = dataclasses.replace(rows.spec, rows=min(block, together))
+    return rows, CommitLaunch(spec, finishing, _commit_options(spec, finishing is not None))
 
 
 def _is_crowded(spec: RowSpec) -> bool:
@@ -171,40 +230,6 @@ def _lie_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
     distances = (a.data_ptr() - b.data_ptr(), *apart)
     return a.stride(2) == b.stride(2) == 1 and all(n % 16 == 0 for n in distances)
-
-
-def _given(x: StepInputs, plan: StepPlan) -> _Rows:
-    """Candidates and scores that are there already."""
-    drawn, score = x.drawn.contiguous(), x.scores.contiguous()
-    batch, length = drawn.shape
-    none: tuple[Any, ...] = ((None, None), (0, 0, 0, 0), (0, 0, 0))
-    return _Rows(
-        RowSpec(), {}, drawn, score, None, none, batch * length, length, 0, numbers(x, plan, 0)
-    )
-
-
-def _commit(
-    x: StepInputs, plan: StepPlan, dtype: str, rows: _Rows, next_tokens: torch.Tensor,
-    candidates: torch.Tensor, confidence: torch.Tensor,
-) -> None:  # fmt: skip
-    """Launch `commit_kernel`."""
-    batch, length = x.tokens.shape
-    block = max(16, 1 << (length - 1).bit_length())
-    spec = _commit_spec(plan.commit, block)
-    shared = rows.spec.splits > 1
-    together = 16 if _is_crowded(rows.spec) else 32  # rows whose leaf fits into registers
-    finishing = dataclasses.replace(rows.spec, rows=min(block, together)) if shared else None
-    pointers, strides, uncond_strides = rows.logits
-    n = plan.numbers
-    table = _table(plan, x.tokens.device) if n.table.size else None
-    commit_kernel[(batch,)](
-        *pointers, x.tokens, as_bytes(x.eligible), seed_words(x.seeds), flat(x.positions), rows.drawn,
-        rows.score, rows.parts, rows.num_rows, length, rows.vocab, *strides, *uncond_strides,
-        *rows.numbers, next_tokens, candidates, confidence, flat(x.choice_gumbel), flat(x.scores),
-        flat(x.num_masked_at_start), flat(x.num_commit), table, n.table.size, batch,
-        n.choice_temperature, n.commit_fraction, n.commit_below, n.remask_below, n.remask_chance,
-        _bounds(plan), F=finishing, S=spec, **_commit_options(spec, shared),
-    )  # fmt: skip
 
 
 def _commit_options(spec: CommitSpec, shared: bool) -> dict[str, int]:
@@ -344,15 +369,18 @@ def tiles(
 
 
 def _temporary(rows: int, splits: int, wide: bool, device: torch.device) -> tuple[Any, Any, Any]:
-    """Candidates, scores and the shares of rows, in one allocation."""
+    """Candidates, scores and the shares of rows, between the two kernels of a step."""
     kind, integer = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
-    shares = NUM_PARTS * splits if splits > 1 else 0
-    each = (
-        -(-rows // 4) * 4
-    )  # all start at a multiple of 16 bytes, or other kernels would be compiled
-    memory = torch.empty(2 * each + shares * rows, dtype=kind, device=device)
-    parts = memory[2 * each :] if shares else None
-    return memory[:rows].view(integer), memory[each : each + rows], parts
+    drawn = torch.empty(rows, dtype=integer, device=device)
+    score = torch.empty(rows, dtype=kind, device=device)
+    return drawn, score, _shares(rows, splits, kind, device)
+
+
+def _shares(rows: int, splits: int, kind: torch.dtype, device: torch.device) -> Any:
+    """What programs that share rows leave of them; None where none do."""
+    if splits == 1:
+        return None
+    return torch.empty(NUM_PARTS * splits * rows, dtype=kind, device=device)
 
 
 def seed_words(seeds: torch.Tensor | None) -> torch.Tensor | None:
