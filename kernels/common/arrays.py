@@ -168,8 +168,11 @@ def like(result: Any, model: Any) -> Any:
 
 def like_all(results: Sequence[Any], model: Any) -> list[Any]:
     """A backend's own results, fresh arrays of one library, as arrays like `model`."""
-    if kind_of(model) == "torch" and type(results[0]) is np.ndarray and model.device.type == "cpu":
-        return list(map(sys.modules["torch"].from_numpy, results))
+    if kind_of(model) == "torch":
+        if type(results[0]) is np.ndarray and model.is_cpu:
+            return list(map(sys.modules["torch"].from_numpy, results))
+        if kind_of(results[0]) == "torch" and results[0].device == model.device:
+            return list(results)
     return [like(result, model) for result in results]
 
 

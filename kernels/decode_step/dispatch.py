@@ -150,12 +150,8 @@ def decode_step(
         "tokens": tokens, "num_masked_at_start": num_masked_at_start, "seeds": seeds,
         "token_gumbel": token_gumbel, "choice_gumbel": choice_gumbel, "eligible": eligible,
         "scores": scores, "num_commit": num_commit, "positions": positions,
-    })  # fmt: skip
-    x = x._replace(
-        logits=_own_columns(logits, rule),
-        uncond_logits=_own_columns(uncond_logits, rule),
-        guidance_scale=scale,
-    )
+    }, logits=_own_columns(logits, rule), uncond_logits=_own_columns(uncond_logits, rule),
+        guidance_scale=scale)  # fmt: skip
     x = as_taken(x, chosen, logits)
     check_values(x, vocab, rule, plan, step)
     out = run("decode_step", x, plan, logits, chosen)
@@ -333,8 +329,8 @@ def sample_tokens(
         )
     given = {"seeds": seeds, "positions": positions, "token_gumbel": token_gumbel}
     chosen = backend_for(logits, backend)
-    x = admit(logits, vocab, rule, plan, -1, given)
-    x = as_taken(x._replace(logits=_own_columns(logits, rule)), chosen, logits)
+    x = admit(logits, vocab, rule, plan, -1, given, logits=_own_columns(logits, rule))
+    x = as_taken(x, chosen, logits)
     check_values(x, vocab, rule, plan, step)
     out = run("sample_tokens", x, plan, logits, chosen)
     drawn, score, log_z = like_all(out, logits)

@@ -82,14 +82,16 @@ def admit(
     plan: StepPlan,
     mask_token_id: int,
     given: dict[str, Any],
+    **rest: Any,
 ) -> StepInputs:
-    """The inputs of a step as they are given, logits to be filled in; `check_values` is left to do.
+    """The inputs of a step as they are given; `check_values` is left to do.
 
     Args:
         model: (B, N, ...), logits, hidden states or scores: the others must be of its library and on
             its device.
         vocab: V; None for candidates in place of logits.
         given: arrays by their fields in `StepInputs`; without "tokens" rows are drawn, none is committed.
+        rest: other fields, which are not looked at here.
 
     `inputs.complete` makes of them what a backend needs that does not derive it from the tokens.
     """
@@ -111,7 +113,7 @@ def admit(
         batch, length = tokens.shape
         whole = library_of(tokens).full((batch,), length, **place_of(tokens))
         given["num_masked_at_start"] = whole
-    return StepInputs(mask_token_id=mask_token_id, **given)
+    return StepInputs(mask_token_id=mask_token_id, **given, **rest)
 
 
 _LAST_ID = 2**63 - 1
