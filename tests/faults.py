@@ -64,18 +64,18 @@ FAULTS = (
     Fault(STEP + "reference.py", "ends = how.factor_tail and", "ends = not how.factor_tail and", "tests/test_golden.py -k reference-fast-dllm-factor"),
     Fault(STEP + "reference.py", "eligible = x.eligible & (~known | how.revises)", "eligible = x.eligible & ~known", "tests/test_golden.py -k reference-soundstorm"),
     # plain torch
-    Fault(STEP + "plain/torch_ref.py", "exact = eligible & (rank < now - stay)", "exact = eligible & (rank <= now - stay)", contract("torch", "preset")),
+    Fault(STEP + "plain/commit.py", "exact = eligible & (rank < now - stay)", "exact = eligible & (rank <= now - stay)", contract("torch", "preset")),
     Fault(STEP + "plain/torch_ref.py", "nan_to_num(-math.inf, _FLOAT_MAX, -math.inf)", "nan_to_num(_FLOAT_MAX, _FLOAT_MAX, -math.inf)", contract("torch")),
     Fault(STEP + "plain/torch_ref.py", "if whole < vocab:", "if whole + 1 < vocab:", "tests/test_semantics.py -k plain_maximum"),
     Fault(STEP + "plain/torch_ref.py", "return leaf * LEAF + token * GROUPS + group", "return leaf * LEAF + group * PER_GROUP + token", contract("torch", "preset")),
     Fault(STEP + "plain/torch_ref.py", "within = (total if below else total - ranked) <= limit", "within = total <= limit", contract("torch")),
-    Fault(STEP + "plain/torch_ref.py", 'index = now.sum().expand_as(now) if how.count_rows == "mean" else now', "index = now", contract("torch", "preset")),
-    Fault(STEP + "plain/torch_ref.py", "target.minimum(limit - 1) if", "target.minimum(limit) if", contract("torch")),
+    Fault(STEP + "plain/commit.py", 'base = np.broadcast_to(now.sum(), now.shape) if how.count_rows == "mean" else now', "base = now", contract("torch", "preset")),
+    Fault(STEP + "plain/commit.py", "np.minimum(target, limit - 1) if", "np.minimum(target, limit) if", contract("torch")),
     # plain jax
-    Fault(STEP + "plain/jax_ref.py", "exact = eligible & (rank < now - stay)", "exact = eligible & (rank <= now - stay)", contract("jax", "preset")),
+    Fault(STEP + "plain/commit.py", "follows = np.concatenate((np.zeros_like(eligible[:, :1])", "follows = np.concatenate((np.ones_like(eligible[:, :1])", contract("jax", "preset")),
     Fault(STEP + "plain/jax_ref.py", "return jnp.where(odd, -jnp.inf, row)", "return row", contract("jax")),
-    Fault(STEP + "plain/jax_ref.py", "confidence >= floor)", "confidence > floor)", contract("jax")),
-    Fault(STEP + "plain/jax_ref.py", "elif noise is not None and how.adds_noise:", "elif False:", contract("jax", "preset")),
+    Fault(STEP + "plain/commit.py", "confidence >= floor)", "confidence > floor)", contract("jax")),
+    Fault(STEP + "plain/commit.py", "elif noise is not None and how.adds_noise:", "elif False:", contract("jax", "preset")),
     # what a compiled program is told apart by
     Fault(STEP + "dispatch.py", 'static_argnames=("mask_token_id", "row", "commit", "dtype"))', 'static_argnames=("mask_token_id", "row", "commit", "dtype", "numbers"))', "tests/test_jax_switches.py -k share"),
     Fault(STEP + "rule/plan.py", "return Arguments(np.uint32(step),", "return Arguments(np.uint32(0),", contract("jax", "preset")),
@@ -83,8 +83,8 @@ FAULTS = (
     # words of keys, positions, checks
     Fault(STEP + "inputs.py", "torch.stack([wide & 0xFFFFFFFF, (wide >> 32) & 0xFFFFFFFF], dim=1)", "torch.stack([(wide >> 32) & 0xFFFFFFFF, wide & 0xFFFFFFFF], dim=1)", contract("torch", "preset")),
     Fault("kernels/common/philox/stream.py", "STREAM_CHOICE = ", "STREAM_CHOICE = 0 * ", "tests/test_philox.py tests/test_semantics.py tests/test_sampling.py"),
-    Fault(STEP + "checks.py", "bad = ids[(ids < 0) | (ids >= top)]", "bad = ids[ids < 0]", "tests/test_errors.py"),
-    Fault(STEP + "inputs.py", "short = np.flatnonzero(to_numpy(start) < now)", "short = np.flatnonzero(to_numpy(start) < 0)", "tests/test_arguments.py -k counts"),
+    Fault(STEP + "door.py", "0 <= min(counts) <= max(counts) <= length", "0 <= min(counts)", "tests/test_arguments.py -k every_call"),
+    Fault(STEP + "door.py", "masked & to_numpy(x.eligible)).sum(1)", "masked).sum(1)", "tests/test_arguments.py tests/test_generate.py"),
     Fault("kernels/common/rounding.py", "(bits + 0x7FFF + ((bits >> 16) & 1))", "(bits + 0x8000)", "tests/test_thresholds.py tests/test_semantics.py tests/test_contract.py -k bfloat16"),
     # C++
     Fault("csrc/select.cpp", "confidence > other.confidence : position < other.position", "confidence > other.confidence : position > other.position", contract("cpp")),

@@ -442,7 +442,7 @@ def test_what_was_let_in_once_is_looked_at_again(backend: str) -> None:
             with pytest.raises((TypeError, ValueError), match=message):
                 maskgit.decode_step(**given | {name: value} | narrow, backend=backend)
     noise = maskgit.StepNoise(choice_gumbel=torch.zeros(2, 6).requires_grad_())
-    with pytest.raises(ValueError, match="noise.choice_gumbel: decoding has no gradient"):
+    with pytest.raises(ValueError, match=r"noise\.choice_gumbel: decoding has no gradient"):
         maskgit.decode_step(**given, noise=noise, backend=backend)
 
 

@@ -57,8 +57,8 @@ def test_large_scores_and_nothing():
 def test_what_does_not_fit_is_refused():
     q = jnp.zeros((1, 8, 64, 128), jnp.float32)
     k = jnp.zeros((1, 20_000, 1, 128), jnp.float32)
-    assert not pallas_tpu.fits(q, jnp.zeros((1, 70_000, 64, 128), jnp.float32))
-    assert not pallas_tpu.fits(q.astype(jnp.float16), k)
+    assert not pallas_tpu.suits(q, jnp.zeros((1, 70_000, 64, 128), jnp.float32))
+    assert not pallas_tpu.suits(q.astype(jnp.float16), k)
     with pytest.raises(ValueError, match="fit in VMEM"):
         pallas_tpu.attention_spec(q, jax.ShapeDtypeStruct((1, 70_000, 64, 128), q.dtype), False)
     with pytest.raises(ValueError, match="expected float32 or bfloat16"):

@@ -81,7 +81,7 @@ def attention_kernel(scale: Any, *refs: Any, spec: AttentionSpec) -> None:
     out_ref[...] = joined.astype(out_ref.dtype)
 
 
-def fits(q: Any, k: Any) -> bool:
+def suits(q: Any, k: Any) -> bool:
     """Whether the kernel serves these shapes and dtypes."""
     try:
         attention_spec(q, k, False)

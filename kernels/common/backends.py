@@ -6,13 +6,17 @@ and the environment variable MASKGIT_BACKEND speaks to "auto" alone.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from . import ffi
+from .arrays import is_on_host, is_traced
 from .extras import DISTRIBUTION
 from .names import unknown
 from .simulation import is_compiling, is_simulating
@@ -54,15 +58,6 @@ def _triton() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def on_tpu(x: object) -> bool:
-    """Whether a jax array is on a TPU, or will be, under a trace."""
-    import jax
-
-    if isinstance(x, jax.core.Tracer):
-        return _has_tpu()
-    return all(d.platform == "tpu" for d in x.devices())  # type: ignore[attr-defined]
-
-
 def _wide() -> str | None:
     import jax
 
@@ -88,17 +83,57 @@ def _pallas() -> str | None:
     )
 
 
-# name -> (reason why it cannot run here or None, array kind it computes in)
-BACKENDS: dict[str, tuple[Callable[[], str | None], str]] = {
-    "triton": (_triton, "torch"),
-    "pallas": (_pallas, "jax"),
-    "cpp": (_cpp, "numpy"),
-    "torch": (_needs("torch"), "torch"),
-    "jax": (_needs("jax"), "jax"),
-    "reference": (lambda: None, "numpy"),
+class Backend(NamedTuple):
+    """Why it cannot run here (None where it can), whose arrays it computes in, its module for each op."""
+
+    why_missing: Callable[[], str | None]
+    arrays: str
+    modules: dict[str, str]  # below kernels/
+
+
+def _in_folder(folder: str) -> dict[str, str]:
+    return {op: f"{op}.{folder}" for op in ("decode_step", "head_sample", "attention")}
+
+
+BACKENDS = {
+    "triton": Backend(_triton, "torch", _in_folder("triton_cuda.launch")),
+    "pallas": Backend(
+        _pallas, "jax", _in_folder("pallas_tpu.launch") | {"attention": "attention.pallas_tpu"}
+    ),
+    "cpp": Backend(_cpp, "numpy", {"decode_step": "decode_step.cpu.launch"}),
+    "torch": Backend(
+        _needs("torch"),
+        "torch",
+        {"decode_step": "decode_step.plain.torch_ref", "attention": "attention.torch_ref"},
+    ),
+    "jax": Backend(
+        _needs("jax"),
+        "jax",
+        {"decode_step": "decode_step.plain.jax_ref", "attention": "attention.jax_ref"},
+    ),
+    "reference": Backend(
+        lambda: None,
+        "numpy",
+        {"decode_step": "decode_step.reference", "attention": "attention.reference"},
+    ),
 }
 
+
+@cache
+def module_of(op: str, backend: str) -> ModuleType:
+    """The module of a backend for an op, where `choose` has found it able to run."""
+    return importlib.import_module(f"..{BACKENDS[backend].modules[op]}", __package__)
+
+
 TRACED = "a traced array"  # stands for its device
+
+
+def device_of(x: Any) -> str:
+    """The device of an array by name, "cpu" for all on the host."""
+    if is_on_host(x):
+        return "cpu"
+    return TRACED if is_traced(x) else str(getattr(x, "device", TRACED))
+
 
 # What "auto" tries, in order, by (array kind, device type).
 _AUTO = {
@@ -114,7 +149,7 @@ _AUTO = {
 
 @cache
 def _probed(name: str) -> str | None:
-    return BACKENDS[name][0]()
+    return BACKENDS[name].why_missing()
 
 
 def why_missing(name: str) -> str | None:
@@ -187,11 +222,13 @@ def check_able(backend: str) -> str:
     return backend
 
 
-def choose(backend: str, kind: str, device: str) -> str:
-    """The name of the backend for arrays of `kind` on a `device` type.
+def choose(backend: str, kind: str, device: str, op: str = "decode_step") -> str:
+    """The name of the backend of an op for arrays of `kind` on a `device` type.
+
+    The environment speaks to the decode step.
 
     Raises:
-        ValueError: unknown name, or a backend that cannot run here or on these arrays.
+        ValueError: unknown name, or a backend that cannot run here or on these arrays, or has no such op.
     """
     check_name(backend)
     place = "cpu" if device == "cpu" else "other"
@@ -201,24 +238,24 @@ def choose(backend: str, kind: str, device: str) -> str:
         place = "tpu"
     if _in_jax_on_cpu(kind, device):
         place = "cpu"
+    names = tuple(name for name in _AUTO[kind, place] if op in BACKENDS[name].modules)
     if backend == "auto":
-        forced = os.environ.get("MASKGIT_BACKEND", "auto")
+        forced = os.environ.get("MASKGIT_BACKEND", "auto") if op == "decode_step" else "auto"
         if forced not in ("", "auto"):
             if forced not in BACKENDS:
                 raise ValueError(unknown("MASKGIT_BACKEND", ("auto", *BACKENDS), forced))
             return choose(forced, kind, device)
-        names = _AUTO[kind, place]
         chosen = next(name for name in names if _can(name, kind))
         if chosen != names[0]:
             _say_slower(names[0], chosen, kind)
         return chosen
-    reason = why_missing(backend)
+    reason = f"it has no {op}" if op not in BACKENDS[backend].modules else why_missing(backend)
     if reason is None and backend == "cpp" and place != "cpu":
         reason = f"it works on CPU arrays, not on {device}"
     if reason is None and kind == "jax" and device == TRACED and backend in ("torch", "reference"):
         reason = f"it works on arrays with values, not on {device}"
     if reason is not None:
         raise ValueError(
-            f"backend: {backend!r} cannot run: {reason}; available: {_able(_AUTO[kind, place], kind, device)}"
+            f"backend: {backend!r} cannot run: {reason}; available: {_able(names, kind, device)}"
         )
     return backend

@@ -22,14 +22,13 @@ from ..common.arrays import (
     as_scalar,
     check_integer,
     dtype_name,
-    is_on_host,
     is_traced,
     kind_of,
     like,
     like_all,
     to_numpy,
 )
-from ..common.backends import TRACED, check_name, choose, serves_jax
+from ..common.backends import check_name, choose, device_of, module_of, serves_jax
 from ..common.mesh import active
 from .door import (
     TracedStep,
@@ -56,16 +55,10 @@ from .inputs import (
 from .rule.plan import Arguments, CommitPlan, RowPlan, StepPlan, as_arguments, constant_plan
 from .rule.rule import StepRule
 
-_MODULES = {
-    "triton": ".triton_cuda.launch",
-    "pallas": ".pallas_tpu.launch",
-    "cpp": ".cpu.launch",
+_IN_JAX = {
     "cpp in jax": ".cpu.in_jax",
     "jax on a mesh": ".plain.jax_mesh",
-    "torch": ".plain.torch_ref",
-    "jax": ".plain.jax_ref",
-    "reference": ".reference",
-}
+}  # beside the table's modules
 T = TypeVar("T")
 MOST_TRACED_STEPS = 4096
 
@@ -73,7 +66,9 @@ MOST_TRACED_STEPS = 4096
 @cache
 def backend_module(name: str) -> ModuleType:
     """The module of a backend that `choose` has found able to run."""
-    return importlib.import_module(_MODULES[name], __package__)
+    if name in _IN_JAX:
+        return importlib.import_module(_IN_JAX[name], __package__)
+    return module_of("decode_step", name)
 
 
 def in_usual_jax(function: Callable[..., T]) -> Callable[..., T]:
@@ -387,8 +382,7 @@ def backend_for(model: Any, backend: str) -> str:
         if check_name(backend) not in ("auto", "jax"):
             raise ValueError(f"backend: expected 'jax' or 'auto' on a mesh, got {backend!r}")
         return "jax"
-    device = "cpu" if is_on_host(model) else _device_of(model)
-    chosen = choose(backend, kind_of(model) or "numpy", device)
+    chosen = choose(backend, kind_of(model) or "numpy", device_of(model))
     return "jax" if chosen == "pallas" and backend == "auto" and _exceeds_tpu(model) else chosen
 
 
@@ -396,15 +390,6 @@ def _exceeds_tpu(model: Any) -> bool:
     """Whether the TPU's kernels refuse: it has no float16, and long sequences do not fit."""
     is_half = len(model.shape) == 3 and dtype_name(model) == "float16"
     return is_half or int(model.shape[1]) > backend_module("pallas").MOST_POSITIONS
-
-
-def _device_of(model: Any) -> str:
-    import sys
-
-    jax = sys.modules.get("jax")
-    if jax is not None and isinstance(model, jax.core.Tracer):
-        return TRACED
-    return str(getattr(model, "device", TRACED))
 
 
 @cache

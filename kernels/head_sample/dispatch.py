@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from ..common.arrays import check_no_grad, check_same_kind, check_shape, dtype_name, kind_of
-from ..common.backends import check_name
+from ..common.backends import check_name, module_of
 from ..common.mesh import active
 from ..decode_step import dispatch as step_dispatch
 from ..decode_step.door import LOGIT_DTYPES, admit, check_guidance, check_values, plan_of
@@ -38,9 +37,7 @@ def decode(
     way: Any = chunked
     chosen = step_dispatch.backend_for(hidden, backend)
     if chosen in ("triton", "pallas") and active() is None:
-        fused: Any = import_module(
-            {"triton": ".triton_cuda.launch", "pallas": ".pallas_tpu.launch"}[chosen], __package__
-        )
+        fused: Any = module_of("head_sample", chosen)
         way = fused if fused.fuses(x, plan, mixed, head_weight) else chunked
     out, dead = way.decode_step(x, plan, mixed, head_weight, head_bias, backend)
     if step_dispatch.is_checked(check):

@@ -31,7 +31,7 @@ def _yes_or(reason: str | None) -> dict[str, Any]:
 
 def facts() -> dict[str, Any]:
     """Versions, CPU, GPU, threads, the C++ core: what the stamp of a figure needs."""
-    from ..kernels.decode_step.cpu.launch import num_threads
+    from ..kernels.decode_step.cpu.threads import num_threads
 
     return {
         "maskgit": __version__,

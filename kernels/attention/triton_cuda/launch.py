@@ -64,7 +64,7 @@ def tiles(q: Any, k: Any) -> dict[str, int]:
     return fields
 
 
-def wins(q: Any, k: Any) -> bool:
+def suits(q: Any, k: Any) -> bool:
     """Whether tuned data of this device says that the kernel is faster than torch's own."""
     if q.element_size() != 2 or q.shape[3] > LARGEST_SIZE:
         return False

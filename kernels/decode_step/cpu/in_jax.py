@@ -17,6 +17,7 @@ from ..inputs import StepInputs
 from ..jax_shared import float_of, gumbel_below, remask_chance
 from ..rule.plan import StepPlan
 from . import launch
+from .threads import num_threads
 
 _FIELDS = (
     "logits", "uncond_logits", "token_gumbel", "tokens", "eligible", "num_masked_at_start", "seeds",
@@ -89,7 +90,7 @@ def _call(target: str, fields: dict[str, Any], results: list[Any], params: Any) 
         jnp.asarray(params),
         *(_as_given(name, jnp.asarray(v)) for name, v in fields.items()),
         names=",".join(fields),
-        threads=np.int64(launch.num_threads()),
+        threads=np.int64(num_threads()),
     )
 
 

@@ -5,11 +5,7 @@ Works on NumPy views of whatever host arrays came in; logits of any stride, neve
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +14,7 @@ from maskgit import _C
 
 from ..inputs import StepInputs
 from ..rule.plan import RowPlan, StepPlan
+from .threads import num_threads
 
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SCORES = ("prob", "log_prob", "top1_prob", "margin", "neg_entropy", "logit", "random", "given")
@@ -59,52 +56,6 @@ def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, 
     kind = np.float64 if plan.row.is_wide else np.float32
     score = arrays["confidence"].astype(kind, copy=False)
     return arrays["candidates"], score, log_z.astype(kind, copy=False)
-
-
-def num_threads() -> int:
-    """Threads to use: torch's number where torch is loaded, MASKGIT_NUM_THREADS, all CPUs."""
-    torch = sys.modules.get("torch")
-    if torch is not None and hasattr(torch, "get_num_threads"):
-        _share_threads_with_torch()
-        return int(torch.get_num_threads())
-    setting = os.environ.get("MASKGIT_NUM_THREADS", "")
-    if setting:
-        if not setting.isdigit() or not 1 <= int(setting) <= 1024:
-            raise ValueError(f"MASKGIT_NUM_THREADS: expected 1 to 1024, got {setting!r}")
-        return int(setting)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@lru_cache(maxsize=1)
-def _share_threads_with_torch() -> None:
-    """Let the core run on the threads of the OpenMP runtime that torch brought, where it is found."""
-    if is_forked():
-        return
-    try:
-        maps = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return
-    names = ("libgomp", "libiomp5", "libomp")
-    paths = {line.split(maxsplit=5)[-1] for line in maps if any(name in line for name in names)}
-    for path in sorted(paths, key=lambda p: "torch" not in p)[:1]:
-        try:
-            function = ctypes.CDLL(path).GOMP_parallel
-        except (OSError, AttributeError):
-            return
-        _C.use_openmp(ctypes.cast(function, ctypes.c_void_p).value or 0)
-
-
-def is_forked() -> bool:
-    """Whether this process was forked and has not called exec since, whatever was imported when.
-
-    OpenMP's threads stay with the parent, and a call in the child would wait for them for ever.  Linux
-    keeps it among the flags of a process (PF_FORKNOEXEC); elsewhere the threads are not shared.
-    """
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return True
-    return bool(int(fields[6]) & 0x40)
 
 
 def _whole_strides(x: Any) -> Any:

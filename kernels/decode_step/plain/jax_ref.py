@@ -20,6 +20,7 @@ from ...common.philox import GROUPS, LEAF, PER_GROUP, jax_form
 from ..inputs import StepInputs
 from ..jax_shared import float_of, gumbel_below, remask_chance
 from ..rule.plan import StepPlan
+from .commit import Library, commit
 
 _BIG = 2**31 - 1
 _FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -88,37 +89,10 @@ _ALL = Columns()
 
 def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
-    how, known = plan.commit, x.tokens != x.mask_token_id
     drawn, score = x.drawn, x.scores
     if drawn is None:
         drawn, score, _ = sample_tokens(x, plan, dtype)
-    wide = float_of(how.is_wide)
-    eligible = x.eligible if how.revises else x.eligible & ~known  # who competes
-    if how.skips_mask:
-        eligible = eligible & (drawn != x.mask_token_id)
-    found = drawn >= 0  # before a dtype without a sign
-    drawn = drawn.astype(x.tokens.dtype)
-    alive = eligible & (known | found)
-    candidates = jnp.where(alive & ~known, drawn, x.tokens)
-    noise = _choice_noise(x, plan)
-    score = (x.scores if how.source == "given" else score).astype(wide)
-    if noise is not None and how.source == "random":
-        score = noise.astype(wide)
-    elif noise is not None and how.adds_noise:
-        score = score + plan.numbers.choice_temperature * noise.astype(wide)
-    ranked = jnp.where(alive & ~jnp.isnan(score), score, -jnp.inf)
-    commit = select(ranked, eligible, x, noise, plan)
-    mask = jnp.asarray(x.mask_token_id, x.tokens.dtype)
-    next_tokens = jnp.where(commit & alive, candidates, jnp.where(eligible, mask, x.tokens))
-    if how.edits:
-        edited = x.eligible & known & found & (score > plan.numbers.edit_threshold)
-        next_tokens = jnp.where(edited, drawn, next_tokens)
-        candidates = jnp.where(edited, drawn, candidates)
-    if how.remasks:
-        assert noise is not None
-        again = x.eligible & known & (noise < gumbel_below(remask_chance(x, plan)))
-        next_tokens = jnp.where(again, mask, next_tokens)
-    return next_tokens, candidates, jnp.where(known & ~eligible, jnp.inf, ranked)
+    return commit(_JAX, x, plan, drawn, score, _choice_noise(x, plan))
 
 
 def sample_tokens(
@@ -336,126 +310,6 @@ def _nucleus(scaled: jax.Array, row: jax.Array, name: str, limit: float, below: 
     return jnp.take_along_axis(within, jnp.argsort(order, axis=-1), axis=-1)
 
 
-def select(
-    confidence: jax.Array,
-    eligible: jax.Array,
-    x: StepInputs,
-    noise: jax.Array | None,
-    plan: StepPlan,
-) -> jax.Array:
-    """Which of the competing positions are committed, (B, N) bool."""
-    count, cut = plan.commit.count, plan.commit.cut
-    if count == "all":
-        return eligible
-    if count == "bernoulli":
-        assert noise is not None
-        return eligible & (noise < plan.numbers.commit_below)
-    now = eligible.sum(-1, keepdims=True, dtype=jnp.int32)
-    order = jnp.argsort(-jnp.where(eligible, confidence, -jnp.inf), axis=-1, stable=True)
-    falling = jnp.take_along_axis(eligible, order, axis=-1)
-    among = jnp.cumsum(falling, axis=-1, dtype=jnp.int32) - 1
-    rank = jnp.take_along_axis(among, jnp.argsort(order, axis=-1), axis=-1)  # 0 is the surest
-
-    def ranked(index: jax.Array) -> jax.Array:
-        """Confidence of the eligible position of rank `index` (B, 1); -inf where there is none."""
-        here = eligible & (rank == index)
-        return jnp.where(here, confidence, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf)
-
-    if count == "runs":
-        return _best_of_runs(confidence, eligible, plan) | (eligible & (rank == 0))
-    if count in ("threshold", "factor", "entropy_bound"):
-        take = _confident(confidence, eligible, rank, now, plan)
-        least = jnp.ones_like(now)
-        if plan.commit.least_is_quota:
-            least = _of_table(plan, x.num_masked_at_start, now[:, 0])[:, None]
-        return eligible & (rank < jnp.maximum(take, least))
-    stay = _stay_masked(plan, x, now[:, 0])[:, None]
-    exact = eligible & (rank < now - stay)
-    if cut == "exact":
-        return exact
-    if cut == "strict":  # rank U - 1 - k is sorted[k]; known positions are +inf above it
-        floor = jnp.where(stay < now, ranked(now - 1 - stay), jnp.inf)
-        commit = eligible & (confidence >= floor)
-    else:
-        commit = eligible & (confidence > ranked(now - stay))
-    return jnp.where(stay == 0, exact, commit)
-
-
-def _of_table(plan: StepPlan, at_start: Any, now: jax.Array) -> jax.Array:
-    """Each row's entry of the table, (B,)."""
-    table = jnp.asarray(plan.numbers.table, dtype=jnp.int32)
-    if plan.commit.base_is_positions:
-        return jnp.broadcast_to(table[-1], now.shape)
-    start = jnp.asarray(at_start).astype(jnp.int32)
-    if plan.commit.count_rows == "first":
-        start = jnp.broadcast_to(start[:1], start.shape)
-    elif plan.commit.count_rows == "sum":
-        start = jnp.broadcast_to(start.sum(), start.shape)
-    return table[start.clip(0, table.size - 1)]
-
-
-def _stay_masked(plan: StepPlan, x: StepInputs, now: jax.Array) -> jax.Array:
-    """counts.next_masked_counts on arrays: how many of each row's positions stay masked, (B,)."""
-    how = plan.commit
-    if how.count == "given":
-        return jnp.clip(now - jnp.asarray(x.num_commit).astype(jnp.int32), 0, now)
-    if how.count == "fraction":  # from the host: not every device rounds a division correctly
-        shares = jnp.asarray(plan.numbers.shares, dtype=jnp.int32)
-        return jnp.maximum(now - shares[now.sum() if how.count_rows == "mean" else now], 0)
-    target = _of_table(plan, x.num_masked_at_start, now)
-    if how.count == "quota":
-        return jnp.maximum(now - target, 0)
-    limit = jnp.broadcast_to(now[:1], now.shape) if how.count_rows == "first" else now
-    for clamp in how.clamps:
-        is_upper = clamp == "commit_one"
-        target = jnp.minimum(target, limit - 1) if is_upper else jnp.maximum(target, 1)
-    return jnp.clip(target, 0, now)
-
-
-def _confident(
-    confidence: jax.Array,
-    eligible: jax.Array,
-    rank: jax.Array,
-    now: jax.Array,
-    plan: StepPlan,
-) -> jax.Array:
-    """How many of the surest a rule commits that looks at their values, (B, 1)."""
-    how, numbers, kind = plan.commit, plan.numbers, confidence.dtype
-    bound = jnp.asarray(numbers.threshold, kind)
-    if how.count == "threshold":
-        if how.has_slack:
-            top = jnp.where(eligible, confidence, -jnp.inf).max(-1, keepdims=True, initial=-jnp.inf)
-            below = top - jnp.asarray(numbers.threshold_slack, kind)
-            bound = jnp.minimum(bound, round_to(below, how.compared_in))
-        above = confidence > bound if how.threshold_strict else confidence >= bound
-        return (eligible & above).sum(-1, keepdims=True, dtype=jnp.int32)
-    if how.count == "entropy_bound":
-        order = jnp.argsort(jnp.where(eligible, rank, rank.shape[-1]), axis=-1, stable=True)
-        falling = jnp.take_along_axis(jnp.where(eligible, confidence, 0.0), order, axis=-1)
-        within = jnp.cumsum(-falling, axis=-1) + falling <= bound
-        return jnp.cumprod(within.astype(jnp.int32), axis=-1).sum(-1, keepdims=True)
-    size = eligible.shape[-1]
-    bounds = jnp.asarray(numbers.bounds, kind)
-    failing = eligible & (rank >= 1) & (confidence < bounds[rank])  # the first passes
-    first = jnp.where(failing, rank, now).min(-1, keepdims=True, initial=size)
-    first = jnp.minimum(first, now)
-    # Fast-dLLM's off-by-one: a failure at the last index is committed all the same.
-    ends = (now <= 2) | (first == now - 1)
-    return jnp.where(ends, now, first) if how.factor_tail else first
-
-
-def _best_of_runs(confidence: jax.Array, eligible: jax.Array, plan: StepPlan) -> jax.Array:
-    """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
-    batch, length = eligible.shape
-    starts = eligible & ~jnp.pad(eligible, ((0, 0), (1, 0)))[:, :-1]
-    run = jnp.where(eligible, jnp.cumsum(starts, axis=-1, dtype=jnp.int32), 0)
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    best = jnp.full((batch, length + 1), -jnp.inf, confidence.dtype)
-    best = best.at[rows, run].max(jnp.where(eligible, confidence, -jnp.inf))
-    is_best = (confidence == best[rows, run]) & (confidence > plan.numbers.low_threshold)
-    return eligible & (is_best | (confidence > plan.numbers.threshold))
-
-
 def _choice_noise(x: StepInputs, plan: StepPlan) -> jax.Array | None:
     """(B, N) Gumbel noise for confidences, or None where this step has no use for it."""
     if not plan.commit.uses_noise:
@@ -476,3 +330,23 @@ def round_to(values: jax.Array, dtype: str) -> jax.Array:
         return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
     normal = jax.lax.reduce_precision(values, exponent_bits=5, mantissa_bits=10)
     return jnp.where(jnp.abs(values) < 2.0**-14, jnp.round(values * 2.0**24) * 2.0**-24, normal)
+
+
+def _largest_of(values: jax.Array, group: jax.Array) -> jax.Array:
+    """The largest value (B, N) of each element's group, numbered 0..N."""
+    batch, length = values.shape
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    largest = jnp.full((batch, length + 1), -jnp.inf, values.dtype)
+    return largest.at[rows, group].max(values)[rows, group]
+
+
+_JAX = Library(
+    np=jnp,
+    beside=lambda values, x: jnp.asarray(values),
+    cast=lambda x, dtype: x.astype(dtype),
+    take=lambda x, index: jnp.take_along_axis(x, index, -1),
+    largest_of=_largest_of,
+    floating=float_of,
+    round_to=round_to,
+    remask_below=lambda x, plan: gumbel_below(remask_chance(x, plan)),
+)

@@ -23,6 +23,7 @@ from ...common import philox
 from ...common.philox import GROUPS, LEAF, PER_GROUP, torch_form
 from ..inputs import StepInputs
 from ..rule.plan import StepPlan
+from .commit import Library, commit
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 PIECE = 2**19  # logits whose softmax stays in a CPU's cache
@@ -47,52 +48,10 @@ class Largest(NamedTuple):
 
 def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence), each (B, N); `dtype` is that of the logits."""
-    how, known = plan.commit, x.tokens != x.mask_token_id
     drawn, score = x.drawn, x.scores
     if drawn is None:
         drawn, score, _ = sample_tokens(x, plan, dtype)
-    wide = torch.float64 if how.is_wide else torch.float32
-    eligible = x.eligible if how.revises else x.eligible & ~known  # who competes
-    if how.skips_mask:
-        eligible = eligible & (drawn != x.mask_token_id)
-    alive = eligible & (known | (drawn >= 0))
-    candidates = torch.where(alive & ~known, drawn, x.tokens)
-    noise = _choice_noise(x, plan)
-    score = (x.scores if how.source == "given" else score).to(wide)
-    if noise is not None and how.source == "random":
-        score = noise.to(wide)
-    elif noise is not None and how.adds_noise:
-        score = score + plan.numbers.choice_temperature * noise.to(wide)
-    ranked = torch.where(alive & ~score.isnan(), score, -math.inf)
-    commit = select(ranked, eligible, x, noise, plan)
-    left = torch.where(eligible, x.mask_token_id, x.tokens)
-    next_tokens = torch.where(commit & alive, candidates, left)
-    if how.edits:
-        edited = x.eligible & known & (drawn >= 0) & (score > plan.numbers.edit_threshold)
-        next_tokens = torch.where(edited, drawn, next_tokens)
-        candidates = torch.where(edited, drawn, candidates)
-    if how.remasks:
-        assert noise is not None
-        again = x.eligible & known & (noise < _gumbel_below(_remask_chance(x, plan)))
-        next_tokens = torch.where(again, x.mask_token_id, next_tokens)
-    return next_tokens, candidates, torch.where(known & ~eligible, math.inf, ranked)
-
-
-def _remask_chance(x: StepInputs, plan: StepPlan) -> torch.Tensor:
-    """The chance of each position to be masked again; for "conf" shared out by the scores."""
-    chance = plan.numbers.remask_chance
-    if not plan.commit.remasks_by_score:
-        return torch.full(x.tokens.shape, chance, dtype=torch.float64, device=x.tokens.device)
-    known = x.eligible & (x.tokens != x.mask_token_id)
-    scores = x.scores.to(torch.float64)
-    keys = torch.where(known & scores.isfinite(), scores, -math.inf)
-    return chance * keys.softmax(-1).nan_to_num(0.0)
-
-
-def _gumbel_below(chance: torch.Tensor) -> torch.Tensor:
-    """The bound that a standard Gumbel variate stays under with this probability."""
-    inside = -torch.log(-torch.log(chance.clamp(max=1 - 1e-16)))
-    return torch.where(chance >= 1, math.inf, inside)
+    return commit(_TORCH, x, plan, drawn, score, _choice_noise(x, plan))
 
 
 def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, Any]:
@@ -425,125 +384,6 @@ def _nucleus(
     return torch.zeros_like(within).scatter(-1, order, within)
 
 
-def select(
-    confidence: torch.Tensor,
-    eligible: torch.Tensor,
-    x: StepInputs,
-    noise: torch.Tensor | None,
-    plan: StepPlan,
-) -> torch.Tensor:
-    """Which of the competing positions are committed, (B, N) bool."""
-    count, cut = plan.commit.count, plan.commit.cut
-    if count == "all":
-        return eligible
-    if count == "bernoulli":
-        assert noise is not None
-        return eligible & (noise < plan.numbers.commit_below)
-    now = eligible.sum(-1, keepdim=True)
-    falling = torch.where(eligible, confidence, -math.inf).sort(
-        dim=-1, descending=True, stable=True
-    )
-    among = eligible.gather(-1, falling.indices).cumsum(-1) - 1
-    rank = torch.zeros_like(among).scatter(-1, falling.indices, among)  # 0 is the surest
-
-    def ranked(index: torch.Tensor) -> torch.Tensor:
-        """Confidence of the eligible position of rank `index` (B, 1); -inf where there is none."""
-        here = eligible & (rank == index)
-        found = torch.where(here, confidence, -math.inf)
-        return found.amax(-1, keepdim=True) if found.shape[-1] else found.sum(-1, keepdim=True)
-
-    if count == "runs":
-        return _best_of_runs(confidence, eligible, plan) | (eligible & (rank == 0))
-    if count in ("threshold", "factor", "entropy_bound"):
-        take = _confident(confidence, eligible, rank, now, plan)
-        least = torch.ones_like(now)
-        if plan.commit.least_is_quota:
-            least = _of_table(plan, x.num_masked_at_start, now.squeeze(-1))[:, None]
-        return eligible & (rank < take.maximum(least))
-    stay = _stay_masked(plan, x, now.squeeze(-1))[:, None]
-    exact = eligible & (rank < now - stay)
-    if cut == "exact":
-        return exact
-    if cut == "strict":  # rank U - 1 - k is sorted[k]; known positions are +inf above it
-        floor = torch.where(stay < now, ranked(now - 1 - stay), math.inf)
-        commit = eligible & (confidence >= floor)
-    else:
-        commit = eligible & (confidence > ranked(now - stay))
-    return torch.where(stay == 0, exact, commit)
-
-
-def _of_table(plan: StepPlan, at_start: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Each row's entry of the table, (B,)."""
-    table = torch.as_tensor(plan.numbers.table, dtype=torch.int64, device=now.device)
-    if plan.commit.base_is_positions:
-        return table[-1:].expand_as(now)
-    start = at_start.to(torch.int64)
-    if plan.commit.count_rows == "first":
-        start = start[:1].expand_as(start)
-    elif plan.commit.count_rows == "sum":
-        start = start.sum().expand_as(start)
-    return table[start.clamp(0, len(table) - 1)]
-
-
-def _stay_masked(plan: StepPlan, x: StepInputs, now: torch.Tensor) -> torch.Tensor:
-    """counts.next_masked_counts on tensors: how many of each row's positions stay masked, (B,)."""
-    how = plan.commit
-    if how.count == "given":
-        return (now - x.num_commit.to(torch.int64)).clamp(min=0).minimum(now)
-    if how.count == "fraction":
-        shares = torch.as_tensor(plan.numbers.shares, dtype=torch.int64, device=now.device)
-        index = now.sum().expand_as(now) if how.count_rows == "mean" else now
-        return (now - shares[index]).clamp(min=0)
-    target = _of_table(plan, x.num_masked_at_start, now)
-    if how.count == "quota":
-        return (now - target).clamp(min=0)
-    limit = now[:1].expand_as(now) if how.count_rows == "first" else now
-    for clamp in how.clamps:
-        target = target.minimum(limit - 1) if clamp == "commit_one" else target.clamp(min=1)
-    return target.clamp(min=0).minimum(now)
-
-
-def _confident(
-    confidence: torch.Tensor,
-    eligible: torch.Tensor,
-    rank: torch.Tensor,
-    now: torch.Tensor,
-    plan: StepPlan,
-) -> torch.Tensor:
-    """How many of the surest a rule commits that looks at their values, (B, 1)."""
-    how, numbers = plan.commit, plan.numbers
-    if how.count == "threshold":
-        bound = torch.full((), numbers.threshold, dtype=confidence.dtype, device=confidence.device)
-        if how.has_slack and confidence.shape[-1]:
-            top = torch.where(eligible, confidence, -math.inf).amax(-1, keepdim=True)
-            bound = bound.minimum(round_to(top - numbers.threshold_slack, how.compared_in))
-        above = confidence > bound if how.threshold_strict else confidence >= bound
-        return (eligible & above).sum(-1, keepdim=True)
-    if how.count == "entropy_bound":
-        order = torch.where(eligible, rank, rank.shape[-1]).argsort(dim=-1, stable=True)
-        falling = torch.where(eligible, confidence, 0.0).gather(-1, order)
-        within = (-falling).cumsum(-1) + falling <= numbers.threshold
-        return within.cumprod(-1).sum(-1, keepdim=True)
-    bounds = torch.as_tensor(numbers.bounds, device=rank.device).to(confidence.dtype)
-    failing = eligible & (rank >= 1) & (confidence < bounds[rank])  # the first always passes
-    first = torch.where(failing, rank, now)
-    first = first.amin(-1, keepdim=True) if first.shape[-1] else now
-    # Fast-dLLM's off-by-one: a failure at the last index is committed all the same.
-    ends = (now <= 2) | (first == now - 1)
-    return torch.where(ends, now, first) if how.factor_tail else first
-
-
-def _best_of_runs(confidence: torch.Tensor, eligible: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-    """Of each run of neighbouring positions the best above `low_threshold`, and all above `threshold`."""
-    starts = eligible & ~F.pad(eligible, (1, 0))[..., :-1]
-    run = torch.where(eligible, starts.cumsum(-1), 0)
-    best = torch.full(
-        (run.shape[0], run.shape[1] + 1), -math.inf, dtype=confidence.dtype, device=run.device
-    ).scatter_reduce(-1, run, torch.where(eligible, confidence, -math.inf), "amax")
-    is_best = (confidence == best.gather(-1, run)) & (confidence > plan.numbers.low_threshold)
-    return eligible & (is_best | (confidence > plan.numbers.threshold))
-
-
 def _choice_noise(x: StepInputs, plan: StepPlan) -> torch.Tensor | None:
     """(B, N) Gumbel noise for confidences, or None where this step has no use for it."""
     if not plan.commit.uses_noise:
@@ -559,3 +399,33 @@ def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
     if values.dtype == getattr(torch, dtype):
         return values
     return values.to(getattr(torch, dtype)).to(values.dtype)
+
+
+def _remask_below(x: StepInputs, plan: StepPlan) -> Any:
+    """The bounds that the noise of a known position stays under with its chance to be masked again."""
+    chance: Any = torch.as_tensor(plan.numbers.remask_chance, dtype=torch.float64)
+    if plan.commit.remasks_by_score:  # shared out by the scores
+        known = x.eligible & (x.tokens != x.mask_token_id)
+        scores = x.scores.to(torch.float64)
+        keys = torch.where(known & scores.isfinite(), scores, -math.inf)
+        chance = plan.numbers.remask_chance * keys.softmax(-1).nan_to_num(0.0)
+    inside = -torch.log(-torch.log(chance.clamp(max=1 - 1e-16)))
+    return torch.where(chance >= 1, math.inf, inside)
+
+
+def _largest_of(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """The largest value (B, N) of each element's group, numbered 0..N."""
+    least = torch.full_like(values[:, :1], -math.inf).expand(-1, values.shape[1] + 1)
+    return least.scatter_reduce(-1, group, values, "amax").gather(-1, group)
+
+
+_TORCH = Library(
+    np=torch,
+    beside=lambda values, x: torch.as_tensor(values, device=x.device),
+    cast=lambda x, dtype: x.to(dtype),
+    take=lambda x, index: x.gather(-1, index),
+    largest_of=_largest_of,
+    floating=lambda is_wide: torch.float64 if is_wide else torch.float32,
+    round_to=round_to,
+    remask_below=_remask_below,
+)
