@@ -1,6 +1,6 @@
 // What a handler reads of XLA's foreign function interface: the layouts of its C ABI, version 0.3, as openxla/xla
 // (xla/ffi/api/c_api.h) gives them and promises to keep them.  Stated here rather than taken from jaxlib's
-// headers, so that every build serves jitted JAX, whatever is there when it is built; tests/test_ffi.py compares
+// headers, so that every build serves jitted JAX, whatever is there when it is built; tests/backends/test_ffi.py compares
 // them with the headers of the jaxlib that is installed.
 #pragma once
 #include <cstddef>

@@ -50,7 +50,7 @@ def golden_rule(name: str) -> StepRule:
     given = json.loads((GOLDEN / "rules.json").read_text())[name]
     if isinstance(given, str):
         return StepRule.preset(given)
-    layout = ("layout", "span", "reduce")  # what is not the rule's: tests/test_layouts.py
+    layout = ("layout", "span", "reduce")  # what is not the rule's: tests/sampling/test_layouts.py
     fields = {
         k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k not in layout
     }

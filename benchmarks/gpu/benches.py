@@ -322,7 +322,7 @@ def _eager_generation(model: Any, start: Any, classes: Any, steps: int) -> Any:
 
 
 def bench_tokens(bench: Bench) -> Iterator[Row]:
-    """The same seeds here and on the CPU: how many tokens differ (tests/test_cuda.py audits them)."""
+    """The same seeds here and on the CPU: how many tokens differ; tests/backends/test_cuda.py audits them."""
     import torch
 
     import maskgit

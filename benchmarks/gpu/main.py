@@ -34,10 +34,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 530.0  # seconds for everything
-TESTS = ["tests/test_cuda.py", "tests/test_triton.py", "tests/test_attention.py",
-         "tests/test_residual_norm.py", "tests/test_head_sample.py", "tests/test_commit.py",
-         "tests/test_given_scores.py"]  # fmt: skip
-CONTRACT = ["tests/test_contract.py", "tests/test_semantics.py", "-k", "triton"]
+_BACKENDS = ("cuda", "triton", "attention", "residual_norm", "head_sample")
+TESTS = [f"tests/backends/test_{name}.py" for name in _BACKENDS]
+TESTS += ["tests/contract/test_commit.py", "tests/contract/test_given_scores.py"]
+CONTRACT = ["tests/contract/test_contract.py", "tests/contract/test_semantics.py", "-k", "triton"]
 # seconds that each gets at least
 GRACE = 30.0  # seconds beyond its own limit after which a benchmark is ended
 RESERVED = {"step": 60, "head": 40, "attention": 40, "maskgit": 60, "tokens": 15}
@@ -165,7 +165,9 @@ def stage() -> Path:
         shutil.copytree(ROOT / name, into, dirs_exist_ok=True)
     shutil.copytree(ROOT / "tests", folder / "tests")
     marks = "\n".join(f"  {name}: see pyproject.toml" for name in ("cuda", "tpu", "slow"))
-    (folder / "pytest.ini").write_text(f"[pytest]\nmarkers =\n{marks}\n")
+    (folder / "pytest.ini").write_text(
+        f"[pytest]\npythonpath = tests tests/contract\nmarkers =\n{marks}\n"
+    )
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     return folder

@@ -18,7 +18,7 @@ On chip: a sum per thread and, per leaf, the best ratio so far.  Where several p
 writes nine numbers, and `finish` runs in the kernel that comes next (commit.py).
 
 Limits: V < 2^31.  Tokens less likely than e^-87 of their row enter no sum, nor could they win: a
-Gumbel variate is at most 45.05.  Per logit on sm_90: tests/test_triton_compile.py.
+Gumbel variate is at most 45.05.  Per logit on sm_90: tests/backends/test_triton_compile.py.
 """
 
 # mypy: ignore-errors

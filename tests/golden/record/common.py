@@ -5,7 +5,7 @@ with a stub model in place of the network and with its random draws replaced by 
 
     python tests/golden/record/<codebase>.py --source <checkout>
 
-It writes tests/golden/<name>.npz, which tests/test_golden.py replays through `decode_step` on every
+It writes tests/golden/<name>.npz, which tests/contract/test_golden.py replays through `decode_step` on every
 backend.  Arrays of S steps (of all blocks), B sequences, N positions, V columns:
 
     tokens (S, B, N), expected (S, B, N)   the sequence before and after each step

@@ -4,7 +4,7 @@
 
 Every position takes its candidate, stays, or gets a random id.  choice_gumbel (S, B, N, 3) is the noise
 of these three ways, random_tokens (S, B, N) are the ids.  That is no rule of a decode step; the runs are
-replayed through the adapter (tests/test_adapter_diffusers_uniform.py).
+replayed through the adapter (tests/adapters/test_adapter_diffusers_uniform.py).
 """
 
 import numpy as np

@@ -185,7 +185,7 @@ def test_tokens_are_those_of_the_loop_said_again(alg, given, hidden_states):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", GOLDEN)
 def test_tokens_are_those_of_a_recorded_run(name, backend):
-    path = Path(__file__).parent / "golden" / f"dream-{name}.npz"
+    path = Path(__file__).parents[1] / "golden" / f"dream-{name}.npz"
     with np.load(path, allow_pickle=False) as file:
         golden = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
         meta = json.loads(str(file["meta"]))

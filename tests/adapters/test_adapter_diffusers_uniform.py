@@ -23,7 +23,7 @@ from maskgit import StepNoise, adapters  # noqa: E402
 from maskgit.adapters.diffusers import schedulers as ours  # noqa: E402
 from maskgit.adapters.diffusers.uniform import random_ids, ways  # noqa: E402
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 KINDS = ["EntropyBoundScheduler", "DiscreteDDIMScheduler"]
 V = 30
 

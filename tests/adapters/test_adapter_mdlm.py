@@ -13,7 +13,7 @@ import maskgit  # noqa: E402
 from maskgit import StepNoise, StepRule  # noqa: E402
 from maskgit.adapters import AdapterError, mdlm  # noqa: E402
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 V, MASK, N = 17, 16, 12
 
 

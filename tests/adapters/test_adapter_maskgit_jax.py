@@ -76,7 +76,7 @@ def inputs(known=3):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_same_key_gives_what_the_codebase_itself_gave(name):
     seed, temperature, schedule = GOLDEN[name]
-    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz") as file:
         golden, calls = {key: file[key] for key in file.files}, []
 
     def recorded(x):

@@ -52,7 +52,7 @@ class Recorded:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", GOLDEN)
 def test_tokens_of_their_own_runs(name, backend):
-    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz") as file:
         golden = {k: file[k] for k in file.files}
     meta = json.loads(str(golden["meta"]))
     model = Recorded(golden, meta["dtype"])

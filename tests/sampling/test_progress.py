@@ -53,7 +53,7 @@ def test_bench_says_something_at_once_and_each_result_when_it_is_there(monkeypat
         done(stored["runs"][0])
         raise OSError("the second broke")
 
-    path = Path(__file__).parent.parent / "benchmarks/results/xeon-2-threads/decode_step.json"
+    path = Path(__file__).parents[2] / "benchmarks/results/xeon-2-threads/decode_step.json"
     stored = json.loads(path.read_text())
     monkeypatch.setattr(decode_step, "run", run)
     result = CliRunner().invoke(app, ["bench", "decode-step"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # script -> (what it needs, its arguments, the files it writes)
 SCRIPTS = {
     "maskgit_image": (("torch",), ["--steps", "2", "--out", "x.png"], ["x.png"]),

@@ -19,7 +19,7 @@ from maskgit.adapters import AdapterError  # noqa: E402
 from maskgit.adapters.diffusers import schedulers as ours  # noqa: E402
 
 MASK, CODES, SIDE = 39, 32, 8
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 MINE = ours.AmusedScheduler  # while diffusers is as it was, which its noise is not in some tests
 
 

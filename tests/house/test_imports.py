@@ -100,7 +100,7 @@ print([str(c.message) for c in caught if c.category is RuntimeWarning])
 def test_every_folder_with_code_is_a_package():
     from pathlib import Path
 
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     folders = {
         p.parent for f in ("maskgit", "kernels", "benchmarks") for p in (root / f).rglob("*.py")
     }

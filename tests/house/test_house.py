@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDERS = {"maskgit": "maskgit", "kernels": "maskgit.kernels", "benchmarks": "maskgit.benchmarks"}
 
 # what may not import what, at the top or in a function

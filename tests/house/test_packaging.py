@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from maskgit.kernels.common.extras import DISTRIBUTION, pip_install
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = set(PROJECT["optional-dependencies"])
 KINDS = ("*.py", "*.md", "*.toml", "*.txt", "Makefile")

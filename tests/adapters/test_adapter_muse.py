@@ -146,7 +146,7 @@ class MaskGit(torch.nn.Module):
 
 @functools.lru_cache
 def recorded(name):
-    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz") as file:
         golden = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
         kind = getattr(torch, json.loads(str(file["meta"]))["dtype"])
     return golden | {key: golden[key].to(kind) for key in ("logits", "uncond_logits")}

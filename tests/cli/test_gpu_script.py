@@ -13,7 +13,7 @@ from maskgit.kernels.common import tuning
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def script(*arguments):

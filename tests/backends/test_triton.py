@@ -7,6 +7,7 @@ fused head.
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -553,3 +554,40 @@ def test_thresholds_are_no_constants_of_a_kernel():
     assert len(specs) == 3
     for value in (0.1, 1 / 3, 1e-30, 0.0, -0.7, float("inf"), float("-inf"), np.nextafter(0.9, 1)):
         assert sum(triton_commit.in_three(value)) == value
+
+
+class _Nothing:
+    """A kernel that is not launched."""
+
+    def __init__(self) -> None:
+        self.specialisations: set[Any] = set()
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: self.specialisations.add((options["S"], grid))
+
+
+def test_a_launch_is_prepared_once(monkeypatch):
+    """A shape that was met before is looked up; another layout, step or rule is another launch."""
+    from test_ops import calls_of_ours
+
+    rows, commit = _Nothing(), _Nothing()
+    monkeypatch.setattr(triton_cuda, "sample_kernel", rows)
+    monkeypatch.setattr(triton_cuda, "commit_kernel", commit)
+    logits, tokens = torch.randn(2, 8, 384, device=DEVICE), torch.full((2, 8), 384, device=DEVICE)
+    counts, seeds = torch.full((2,), 8, device=DEVICE), torch.arange(2, device=DEVICE)
+
+    def step(logits: Any = logits, number: int = 1, rule: str = "maskgit") -> Any:
+        return maskgit.decode_step(
+            logits, tokens, rule=rule, mask_token_id=384, step=number, num_steps=4,
+            num_masked_at_start=counts, seeds=seeds, backend="triton",
+        )  # fmt: skip
+
+    assert calls_of_ours(step) <= 150  # some 50 of them look at values on the host
+    assert len(rows.specialisations) == len(commit.specialisations) == 1
+    shifted = torch.randn(2 * 8 * 384 + 1, device=DEVICE)[1:].view(
+        2, 8, 384
+    )  # rows that start anywhere
+    step(shifted), step(logits.transpose(1, 2).contiguous().transpose(1, 2)), step(logits.half())
+    assert len(rows.specialisations) == 4
+    step(number=3), step(rule="llada")
+    assert len(commit.specialisations) >= 2

@@ -12,7 +12,7 @@ from helpers import kind_for, make_case, native, native_seeds
 import maskgit
 from maskgit import StepNoise, StepRule, layouts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 KINDS = [
     kind

@@ -241,7 +241,7 @@ def test_the_layouts_are_those_of_the_installed_jaxlib(tmp_path: Path) -> None:
     done = subprocess.run(
         [compiler, "-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof", "-Icsrc",
          f"-I{jax.ffi.include_dir()}", source],
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

@@ -14,7 +14,7 @@ from maskgit.cli import profile as cli_profile
 from maskgit.cli import train as cli_train
 from maskgit.report import tables
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WIDTHS = (40, 60, 80, 200)
 
 

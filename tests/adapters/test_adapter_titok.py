@@ -91,7 +91,7 @@ class Stub(torch.nn.Module):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", GOLDEN)
 def test_what_the_codebase_itself_did(name, backend):
-    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz") as file:
         golden = {key: file[key] for key in file.files}
     meta, calls = json.loads(str(golden["meta"])), []
 

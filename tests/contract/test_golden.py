@@ -15,7 +15,7 @@ import maskgit
 from maskgit import StepNoise
 
 RULES = json.loads((GOLDEN / "rules.json").read_text())
-FILES = [  # those in another layout are replayed by tests/test_layouts.py
+FILES = [  # those in another layout are replayed by tests/sampling/test_layouts.py
     path for path in sorted(GOLDEN.glob("*.npz")) if "layout" not in RULES[path.stem]
 ]
 

@@ -1,5 +1,7 @@
 """The torch.library ops: schema and fakes by opcheck, no graph break, clear errors."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -192,3 +194,38 @@ def test_the_plain_backend_makes_few_arrays_of_the_size_of_the_logits(temperatur
     with Counter():
         maskgit.sample_tokens(logits, rule=rule, seeds=[1], backend="torch")
     assert len(names) <= most, names
+
+
+def calls_of_ours(call):
+    """How many functions of the package a call goes through, once it has been made before."""
+    import cProfile
+    import pstats
+
+    call(), call()
+    profile = cProfile.Profile()
+    profile.runcall(call)
+    root = str(Path(maskgit.__file__).parents[1])
+    stats = pstats.Stats(profile).stats.items()
+    outside = (".venv", "site-packages")
+    return sum(
+        times
+        for (file, *_), (times, *_) in stats
+        if ("maskgit" in file or file.startswith(root)) and not any(o in file for o in outside)
+    )
+
+
+def test_a_step_is_looked_at_once():
+    """Each argument costs a few calls, however many there are of the rest (174 before that was so)."""
+    if maskgit.available_backends()["cpp"] is not None:
+        pytest.skip("the C++ extension was not built")
+    logits, tokens, seeds = example()
+    counts = torch.full((len(tokens),), 6)
+
+    def step():
+        return maskgit.decode_step(
+            logits, tokens, rule="maskgit", mask_token_id=19, step=1, num_steps=4,
+            num_masked_at_start=counts, seeds=seeds, backend="cpp",
+        )  # fmt: skip
+
+    assert calls_of_ours(step) <= 120
+    assert calls_of_ours(lambda: maskgit.sample_tokens(logits, rule="llada", backend="cpp")) <= 90
