@@ -84,7 +84,7 @@ FAULTS = (
     Fault(STEP + "inputs.py", "torch.stack([wide & 0xFFFFFFFF, (wide >> 32) & 0xFFFFFFFF], dim=1)", "torch.stack([(wide >> 32) & 0xFFFFFFFF, wide & 0xFFFFFFFF], dim=1)", contract("torch", "preset")),
     Fault("kernels/common/philox/stream.py", "STREAM_CHOICE = ", "STREAM_CHOICE = 0 * ", "tests/contract/test_philox.py tests/contract/test_semantics.py tests/contract/test_sampling.py"),
     Fault(STEP + "door.py", "0 <= min(counts) <= max(counts) <= length", "0 <= min(counts)", "tests/contract/test_arguments.py -k every_call"),
-    Fault(STEP + "door.py", "masked & to_numpy(x.eligible)).sum(1)", "masked).sum(1)", "tests/contract/test_arguments.py tests/sampling/test_generate.py"),
+    Fault(STEP + "door.py", "masked & eligible).sum(1)", "masked).sum(1)", "tests/contract/test_arguments.py tests/sampling/test_generate.py"),
     Fault("kernels/common/rounding.py", "(bits + 0x7FFF + ((bits >> 16) & 1))", "(bits + 0x8000)", "tests/contract/test_thresholds.py tests/contract/test_semantics.py tests/contract/test_contract.py -k bfloat16"),
     # C++
     Fault("csrc/select.cpp", "confidence > other.confidence : position < other.position", "confidence > other.confidence : position > other.position", contract("cpp")),

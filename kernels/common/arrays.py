@@ -140,10 +140,9 @@ def to_kind(x: Any, kind: str, device: Any = None) -> Any:
         import torch
 
         array = array.view(np.int16) if is_bfloat16 else array
-        flags = array.flags
-        if not flags.c_contiguous and min(array.strides, default=0) < 0:
-            array = np.ascontiguousarray(array)
-        if flags.writeable:
+        if min(array.strides, default=0) < 0:  # of an axis of one element too
+            array = array.copy()
+        if array.flags.writeable:
             tensor = torch.from_numpy(array)
         else:
             with warnings.catch_warnings():
@@ -216,9 +215,13 @@ def as_scalar(name: str, value: Any) -> Any:
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {given!r}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number, got {given!r}")
-    return float(value)
+    return number
 
 
 def check_integer(name: str, value: Any) -> None:

@@ -49,7 +49,7 @@ class TorchOp:
 
     def __call__(self, *args: Any) -> Any:
         """The op on the arguments of its schema, all of them, in order."""
-        device = args[self.model].device
+        device = getattr(args[self.model], "device", None)
         for i, name, is_needed in self.tensors:
             value = args[i]
             if value is None and not is_needed:

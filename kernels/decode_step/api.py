@@ -316,7 +316,8 @@ def scale_tensor(number: Any, name: str = "guidance_scale") -> Any:
 
     if number is None or isinstance(number, torch.Tensor):
         return number
-    if isinstance(number, (float, int)) and not isinstance(number, bool):
+    is_plain = isinstance(number, (float, int)) and not isinstance(number, bool)
+    if is_plain and (torch.compiler.is_compiling() or abs(number) < 2**63):
         return torch.full((), number, dtype=torch.float64)
     if torch.compiler.is_compiling() and isinstance(number, np.ndarray):  # or a scalar of NumPy's
         return torch.as_tensor(number)

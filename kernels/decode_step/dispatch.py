@@ -153,7 +153,7 @@ def decode_step(
     if is_checked(check):
         eligible = taking_part(rule, tokens, mask_token_id, eligible)
         suspects = eligible & (like(out[2], logits) == -np.inf)
-        _raise_on_dead_rows(suspects, x, plan, logits, backend)
+        _raise_on_dead_rows(suspects, x, plan, logits, chosen)
     return results(out, logits, tokens)
 
 
@@ -240,12 +240,14 @@ def is_checked(check: bool) -> bool:
 
 
 def _raise_on_dead_rows(
-    suspects: Any, x: StepInputs, plan: StepPlan, logits: Any, backend: str
+    suspects: Any, x: StepInputs, plan: StepPlan, logits: Any, chosen: str
 ) -> None:
     """ValueError if one of the suspects, (B, N) with confidence -inf, has that for want of a logit."""
     if not is_traced(suspects) and not to_numpy(suspects).any():
         return
-    _, _, log_z = call("sample_tokens", x._replace(eligible=suspects), plan, logits, backend)
+    eligible = to_numpy(suspects) if _on_host(chosen, logits) else suspects
+    out = run("sample_tokens", x._replace(eligible=eligible), plan, logits, chosen)
+    _, _, log_z = out
     raise_on_dead(suspects & (like(log_z, logits) == -np.inf))
 
 

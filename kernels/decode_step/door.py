@@ -27,11 +27,10 @@ from ..common.arrays import (
     kind_of,
     library_of,
     place_of,
-    signed,
     to_kind,
     to_numpy,
 )
-from .inputs import UNSIGNED, StepInputs
+from .inputs import StepInputs
 from .rule.plan import StepPlan, resolve
 from .rule.rule import StepRule
 
@@ -99,13 +98,9 @@ def admit(
         if given.get(name) is not None:
             given[name] = _as_counts(name, given[name], model)
     arrays = tuple([(name, facts(x)) for name, x in given.items() if x is not None])
-    unsigned = _check_facts(
-        facts(model), vocab, rule, int(mask_token_id), "tokens" in given, arrays
-    )
+    _check_facts(facts(model), vocab, rule, int(mask_token_id), "tokens" in given, arrays)
     if given.get("seeds") is None:
         _check_seedless(model, vocab, rule, plan, given)
-    for name in unsigned:
-        given[name] = signed(given[name])
     if not plan.row.draws:
         given["token_gumbel"] = None
     if rule.count_base == "block" and "tokens" in given and given["num_masked_at_start"] is None:
@@ -128,8 +123,8 @@ def _check_facts(
     mask_token_id: int,
     commits: bool,
     arrays: tuple[tuple[str, Facts], ...],
-) -> tuple[str, ...]:
-    """What can be said of arrays without their values; the integers that torch cannot compute with."""
+) -> None:
+    """What can be said of arrays without their values."""
     named = dict(arrays)
     if commits:
         if vocab is None:
@@ -162,12 +157,6 @@ def _check_facts(
             raise TypeError(f"{name}: expected {words} {dtype_name(array)}")
     if commits:
         _check_ids_fit(named["tokens"], vocab, mask_token_id)
-    integers = [name for name in named if _ARRAYS[name][2] is _INTEGERS and name != "seeds"]
-    return tuple(
-        name
-        for name in integers
-        if named[name].kind == "torch" and dtype_name(named[name]) in UNSIGNED
-    )
 
 
 def _check_exactly(name: str, field: str, named: dict[str, Facts], rule: StepRule) -> None:
@@ -256,8 +245,10 @@ def check_token_ids(tokens: Any, vocab: int, mask_token_id: int) -> None:
     """ValueError for an id outside the vocabulary, which is V columns or up to the mask id."""
     ids = to_numpy(tokens)
     top = max(vocab, mask_token_id + 1) if mask_token_id >= 0 else _LAST_ID
+    if not ids.size:
+        return
     # seen without their sign negative ids are the largest
-    if not ids.size or ids.view(_SIGNLESS[ids.itemsize]).max() < top:
+    if mask_token_id >= 0 and ids.view(_SIGNLESS[ids.itemsize]).max() < top:
         return
     bad = ids[((ids < 0) | (ids >= top)) & (ids != mask_token_id)]
     if bad.size:
@@ -298,7 +289,10 @@ def _check_start(rule: StepRule, plan: StepPlan, x: StepInputs, step: Any, token
     if not starts or min(starts) >= tokens.shape[1]:  # no more than there are
         return
     masked = tokens == x.mask_token_id
-    now = (masked if x.eligible is None else masked & to_numpy(x.eligible)).sum(1).tolist()
+    eligible = _on_host(x.eligible)
+    if x.eligible is not None and eligible is None:  # of a traced program
+        return
+    now = (masked if eligible is None else masked & eligible).sum(1).tolist()
     for b, (count, least) in enumerate(zip(starts, now, strict=True)):
         if count < least:
             raise ValueError(
@@ -311,7 +305,10 @@ def _as_counts(name: str, given: Any, model: Any) -> Any:
     """Numbers of positions, or one for all sequences, as an array; beside tensors as one."""
     if kind_of(given) not in (None, "numpy"):
         return given
-    array = np.asarray(given)
+    try:
+        array = np.asarray(given)
+    except ValueError:  # ragged
+        array = np.empty(0, object)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got {given!r}")
     array = np.full(model.shape[0], array, np.int64) if array.ndim == 0 else array

@@ -165,7 +165,7 @@ def _everywhere(batch: int, length: int) -> Any:
 
 def to_host(x: StepInputs, chosen: str, dtype: str) -> StepInputs:
     """The inputs as NumPy arrays; bfloat16 logits as bits, for the reference as float32."""
-    fields = list(x)
+    fields = list(_without_keys(x))
     for i, name in _ARRAYS:
         value = fields[i]
         if value is None:
@@ -180,7 +180,7 @@ def to_host(x: StepInputs, chosen: str, dtype: str) -> StepInputs:
 
 def to_framework(x: StepInputs, native: str, logits: Any) -> StepInputs:
     """The inputs as torch or jax arrays, in torch on the device of the logits."""
-    fields = list(x)
+    fields = list(_without_keys(x) if native == "torch" else x)
     target = logits.device if kind_of(logits) == "torch" else None
     for i, _ in _ARRAYS:
         value = fields[i]
@@ -198,7 +198,7 @@ def for_program(x: StepInputs) -> StepInputs:
     fields = list(x._replace(seeds=seeds))
     for i, _ in _ARRAYS:
         value = fields[i]
-        if kind_of(value) != "numpy":  # which goes in as it is
+        if type(value) is not np.ndarray:  # which goes in as it is
             fields[i] = _strongly_typed(to_kind(value, "jax"))
     return StepInputs._make(fields)
 
@@ -214,12 +214,22 @@ def to_gpu(x: StepInputs, logits: Any) -> StepInputs:
 
     device = logits.device if kind_of(logits) == "torch" else torch.device("cpu")
     if device.type != "cpu":  # as all are
-        return x
+        return signed_inputs(x)
     if not is_interpreting():
         device = torch.device("cuda")
-    fields = {k: v for k, v in x._asdict().items() if v is not None and k not in _SCALARS}
-    plain = {k: v if k == "seeds" else _signed_for_torch(v) for k, v in fields.items()}
-    return x._replace(**{k: to_kind(v, "torch").to(device) for k, v in plain.items()})
+    fields = list(to_framework(x, "torch", logits))
+    for i, _ in _ARRAYS:
+        fields[i] = None if fields[i] is None else fields[i].to(device)
+    return StepInputs._make(fields)
+
+
+def signed_inputs(x: StepInputs) -> StepInputs:
+    """Tensors of integers as torch can compute with them; seeds have their own way (key_words)."""
+    for name in ("tokens", "positions", "drawn", "num_masked_at_start", "num_commit"):
+        value = getattr(x, name)
+        if value is not None and kind_of(value) == "torch" and dtype_name(value) in UNSIGNED:
+            x = x._replace(**{name: _signed_for_torch(value)})
+    return x
 
 
 def key_words(seeds: Any) -> Any:
@@ -257,6 +267,15 @@ def key_words(seeds: Any) -> Any:
     return words if sys.byteorder == "little" else words[:, ::-1]
 
 
+def _without_keys(x: StepInputs) -> StepInputs:
+    """jax's keys, which nothing else knows, as words."""
+    if x.seeds is None or not dtype_name(x.seeds).startswith("key"):
+        return x
+    return x._replace(seeds=key_words(x.seeds))
+
+
 def _signed_for_torch(x: Any) -> Any:
     """Integers that torch can compute with: it has few operations on the wider unsigned ones."""
-    return signed(x) if x is not None and dtype_name(x) in UNSIGNED else x
+    if x is None or dtype_name(x) not in UNSIGNED:
+        return x
+    return signed(x) if kind_of(x) == "torch" else to_numpy(x).astype(np.int64)

@@ -9,6 +9,7 @@ from ..common.backends import check_name, module_of
 from ..common.mesh import active
 from ..decode_step import dispatch as step_dispatch
 from ..decode_step.door import LOGIT_DTYPES, admit, check_guidance, check_values, plan_of
+from ..decode_step.inputs import signed_inputs
 from ..decode_step.rule.rule import StepRule
 from . import chunked
 
@@ -33,6 +34,7 @@ def decode(
         "scores": scores, "num_commit": num_commit, "positions": positions,
     })  # fmt: skip
     check_values(x, head_weight.shape[0], rule, plan, step)
+    x = signed_inputs(x)
     mixed = mix(hidden, uncond_hidden, scale)
     way: Any = chunked
     chosen = step_dispatch.backend_for(hidden, backend)

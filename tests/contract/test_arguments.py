@@ -463,3 +463,69 @@ def test_values_are_looked_at_in_every_call(backend: str) -> None:
         wrong[at] = value
         with pytest.raises(ValueError, match=message):
             maskgit.decode_step(**given | {name: wrong}, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("backend", HERE)
+def test_dead_rows_are_found_in_every_dtype(backend: str, dtype: str) -> None:
+    """`check` looks at the row a second time, whatever it was made into for the first."""
+    kind = kind_for(backend, dtype)
+    given = problem(kind)
+    logits = np.asarray(given["logits"]).copy()
+    at = tuple(np.argwhere(np.asarray(given["tokens"]) == MASK)[-1])
+    logits[at] = -np.inf
+    if kind == "torch":
+        given["logits"] = torch.from_numpy(logits).to(getattr(torch, dtype))
+    else:
+        import ml_dtypes
+
+        given["logits"] = native(logits.astype(getattr(ml_dtypes, dtype, dtype)), kind)
+    where = rf"row \(sequence {at[0]}, position {at[1]}\)"
+    with pytest.raises(ValueError, match=where):
+        maskgit.decode_step(**given, backend=backend, check=True)
+    logits[at] = 0.0
+    alive = torch.from_numpy(logits) if kind == "torch" else native(logits, kind)
+    maskgit.decode_step(**given | {"logits": alive}, backend=backend, check=True)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_seeds_of_every_kind_are_the_same_numbers(backend: str) -> None:
+    """jax's integers have 32 bits, its keys are no integers: every backend is given the same words."""
+    import jax
+    import jax.numpy as jnp
+
+    logits = jnp.asarray(problem("numpy")["logits"])
+    high = 2**32 - 3
+    calls = {
+        "keys": {"seeds": jax.random.split(jax.random.key(3), 2)},
+        "uint32": {"seeds": jnp.asarray([2**31 + 5, 3], jnp.uint32)},
+        "words": {"seeds": jnp.asarray([[2**31 + 5, 2**31], [1, 2]], jnp.uint32)},
+        "positions": {"seeds": [1, 2**63], "positions": jnp.full((2, 6), high, jnp.uint32)},
+    }
+    for name, given in calls.items():
+        got = maskgit.sample_tokens(logits, rule="maskgit", **given, backend=backend)
+        wanted = maskgit.sample_tokens(logits, rule="maskgit", **given, backend="reference")
+        np.testing.assert_array_equal(
+            np.asarray(got.candidate_tokens), np.asarray(wanted.candidate_tokens), name
+        )
+
+
+def test_values_are_looked_at_before_they_are_converted() -> None:
+    logits, narrow = torch.zeros(2, 4, 10), torch.full((2, 4), 9)
+    rest = {"rule": "llada", "mask_token_id": 9, "step": 0, "num_steps": 4}
+    with pytest.raises(ValueError, match=r"candidate_tokens: expected ids in \[0, 65535\]"):
+        maskgit.commit_tokens(
+            torch.full((2, 4), 2**33 + 7), torch.rand(2, 4), narrow.to(torch.uint16), **rest
+        )
+    wide = narrow.clone()
+    wide[0, 0] = -1
+    with pytest.raises(ValueError, match="got 18446744073709551615"):
+        maskgit.decode_step(logits, wide.view(torch.uint64), **rest)
+    for dtype in ("int8", "int16", "int32", "int64"):
+        ids = np.full((2, 4), -1, dtype)
+        ids[0, 0] = -5
+        with pytest.raises(ValueError, match=r"or the mask token -1, got -5"):
+            maskgit.decode_step(logits.numpy(), ids, **rest | {"mask_token_id": -1})
+    for counts in ([[1], [1, 2]], "ab", [0.5, 1.0]):
+        with pytest.raises(TypeError, match="num_masked_at_start: expected integers"):
+            maskgit.decode_step(logits.numpy(), narrow.numpy(), **rest, num_masked_at_start=counts)

@@ -187,7 +187,7 @@ def _largest(row: torch.Tensor) -> Largest:
     if whole < vocab:
         tops.append(row[..., whole:].amax(-1, keepdim=True))
     values, span = torch.cat(tops, -1).max(-1)
-    columns = (span[..., None] * size + torch.arange(size)).clamp(max=vocab - 1)
+    columns = (span[..., None] * size + torch.arange(size, device=row.device)).clamp(max=vocab - 1)
     inside = row.gather(-1, columns).argmax(-1)  # the first one: the last column may be there twice
     return Largest(values, span * size + inside)
 
