@@ -46,7 +46,14 @@ class Launch:
     @property
     def spec(self) -> Any:
         """What the kernel is specialised for."""
-        return next((self.arguments[n] for n in "SFHA" if self.arguments.get(n) is not None), None)
+        return next(
+            (
+                self.arguments[n]
+                for n in ("spec", "finishing", "head", "A")
+                if self.arguments.get(n) is not None
+            ),
+            None,
+        )
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -269,8 +276,8 @@ def _on(launch: Launch, target: str) -> Launch:
     """The launch as that target gets it: before Hopper the head takes one leaf at a time."""
     if launch.name != "head_kernel" or target not in ("sm_80", "gfx942"):
         return launch
-    head = dataclasses.replace(launch.arguments["H"], pair=False)
-    arguments = launch.arguments | {"H": head}
+    head = dataclasses.replace(launch.arguments["head"], pair=False)
+    arguments = launch.arguments | {"head": head}
     return dataclasses.replace(launch, arguments=arguments)
 
 

@@ -563,7 +563,7 @@ class _Nothing:
         self.specialisations: set[Any] = set()
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **options: self.specialisations.add((options["S"], grid))
+        return lambda *args, **options: self.specialisations.add((options["spec"], grid))
 
 
 def test_a_launch_is_prepared_once(monkeypatch):

@@ -25,7 +25,18 @@ import triton.language as tl
 
 from ...common.philox.triton_form import STREAM_CHOICE, exponential
 from ...common.triton_tools import rounded_to, scalar
-from .finish import UNSPECIALIZED, finish, merged, offsets, stream_of, taking_part
+from .finish import (
+    UNSPECIALIZED,
+    Noise,
+    Scales,
+    finish,
+    keys_of,
+    merged,
+    offset_of,
+    shift_of,
+    taking_part,
+)
+from .tiles import Place, Source
 
 MOST_POSITIONS = 1 << 15
 RANKED = tl.constexpr(128)  # longest sequence whose cut is found by rank
@@ -70,20 +81,20 @@ class CommitSpec:
 
 
 @triton.jit
-def _competing(tokens, eligible, drawn, b, n, length, mask_token_id, S: tl.constexpr):
+def _competing(tokens, eligible, drawn, b, n, length, mask_token_id, spec: tl.constexpr):
     """(token, known, takes part, competes) at positions n of sequence b."""
     row, inside = b * length + n, (n >= 0) & (n < length)
     token = tl.load(tokens + row, mask=inside, other=0).to(tl.int64)
     known = inside & (token != mask_token_id)
     takes_part = inside
-    if not S.touches_known:
+    if not spec.touches_known:
         takes_part = takes_part & ~known
     if eligible is not None:
         takes_part = takes_part & (tl.load(eligible + row, mask=inside, other=0) != 0)
     competes = takes_part
-    if not S.revise:
+    if not spec.revise:
         competes = competes & ~known
-    if S.skip_mask_token:
+    if spec.skip_mask_token:
         candidate = tl.load(drawn + row, mask=inside, other=0).to(tl.int64)
         competes = competes & (candidate != mask_token_id)
     return token, known, takes_part, competes
@@ -96,14 +107,14 @@ def _num(condition):
 
 @triton.jit
 def _over_batch(
-    tokens, eligible, drawn, starts, rows, length, mask_token_id, S: tl.constexpr
+    tokens, eligible, drawn, starts, rows, length, mask_token_id, spec: tl.constexpr
 ):  # fmt: skip
     """(sum of U0, sum of U) over the first `rows` sequences."""
-    n = tl.arange(0, S.block)
+    n = tl.arange(0, spec.block)
     start, now = 0, 0
     for b in range(0, rows):
         _, _, takes_part, competes = _competing(
-            tokens, eligible, drawn, b, n, length, mask_token_id, S
+            tokens, eligible, drawn, b, n, length, mask_token_id, spec
         )
         if starts is not None:
             start += tl.load(starts + b).to(tl.int32)
@@ -114,29 +125,29 @@ def _over_batch(
 
 
 @triton.jit
-def _of_table(table, table_size, base, S: tl.constexpr):
-    if S.base_is_positions:
+def _of_table(table, table_size, base, spec: tl.constexpr):
+    if spec.base_is_positions:
         base = table_size - 1
     return tl.load(table + tl.minimum(tl.maximum(base, 0), table_size - 1))
 
 
 @triton.jit
-def _stay_masked(table, table_size, base, now, now_batch, batch, given, share, S: tl.constexpr):
+def _stay_masked(table, table_size, base, now, now_batch, batch, given, share, spec: tl.constexpr):
     """counts.next_masked_counts: how many of a sequence's U = `now` stay masked."""
-    if S.count == "given":
+    if spec.count == "given":
         return tl.minimum(tl.maximum(now - given, 0), now)
-    elif S.count == "fraction":
-        if S.count_rows == "mean":
+    elif spec.count == "fraction":
+        if spec.count_rows == "mean":
             mean = tl.div_rn(now_batch.to(tl.float32), scalar(batch, tl.float32))
             return tl.maximum(now - (mean * share).to(tl.int32), 0)
         else:
             return now - (now.to(tl.float32) * share).to(tl.int32)
-    elif S.count == "quota":
-        return tl.maximum(now - _of_table(table, table_size, base, S), 0)
+    elif spec.count == "quota":
+        return tl.maximum(now - _of_table(table, table_size, base, spec), 0)
     else:
-        target = _of_table(table, table_size, base, S)
-        limit = now_batch if S.count_rows == "first" else now
-        clamps: tl.constexpr = S.clamps
+        target = _of_table(table, table_size, base, spec)
+        limit = now_batch if spec.count_rows == "first" else now
+        clamps: tl.constexpr = spec.clamps
         for i in tl.static_range(len(clamps)):
             if clamps[i] == "commit_one":
                 target = tl.minimum(target, limit - 1)
@@ -146,16 +157,18 @@ def _stay_masked(table, table_size, base, now, now_batch, batch, given, share, S
 
 
 @triton.jit
-def _ranks(confidence, tokens, eligible, drawn, mine, b, length, mask_token_id, S: tl.constexpr):
+def _ranks(confidence, tokens, eligible, drawn, mine, b, length, mask_token_id, spec: tl.constexpr):
     """(how many surer ones compete, the sum of their negative confidences), [block]."""
-    block: tl.constexpr = S.block
-    others: tl.constexpr = S.others
+    block: tl.constexpr = spec.block
+    others: tl.constexpr = spec.others
     n = tl.arange(0, block)
     rank = tl.zeros([block], tl.int32)
     before = tl.zeros([block], tl.float64)
     for first in range(0, length, others):
         other = first + tl.arange(0, others)
-        _, _, _, competes = _competing(tokens, eligible, drawn, b, other, length, mask_token_id, S)
+        _, _, _, competes = _competing(
+            tokens, eligible, drawn, b, other, length, mask_token_id, spec
+        )
         if _num(competes) > 0:
             key = tl.load(confidence + b * length + other, mask=competes, other=0.0)
             surer = (key[None, :] > mine[:, None]) | (
@@ -163,15 +176,15 @@ def _ranks(confidence, tokens, eligible, drawn, mine, b, length, mask_token_id, 
             )
             surer = surer & competes[None, :]
             rank += tl.sum(surer.to(tl.int32), 1)
-            if S.count == "entropy_bound":
+            if spec.count == "entropy_bound":
                 before -= tl.sum(tl.where(surer, key[None, :].to(tl.float64), 0.0), 1)
     return rank, before
 
 
 @triton.jit
-def _ordered(confidence, competes, S: tl.constexpr):
+def _ordered(confidence, competes, spec: tl.constexpr):
     """Unsigned integers in the order of the confidences, 0 at what does not compete."""
-    if S.wide:
+    if spec.wide:
         bits = (confidence + 0.0).to(tl.uint64, bitcast=True)
         top = tl.full(bits.shape, 1, tl.uint64) << 63
     else:
@@ -181,10 +194,10 @@ def _ordered(confidence, competes, S: tl.constexpr):
 
 
 @triton.jit
-def _of_rank(key, rank, S: tl.constexpr):
+def _of_rank(key, rank, spec: tl.constexpr):
     """The key that `rank` others are above, 0 where there are fewer."""
     bound = tl.min(key, 0) * 0
-    bits: tl.constexpr = 64 if S.wide else 32
+    bits: tl.constexpr = 64 if spec.wide else 32
     for i in range(bits):
         candidate = bound | ((bound * 0 + 1) << (bits - 1 - i))
         bound = tl.where(_num(key >= candidate) > rank, candidate, bound)
@@ -192,9 +205,9 @@ def _of_rank(key, rank, S: tl.constexpr):
 
 
 @triton.jit
-def _first(key, competes, take, S: tl.constexpr):
+def _first(key, competes, take, spec: tl.constexpr):
     """The `take` largest keys, of equal ones the first."""
-    bound = _of_rank(key, take - 1, S)
+    bound = _of_rank(key, take - 1, spec)
     equal = competes & (key == bound)
     room = take - _num(key > bound)
     chosen = (key > bound) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
@@ -208,14 +221,14 @@ def _segmented(started, a, starts, b):
 
 @triton.jit
 def _best_of_runs(
-    confidence, tokens, eligible, drawn, competes, b, length, mask_token_id, S: tl.constexpr
+    confidence, tokens, eligible, drawn, competes, b, length, mask_token_id, spec: tl.constexpr
 ):  # fmt: skip
     """The largest confidence of the run of neighbours that each position is in."""
-    n = tl.arange(0, S.block)
-    _, _, _, left = _competing(tokens, eligible, drawn, b, n - 1, length, mask_token_id, S)
+    n = tl.arange(0, spec.block)
+    _, _, _, left = _competing(tokens, eligible, drawn, b, n - 1, length, mask_token_id, spec)
     _, up = tl.associative_scan(((~(competes & left)).to(tl.int32), confidence), 0, _segmented)
     tl.debug_barrier()  # or both neighbours would be in registers
-    _, _, _, right = _competing(tokens, eligible, drawn, b, n + 1, length, mask_token_id, S)
+    _, _, _, right = _competing(tokens, eligible, drawn, b, n + 1, length, mask_token_id, spec)
     _, down = tl.associative_scan(
         ((~(competes & right)).to(tl.int32), confidence), 0, _segmented, reverse=True
     )
@@ -249,75 +262,75 @@ def _exact(parts):
 
 
 @triton.jit
-def _bound(parts, S: tl.constexpr):
+def _bound(parts, spec: tl.constexpr):
     """The same in the dtype of the scores, in which it is one."""
-    kind: tl.constexpr = tl.float64 if S.wide else tl.float32
+    kind: tl.constexpr = tl.float64 if spec.wide else tl.float32
     return _exact(parts).to(kind)
 
 
 @triton.jit
-def _as_score(bound, S: tl.constexpr):
+def _as_score(bound, spec: tl.constexpr):
     """A computed bound rounded to the dtype in which it is compared with scores."""
-    if S.compared_in == "bfloat16":
+    if spec.compared_in == "bfloat16":
         return rounded_to(bound, tl.bfloat16)
-    elif S.compared_in == "float16":
+    elif spec.compared_in == "float16":
         return rounded_to(bound, tl.float16)
     else:
         return bound
 
 
 @triton.jit
-def _take(mine, competes, rank, before, now, least, bounds, S: tl.constexpr):
+def _take(mine, competes, rank, before, now, least, bounds, spec: tl.constexpr):
     """How many of the surest are committed by rules that look at their values."""
-    if S.count == "threshold":
-        bound = _bound(bounds.threshold, S)
-        if S.has_slack:
+    if spec.count == "threshold":
+        bound = _bound(bounds.threshold, spec)
+        if spec.has_slack:
             top = tl.max(tl.where(competes, mine, -float("inf")), 0)
-            bound = tl.minimum(bound, _as_score(top - _bound(bounds.slack, S), S))
-        if S.threshold_strict:
+            bound = tl.minimum(bound, _as_score(top - _bound(bounds.slack, spec), spec))
+        if spec.threshold_strict:
             passing = mine > bound
         else:
             passing = mine >= bound
         take = _num(competes & passing)
-    elif S.count == "entropy_bound":
+    elif spec.count == "entropy_bound":
         take = tl.min(tl.where(competes & ~(before <= _exact(bounds.threshold)), rank, now), 0)
     else:
         bound = (1.0 - _exact(bounds.factor) / (rank.to(tl.float64) + 2.0)).to(mine.dtype)
-        bound = _as_score(bound, S)
+        bound = _as_score(bound, spec)
         take = tl.min(tl.where(competes & (rank >= 1) & (mine < bound), rank, now), 0)
-        if S.factor_tail:  # Fast-dLLM's off-by-one
+        if spec.factor_tail:  # Fast-dLLM's off-by-one
             take = tl.where((now <= 2) | (take == now - 1), now, take)
     return tl.minimum(tl.maximum(take, least), now)
 
 
 @triton.jit
-def _cut(mine, competes, key, rank, take, now, S: tl.constexpr):
+def _cut(mine, competes, key, rank, take, now, spec: tl.constexpr):
     """The competing positions above the rule's cut where `take` of `now` are to be committed."""
-    if S.cut == "exact":
-        if S.ranks:
+    if spec.cut == "exact":
+        if spec.ranks:
             return competes & (rank < take)
         else:
-            return _first(key, competes, take, S)
-    elif S.cut == "strict":
-        if S.ranks:
+            return _first(key, competes, take, spec)
+    elif spec.cut == "strict":
+        if spec.ranks:
             last = tl.max(tl.where(competes & (rank == take - 1), mine, -float("inf")), 0)
             above = competes & (mine >= last)
         else:
-            above = competes & (key >= _of_rank(key, take - 1, S))
+            above = competes & (key >= _of_rank(key, take - 1, spec))
         return tl.where(take == now, competes, above & (take > 0))
     else:
-        if S.ranks:
+        if spec.ranks:
             next = tl.max(tl.where(competes & (rank == take), mine, -float("inf")), 0)
             above = competes & (mine > next)
         else:
-            above = competes & (key > _of_rank(key, take, S))
+            above = competes & (key > _of_rank(key, take, spec))
         return tl.where(take == now, competes, above)
 
 
 @triton.jit
-def _remask_bound(scores, known, row, below, chance, S: tl.constexpr):
+def _remask_bound(scores, known, row, below, chance, spec: tl.constexpr):
     """What a known position's noise must stay under to mask it again."""
-    if S.remasks_by_score:
+    if spec.remasks_by_score:
         score = tl.load(scores + row, mask=known, other=-float("inf")).to(tl.float64)
         usable = known & (score > -float("inf")) & (score < float("inf"))
         score = tl.where(usable, score, -float("inf"))
@@ -333,156 +346,189 @@ def _remask_bound(scores, known, row, below, chance, S: tl.constexpr):
         return below
 
 
+class Given(NamedTuple):
+    """Pointers to what the caller gives of each position."""
+
+    tokens: Any
+    eligible: Any
+    seeds: Any
+    positions: Any
+
+
+class Found(NamedTuple):
+    """Pointers to the candidates, their scores, log Z or None, and what programs left of shared rows."""
+
+    drawn: Any
+    score: Any
+    log_z: Any
+    parts: Any
+
+
+class Strides(NamedTuple):
+    """Of sequences and positions in the logits, with their misalignment, and in the unconditional ones."""
+
+    batch: Any
+    position: Any
+    misalignment: Any
+    uncond_batch: Any
+    uncond_position: Any
+
+
 @triton.jit
 def _finish_shared(
-    source, tokens, eligible, seeds, positions, drawn, score, log_z, parts, row, num_rows, length,
-    places, head, uncond_places, mask_token_id, vocab_start, step, scales, F: tl.constexpr,
+    source, given, found, row, num_rows, length, strides, mask_token_id, vocab_start, step, scales,
+    finishing: tl.constexpr,
 ):  # fmt: skip
     """Candidates and scores of rows that several programs have walked."""
-    live, own, is_own = taking_part(tokens, eligible, row, num_rows, mask_token_id, vocab_start, F)
-    offset, _, shift = offsets(row, num_rows, length, places, head, F)
-    uncond_offset = (row // length).to(tl.int64) * uncond_places[0]
-    uncond_offset += (row % length).to(tl.int64) * uncond_places[1]
-    stream = stream_of(seeds, positions, row, length, live)
-    reference, safe, alive, stats = merged(parts, row, num_rows, live, scales[0], scales, F)
+    live, own, is_own = taking_part(
+        given.tokens, given.eligible, row, num_rows, mask_token_id, vocab_start, finishing
+    )
+    offset = offset_of(row, length, strides.batch, strides.position)
+    shift = shift_of(offset, row, strides.misalignment, finishing)
+    uncond_offset = offset_of(row, length, strides.uncond_batch, strides.uncond_position)
+    keys = keys_of(given.seeds, given.positions, row, length, live)
+    pivot, safe, alive, walked = merged(found.parts, row, num_rows, live, scales, finishing)
     ids, scores, sums = finish(
-        source, source[0].dtype.element_ty, offset, uncond_offset, shift, alive, own, is_own,
-        reference, reference, safe, stats, (), stream, (source[0], row, 1), scales, step,
-        vocab_start, F,
+        source, source.logits.dtype.element_ty, Place(offset, uncond_offset, shift, alive), own, is_own,
+        pivot, pivot, safe, walked, (), keys, Noise(source.logits, row, 1), scales, step,
+        vocab_start, finishing,
     )  # fmt: skip
     inside = row < num_rows
-    tl.store(drawn + row, ids.to(drawn.dtype.element_ty), mask=inside)
-    tl.store(score + row, scores.to(score.dtype.element_ty), mask=inside)
-    if log_z is not None:
-        tl.store(log_z + row, sums.to(log_z.dtype.element_ty), mask=inside)
+    tl.store(found.drawn + row, ids.to(found.drawn.dtype.element_ty), mask=inside)
+    tl.store(found.score + row, scores.to(found.score.dtype.element_ty), mask=inside)
+    if found.log_z is not None:
+        tl.store(found.log_z + row, sums.to(found.log_z.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def merge_kernel(
     logits, uncond, tokens, eligible, seeds, positions, drawn, score, log_z, parts, num_rows,
-    length, vocab, stride_b, stride_n, stride_v, head, uncond_stride_b, uncond_stride_n,
+    length, vocab, stride_b, stride_n, stride_v, misalignment, uncond_stride_b, uncond_stride_n,
     uncond_stride_v, mask_token_id, mask_column, vocab_start, step, guidance, temperature,
-    draw_scale, score_scale, score_scale_low, filter_scale, F: tl.constexpr,
+    draw_scale, score_scale, score_scale_low, filter_scale, finishing: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks): finishes the rows of a call that ends with candidates and scores."""
-    rows: tl.constexpr = F.rows
+    rows: tl.constexpr = finishing.rows
     row = tl.program_id(0) * rows + tl.arange(0, rows)
-    source = (logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column)
+    source = Source(logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column)
+    scales = Scales(draw_scale, score_scale, score_scale_low, filter_scale, temperature)
+    strides = Strides(stride_b, stride_n, misalignment, uncond_stride_b, uncond_stride_n)
     _finish_shared(
-        source, tokens, eligible, seeds, positions, drawn, score, log_z, parts, row, num_rows,
-        length, (stride_b, stride_n), head, (uncond_stride_b, uncond_stride_n), mask_token_id,
-        vocab_start, step, (draw_scale, score_scale, score_scale_low, filter_scale, temperature), F,
+        source, Given(tokens, eligible, seeds, positions), Found(drawn, score, log_z, parts), row,
+        num_rows, length, strides, mask_token_id, vocab_start, step, scales, finishing,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "table_size", "batch"])
 def commit_kernel(
     logits, uncond, tokens, eligible, seeds, positions, drawn, score, parts, num_rows, length,
-    vocab, stride_b, stride_n, stride_v, head, uncond_stride_b, uncond_stride_n, uncond_stride_v,
+    vocab, stride_b, stride_n, stride_v, misalignment, uncond_stride_b, uncond_stride_n, uncond_stride_v,
     mask_token_id, mask_column, vocab_start, step, guidance, temperature, draw_scale, score_scale,
     score_scale_low, filter_scale, next_tokens, candidates, confidence, choice_gumbel, scores,
     starts, num_commit, table, table_size, batch, choice_temperature, share, commit_below,
-    remask_below, remask_chance, bounds, F: tl.constexpr, S: tl.constexpr,
+    remask_below, remask_chance, bounds, finishing: tl.constexpr, spec: tl.constexpr,
 ):  # fmt: skip
     """Grid (B,): what `decode_step` returns, from candidates and scores."""
-    block: tl.constexpr = S.block
+    block: tl.constexpr = spec.block
     b = tl.program_id(0)
     n = tl.arange(0, block)
     row, inside = b * length + n, n < length
-    if F is not None:
-        rows: tl.constexpr = F.rows
-        source = (logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column)
-        scales = (draw_scale, score_scale, score_scale_low, filter_scale, temperature)
+    if finishing is not None:
+        rows: tl.constexpr = finishing.rows
+        source = Source(logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column)
+        scales = Scales(draw_scale, score_scale, score_scale_low, filter_scale, temperature)
+        strides = Strides(stride_b, stride_n, misalignment, uncond_stride_b, uncond_stride_n)
         for first in range(0, length, rows):
             some = first + tl.arange(0, rows)
             some = tl.where(some < length, b * length + some, num_rows)
             _finish_shared(
-                source, tokens, eligible, seeds, positions, drawn, score, None, parts, some,
-                num_rows, length, (stride_b, stride_n), head, (uncond_stride_b, uncond_stride_n),
-                mask_token_id, vocab_start, step, scales, F,
+                source, Given(tokens, eligible, seeds, positions), Found(drawn, score, None, parts),
+                some, num_rows, length, strides, mask_token_id, vocab_start, step, scales, finishing,
             )  # fmt: skip
         tl.debug_barrier()
-    kind: tl.constexpr = tl.float64 if S.wide else tl.float32
+    kind: tl.constexpr = tl.float64 if spec.wide else tl.float32
     token, known, takes_part, competes = _competing(
-        tokens, eligible, drawn, b, n, length, mask_token_id, S
+        tokens, eligible, drawn, b, n, length, mask_token_id, spec
     )
     candidate = tl.load(drawn + row, mask=takes_part, other=-1)
     alive = competes & (known | (candidate >= 0))
     noise = tl.zeros([block], tl.float32)
-    if S.uses_noise:
+    if spec.uses_noise:
         if choice_gumbel is not None:
             noise = tl.load(choice_gumbel + row, mask=inside, other=0.0)
         else:
-            position, k0, k1 = stream_of(seeds, positions, row, length, inside)
-            noise = -tl.log(exponential(n * 0, position, step, STREAM_CHOICE, k0, k1))
-    if S.source == "random":
+            keys = keys_of(seeds, positions, row, length, inside)
+            noise = -tl.log(
+                exponential(n * 0, keys.position, step, STREAM_CHOICE, keys.low, keys.high)
+            )
+    if spec.source == "random":
         value = noise.to(kind)
     else:
-        if S.source == "given":
+        if spec.source == "given":
             value = tl.load(scores + row, mask=inside, other=0.0).to(kind)
         else:
             value = tl.load(score + row, mask=inside, other=0.0).to(kind)
-        if S.adds_noise:
+        if spec.adds_noise:
             value = value + scalar(choice_temperature, kind) * noise.to(kind)
     mine = tl.where(alive & (value == value), value, -float("inf"))
     shown = tl.where(known & ~competes, float("inf"), mine)
     tl.store(confidence + row, shown.to(confidence.dtype.element_ty), mask=inside)
     now = _num(competes)
-    if S.count == "all":
+    if spec.count == "all":
         commit = competes
-    elif S.count == "bernoulli":
+    elif spec.count == "bernoulli":
         commit = competes & (noise < commit_below)
     else:
         rank, before, key = n * 0, n * 0, n * 0
-        if S.ranks:
+        if spec.ranks:
             tl.debug_barrier()
             rank, before = _ranks(
-                confidence, tokens, eligible, drawn, mine, b, length, mask_token_id, S
+                confidence, tokens, eligible, drawn, mine, b, length, mask_token_id, spec
             )
         else:
-            key = _ordered(mine, competes, S)
+            key = _ordered(mine, competes, spec)
         base, now_batch = _num(takes_part), now
-        if S.count_rows == "each":
+        if spec.count_rows == "each":
             if starts is not None:
                 base = tl.load(starts + b).to(tl.int32)
         else:
-            rows_counted = 1 if S.count_rows == "first" else batch
+            rows_counted = 1 if spec.count_rows == "first" else batch
             base, now_batch = _over_batch(
-                tokens, eligible, drawn, starts, rows_counted, length, mask_token_id, S
+                tokens, eligible, drawn, starts, rows_counted, length, mask_token_id, spec
             )
         least = now * 0 + 1
-        if S.least_is_quota:
-            least = _of_table(table, table_size, base, S)
-        if S.count == "runs":
+        if spec.least_is_quota:
+            least = _of_table(table, table_size, base, spec)
+        if spec.count == "runs":
             best = _best_of_runs(
-                mine, tokens, eligible, drawn, competes, b, length, mask_token_id, S
+                mine, tokens, eligible, drawn, competes, b, length, mask_token_id, spec
             )
-            commit = (mine == best) & (mine > _bound(bounds.low, S))
-            commit = competes & (commit | (mine > _bound(bounds.threshold, S)))
+            commit = (mine == best) & (mine > _bound(bounds.low, spec))
+            commit = competes & (commit | (mine > _bound(bounds.threshold, spec)))
             top = tl.max(tl.where(competes, mine, -float("inf")), 0)
-            surest = tl.min(tl.where(competes & (mine == top), n, S.block), 0)
+            surest = tl.min(tl.where(competes & (mine == top), n, spec.block), 0)
             commit = commit | (competes & (n == surest))
-        elif S.count == "threshold" or S.count == "factor" or S.count == "entropy_bound":
-            take = _take(mine, competes, rank, before, now, least, bounds, S)
-            if S.ranks:
+        elif spec.count == "threshold" or spec.count == "factor" or spec.count == "entropy_bound":
+            take = _take(mine, competes, rank, before, now, least, bounds, spec)
+            if spec.ranks:
                 commit = competes & (rank < take)
             else:
-                commit = _first(key, competes, take, S)
+                commit = _first(key, competes, take, spec)
         else:
             given = now * 0
             if num_commit is not None:
                 given = tl.load(num_commit + b).to(tl.int32)
-            stay = _stay_masked(table, table_size, base, now, now_batch, batch, given, share, S)
-            commit = _cut(mine, competes, key, rank, now - stay, now, S)
+            stay = _stay_masked(table, table_size, base, now, now_batch, batch, given, share, spec)
+            commit = _cut(mine, competes, key, rank, now - stay, now, spec)
     candidate = candidate.to(tl.int64)
     filled = tl.where(alive & ~known, candidate, token)
     result = tl.where(commit & alive, filled, tl.where(competes, mask_token_id, token))
-    if S.edits:
-        edited = takes_part & known & (candidate >= 0) & (value > _bound(bounds.edit, S))
+    if spec.edits:
+        edited = takes_part & known & (candidate >= 0) & (value > _bound(bounds.edit, spec))
         result, filled = tl.where(edited, candidate, result), tl.where(edited, candidate, filled)
-    if S.remasks:
+    if spec.remasks:
         held = takes_part & known
-        bound = _remask_bound(scores, held, row, remask_below, remask_chance, S)
+        bound = _remask_bound(scores, held, row, remask_below, remask_chance, spec)
         result = tl.where(held & (noise < bound), mask_token_id, result)
     tl.store(next_tokens + row, result.to(next_tokens.dtype.element_ty), mask=inside)
     tl.store(candidates + row, filled.to(candidates.dtype.element_ty), mask=inside)

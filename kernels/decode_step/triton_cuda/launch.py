@@ -76,7 +76,7 @@ def decode_step(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, An
             next_tokens, candidates, confidence, flat(x.choice_gumbel), flat(x.scores),
             flat(x.num_masked_at_start), flat(x.num_commit), table, n.table.size, batch,
             n.choice_temperature, n.commit_fraction, n.commit_below, n.remask_below, n.remask_chance,
-            _bounds(plan), F=commit.finishing, S=commit.spec, **commit.options,
+            _bounds(plan), finishing=commit.finishing, spec=commit.spec, **commit.options,
         )  # fmt: skip
     return next_tokens, candidates, confidence
 
@@ -99,7 +99,7 @@ def sample_tokens(x: StepInputs, plan: StepPlan, dtype: str) -> tuple[Any, Any, 
         if rows.merged is not None:  # programs shared rows
             merge_kernel[(-(-drawn.numel() // rows.merged.rows),)](
                 x.logits, x.uncond_logits, *given, *out, *rows.sizes, *rows.strides, *values,
-                F=rows.merged, **options(4, 168),
+                finishing=rows.merged, **options(4, 168),
             )  # fmt: skip
     return drawn, score, log_z
 
@@ -111,7 +111,7 @@ def _sample(
     """Launch `sample_kernel`."""
     sample_kernel[rows.grid](
         x.logits, x.uncond_logits, x.token_gumbel, *given, *out, *rows.sizes, *rows.strides,
-        *rows.noise_strides, *values, S=rows.spec, **rows.options,
+        *rows.noise_strides, *values, spec=rows.spec, **rows.options,
     )  # fmt: skip
 
 

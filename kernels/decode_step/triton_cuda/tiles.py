@@ -6,19 +6,43 @@ are used) is read from the multiple before it: place p of the tile holds logit p
 logits of other rows at its ends become -inf.  The aligned 16 bytes around a logit are always there
 to be read.  Unaligned rows thus cost one more chunk, not a load for each logit.
 
-A tuple `source` is (logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column), `at` is
-(row, uncond_row, shift, live), each [R, 1, 1]: where row p = 0 lies, in elements.
+What is read is a `Source`, where a tile's rows lie a `Place`.
 """
 
 # mypy: ignore-errors
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ...common.philox.triton_form import LEAF
 from ...common.triton_tools import FLOAT_MAX, rounded_to
+
+
+class Source(NamedTuple):
+    """The logits of a call, with and without a condition: pointers, strides of columns, and the rest."""
+
+    logits: Any
+    uncond: Any
+    stride: Any
+    uncond_stride: Any
+    vocab: Any
+    guidance: Any
+    mask_column: Any
+
+
+class Place(NamedTuple):
+    """Where the rows of a tile start, in elements, each [R, 1, 1].
+
+    shift: places between the tile's first and the row's; live: whether a row is walked.
+    """
+
+    row: Any
+    uncond_row: Any
+    shift: Any
+    live: Any
 
 
 @dataclass(frozen=True)
@@ -74,18 +98,18 @@ class RowSpec:
 
 
 @triton.jit
-def guided(x, u, guidance, kind: tl.constexpr, S: tl.constexpr):
+def guided(x, u, guidance, kind: tl.constexpr, spec: tl.constexpr):
     """u + guidance (x - u); where guide is 2 or more, in its form, each operation rounded to `kind`."""
-    if S.guide == 1:
+    if spec.guide == 1:
         return u + guidance * (x - u)
-    elif S.guide == 4:
+    elif spec.guide == 4:
         product = rounded_to(tl.fma(x, guidance, 0.0), kind)
         return rounded_to(product - rounded_to(tl.fma(u, guidance - 1.0, 0.0), kind), kind)
     else:
         difference = rounded_to(x - u, kind)
-        weight = guidance if S.guide == 2 else guidance - 1.0
+        weight = guidance if spec.guide == 2 else guidance - 1.0
         product = rounded_to(tl.fma(difference, weight, 0.0), kind)
-        start = u if S.guide == 2 else x
+        start = u if spec.guide == 2 else x
         return rounded_to(start + product, kind)
 
 
@@ -96,29 +120,29 @@ def cleaned(x):
 
 
 @triton.jit
-def without(x, index, first, stop, mask_column, S: tl.constexpr):
+def without(x, index, first, stop, mask_column, spec: tl.constexpr):
     """-inf at what is banned, looked for only where the tile's columns [first, stop) may hold it."""
-    banned: tl.constexpr = S.banned
+    banned: tl.constexpr = spec.banned
     for i in tl.static_range(len(banned)):
         if (first <= banned[i]) & (banned[i] < stop):
             x = tl.where(index == banned[i], -float("inf"), x)
-    if S.ban_mask:
+    if spec.ban_mask:
         if (first <= mask_column) & (mask_column < stop):
             x = tl.where(index == mask_column, -float("inf"), x)
     return x
 
 
 @triton.jit
-def tile(source, at, leaf, chunks: tl.constexpr, S: tl.constexpr, safe: tl.constexpr):
+def tile(source, at, leaf, chunks: tl.constexpr, spec: tl.constexpr, safe: tl.constexpr):
     """(logits [R, chunks, VEC] float32, their indices) of `leaves` leaves from `leaf` on.
 
     Of each leaf the first `chunks` chunks.  Guided and without what is banned; -inf outside the
     row.  safe: cleaned of NaN and infinity.
     """
-    leaves: tl.constexpr = S.leaves
-    vec: tl.constexpr = S.vec
-    R: tl.constexpr = S.rows * leaves
-    logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column = source
+    leaves: tl.constexpr = spec.leaves
+    vec: tl.constexpr = spec.vec
+    R: tl.constexpr = spec.rows * leaves
+    logits, uncond, stride, uncond_stride, vocab, guidance, mask_column = source
     row, uncond_row, shift, live = at
     leaf += vocab * 0  # a tensor in the interpreter too
     number = leaf + tl.arange(0, R) % leaves
@@ -130,40 +154,40 @@ def tile(source, at, leaf, chunks: tl.constexpr, S: tl.constexpr, safe: tl.const
     begins, live = tl.reshape(shift, [R, 1]), tl.reshape(live, [R, 1])
     place = p - begins
     inside = live & (place < vocab)
-    pointers = logits + (row + p.to(tl.int64) * stride_v)
-    if S.dense:  # each chunk starts at a multiple of 16 bytes, all of which are there
+    pointers = logits + (row + p.to(tl.int64) * stride)
+    if spec.dense:  # each chunk starts at a multiple of 16 bytes, all of which are there
         inside = live & (p // vec * vec < vocab + begins)
         pointers = tl.multiple_of(pointers, [1, 16])
     raw = tl.load(pointers, mask=inside, other=-float("inf"))
     x = tl.reshape(raw, [R, chunks, vec]).to(tl.float32)
-    if S.guide > 0:
-        if S.twin:
+    if spec.guide > 0:
+        if spec.twin:
             pointers = tl.multiple_of(uncond + (uncond_row - begins + p), [1, 16])
         else:
-            pointers = uncond + (uncond_row + place.to(tl.int64) * uncond_stride_v)
-            if S.ragged:
+            pointers = uncond + (uncond_row + place.to(tl.int64) * uncond_stride)
+            if spec.ragged:
                 inside = inside & (place >= 0) & (place < vocab)
         u = tl.reshape(tl.load(pointers, mask=inside, other=0.0), [R, chunks, vec])
-        x = guided(x, u.to(tl.float32), guidance, raw.dtype, S)
+        x = guided(x, u.to(tl.float32), guidance, raw.dtype, spec)
     first, stop = leaf * LEAF, (leaf + leaves) * LEAF
-    if S.ragged:
+    if spec.ragged:
         if (leaf == 0) | (stop > vocab):
             x = tl.where((index >= 0) & (index < vocab), x, -float("inf"))
     if safe:
         x = cleaned(x)
-    return without(x, index, first - vec, stop, mask_column, S), index
+    return without(x, index, first - vec, stop, mask_column, spec), index
 
 
 @triton.jit
-def elements(source, row, uncond_row, index, wanted, S: tl.constexpr):
+def elements(source, row, uncond_row, index, wanted, spec: tl.constexpr):
     """Single logits, cleaned: those at `index` of the rows that start at `row`, of any one shape."""
-    logits, uncond, stride_v, uncond_stride_v, vocab, guidance, mask_column = source
+    logits, uncond, stride, uncond_stride, vocab, guidance, mask_column = source
     inside = wanted & (index >= 0) & (index < vocab)
-    raw = tl.load(logits + (row + index.to(tl.int64) * stride_v), mask=inside, other=-float("inf"))
+    raw = tl.load(logits + (row + index.to(tl.int64) * stride), mask=inside, other=-float("inf"))
     x = raw.to(tl.float32)
-    if S.guide > 0:
+    if spec.guide > 0:
         u = tl.load(
-            uncond + (uncond_row + index.to(tl.int64) * uncond_stride_v), mask=inside, other=0.0
+            uncond + (uncond_row + index.to(tl.int64) * uncond_stride), mask=inside, other=0.0
         )
-        x = tl.where(inside, guided(x, u.to(tl.float32), guidance, raw.dtype, S), x)
-    return without(cleaned(x), index, 0, vocab, mask_column, S)
+        x = tl.where(inside, guided(x, u.to(tl.float32), guidance, raw.dtype, spec), x)
+    return without(cleaned(x), index, 0, vocab, mask_column, spec)

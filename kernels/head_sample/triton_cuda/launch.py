@@ -93,13 +93,13 @@ def sample_rows(
         head_kernel[(head.programs,)](
             hidden, weight, bias, listed, count, seeds, positions, parts, leaf_logits, entries,
             length, width, vocab, hidden.stride(0), weight.stride(0), column, step, draw, scale,
-            H=head, num_stages=tiling["stages"],
+            head=head, num_stages=tiling["stages"],
             **options(tiling["warps"], registers),
         )  # fmt: skip
         finish_kernel[(-(-num_rows // _FINISHED),)](
             hidden, listed, count, seeds, positions, parts, leaf_logits, drawn, score, entries,
             length, vocab, column, start, step, draw, scale,
-            most=1 << (head.programs - 1).bit_length(), H=head, **options(4, 168),
+            most=1 << (head.programs - 1).bit_length(), head=head, **options(4, 168),
         )  # fmt: skip
     return drawn, score
 
