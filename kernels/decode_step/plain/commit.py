@@ -17,7 +17,7 @@ from ..rule.plan import StepPlan
 class Library(NamedTuple):
     """torch or jax.numpy, and what the two spell in two ways.
 
-    beside(values, x): an array or a number from the host as an array on the device of `x`; cast(x, dtype);
+    beside(values, x): an array or a number of the host as an array on the device of `x`; cast(x, dtype);
     take(x, index): x (B, N) at places of its last axis; largest_of(values, group): the largest value of
     each element's group, groups being 0..N; floating(is_wide): float64 or float32; round_to(x, name):
     rounded to a dtype, in its own; remask_below(x, plan): bounds under which a known position's noise

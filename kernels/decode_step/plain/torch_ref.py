@@ -413,6 +413,16 @@ def _remask_below(x: StepInputs, plan: StepPlan) -> Any:
     return torch.where(chance >= 1, math.inf, inside)
 
 
+def _beside(values: Any, x: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is; a number without a copy from the host, which breaks the capture of a graph."""
+    if isinstance(values, torch.Tensor):
+        return values
+    if isinstance(values, np.ndarray):
+        return torch.as_tensor(values, device=x.device)
+    kind = torch.float64 if isinstance(values, float) else torch.int64
+    return torch.full((), values, dtype=kind, device=x.device)
+
+
 def _largest_of(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """The largest value (B, N) of each element's group, numbered 0..N."""
     least = torch.full_like(values[:, :1], -math.inf).expand(-1, values.shape[1] + 1)
@@ -421,7 +431,7 @@ def _largest_of(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 
 _TORCH = Library(
     np=torch,
-    beside=lambda values, x: torch.as_tensor(values, device=x.device),
+    beside=_beside,
     cast=lambda x, dtype: x.to(dtype),
     take=lambda x, index: x.gather(-1, index),
     largest_of=_largest_of,
