@@ -37,11 +37,13 @@ def decode_shifted(
     seeds: Any = None,
     noise: StepNoise | None = None,
     uncond_logits: Any = None,
-    guidance_scale: float | None = None,
+    guidance_scale: Any = None,
     eligible: Any = None,
     scores: Any = None,
     num_commit: Any = None,
     positions: Any = None,
+    temperature: Any = None,
+    threshold: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> StepResult:
@@ -90,7 +92,7 @@ def decode_shifted(
             noise=StepNoise(cut(token_gumbel), cut(choice_gumbel)),
             uncond_logits=None if uncond_logits is None else uncond_logits[:, rows],
             guidance_scale=guidance_scale, eligible=cut(eligible), scores=cut(scores),
-            positions=cut(positions), backend=backend,
+            positions=cut(positions), temperature=temperature, backend=backend,
         )  # fmt: skip
 
     parts = [part(slice(0, 1), slice(0, 1))]
@@ -112,7 +114,8 @@ def decode_shifted(
         rule=committing(step_rule, dtype_name(logits), ranked=step_rule.score != "given"),
         mask_token_id=mask_token_id, step=step, num_steps=num_steps,
         num_masked_at_start=num_masked_at_start, seeds=seeds, choice_gumbel=choice_gumbel,
-        eligible=eligible, num_commit=num_commit, positions=positions, backend=backend,
+        eligible=eligible, num_commit=num_commit, positions=positions, threshold=threshold,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -130,11 +133,13 @@ def decode_spans(
     seeds: Any = None,
     noise: StepNoise | None = None,
     uncond_logits: Any = None,
-    guidance_scale: float | None = None,
+    guidance_scale: Any = None,
     eligible: Any = None,
     scores: Any = None,
     num_commit: Any = None,
     positions: Any = None,
+    temperature: Any = None,
+    threshold: Any = None,
     backend: str = "auto",
     check: bool = False,
 ) -> StepResult:
@@ -150,7 +155,7 @@ def decode_spans(
         num_masked_at_start, num_commit: counted in spans.
         noise: `StepNoise(token_gumbel (B, N, V), choice_gumbel (B, N / span))`.
         All others: as `decode_step`.  The rule's count, cut, threshold and choice noise are about
-            spans; its draws and scores are about tokens.
+            spans; its draws, their temperature and scores are about tokens.
 
     Returns:
         `StepResult`, each (B, N); the confidence of a masked position is that of its span.
@@ -177,7 +182,7 @@ def decode_spans(
         num_steps=num_steps, seeds=seeds,
         noise=None if token_gumbel is None else StepNoise(token_gumbel),
         uncond_logits=uncond_logits, guidance_scale=guidance_scale, eligible=eligible,
-        scores=scores, positions=positions, backend=backend, check=check,
+        scores=scores, positions=positions, temperature=temperature, backend=backend, check=check,
     )  # fmt: skip
     library, units = library_of(logits), (batch, length // span)
     masked = tokens == mask_token_id
@@ -205,7 +210,7 @@ def decode_spans(
         mask_token_id=1, step=step, num_steps=num_steps,
         num_masked_at_start=num_masked_at_start, seeds=seeds, choice_gumbel=choice_gumbel,
         num_commit=num_commit, positions=None if positions is None else positions[:, ::span] // span,
-        backend=backend,
+        threshold=threshold, backend=backend,
     )  # fmt: skip
     committed = expanded(is_open & (out.next_tokens == 0)) & alive
     others = library.where(masked, -np.inf, np.inf)

@@ -541,3 +541,32 @@ def test_spans_draw_at_the_places_that_are_given(backend):
     for a, b in zip(whole, piece, strict=True):
         np.testing.assert_array_equal(a[:, 6:], b)
     assert (step(slice(6, None), where=False)[1] != piece[1]).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", ["shifted", "spans"])
+def test_numbers_in_place_of_the_rules(op, backend):
+    kind, rng = kind_for(backend, "float32"), np.random.default_rng(4)
+    logits = native(rng.normal(size=(2, 12, 30)).astype(np.float32) * 2, kind)
+    tokens, seeds = native(np.full((2, 12), 30), kind), native_seeds(np.arange(2), kind)
+    call = {"shifted": layouts.decode_shifted, "spans": layouts.decode_spans}[op]
+    more = {"span": 3} if op == "spans" else {}
+    rule = StepRule(count="threshold", threshold=0.9, score="prob")
+
+    def step(rule, **numbers):
+        out = call(
+            logits, tokens, rule=rule, mask_token_id=30, step=0, num_steps=4, seeds=seeds,
+            backend=backend, **more, **numbers,
+        )  # fmt: skip
+        return [np.asarray(x) for x in out]
+
+    plain = step(rule)
+    for given, changes in (
+        ({"temperature": 0.2}, {"sample_temperature": 0.2}),
+        ({"threshold": np.float32(0.125)}, {"threshold": 0.125}),
+        ({"temperature": 3.0, "threshold": 0.0625}, {"sample_temperature": 3.0, "threshold": 0.0625}),
+    ):  # fmt: skip
+        got, want = step(rule, **given), step(dataclasses.replace(rule, **changes))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert any((a != b).any() for a, b in zip(got, plain, strict=True))
