@@ -96,8 +96,8 @@ FAULTS = (
     Fault("kernels/head_sample/chunked.py", "seeds=None if x.seeds is None else x.seeds[number // length]", "seeds=None if x.seeds is None else x.seeds[number * 0]", "tests/backends/test_head_sample.py"),
     Fault("kernels/head_sample/chunked.py", "else (number % length)[:, None]", "else (number * 0)[:, None]", "tests/backends/test_head_sample.py"),
     # Triton, in its interpreter
-    Fault(STEP + "triton_cuda/commit.py", "(other[None, :] < n[:, None])", "(other[None, :] > n[:, None])", "tests/backends/test_triton.py"),
-    Fault(STEP + "triton_cuda/commit.py", "tl.cumsum(equal.to(tl.int32), 0) <= room", "tl.cumsum(equal.to(tl.int32), 0) < room", "tests/backends/test_triton.py"),
+    Fault(STEP + "triton_cuda/select.py", "(other[None, :] < n[:, None])", "(other[None, :] > n[:, None])", "tests/backends/test_triton.py"),
+    Fault(STEP + "triton_cuda/select.py", "tl.cumsum(equal.to(tl.int32), 0) <= room", "tl.cumsum(equal.to(tl.int32), 0) < room", "tests/backends/test_triton.py"),
     Fault(STEP + "triton_cuda/tiles.py", "return tl.minimum(tl.where(x == x, x, -float(\"inf\")), FLOAT_MAX)", "return tl.minimum(tl.where(x == x, x, FLOAT_MAX), FLOAT_MAX)", "tests/backends/test_triton.py"),
     Fault(STEP + "triton_cuda/tiles.py", "x = tl.where((index >= 0) & (index < vocab), x, -float(\"inf\"))", "x = tl.where((index >= 0) & (index <= vocab), x, -float(\"inf\"))", "tests/backends/test_triton.py"),
     # Pallas, in its simulator

@@ -84,11 +84,15 @@ def _pallas() -> str | None:
 
 
 class Backend(NamedTuple):
-    """Why it cannot run here (None where it can), whose arrays it computes in, its module for each op."""
+    """Why it cannot run here (None where it can), whose arrays it computes in, its module for each op.
+
+    derives: its kernels find out by themselves what follows from the inputs of a step (inputs.complete).
+    """
 
     why_missing: Callable[[], str | None]
     arrays: str
     modules: dict[str, str]  # below kernels/
+    derives: bool = False
 
 
 def _in_folder(folder: str) -> dict[str, str]:
@@ -96,9 +100,12 @@ def _in_folder(folder: str) -> dict[str, str]:
 
 
 BACKENDS = {
-    "triton": Backend(_triton, "torch", _in_folder("triton_cuda.launch")),
+    "triton": Backend(_triton, "torch", _in_folder("triton_cuda.launch"), derives=True),
     "pallas": Backend(
-        _pallas, "jax", _in_folder("pallas_tpu.launch") | {"attention": "attention.pallas_tpu"}
+        _pallas,
+        "jax",
+        _in_folder("pallas_tpu.launch") | {"attention": "attention.pallas_tpu"},
+        derives=True,
     ),
     "cpp": Backend(_cpp, "numpy", {"decode_step": "decode_step.cpu.launch"}),
     "torch": Backend(

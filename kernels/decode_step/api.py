@@ -15,6 +15,7 @@ from ..common.backends import check_name
 from . import dispatch
 from .inputs import StepNoise, StepResult, TokenStats
 from .rule.rule import StepRule, as_rule
+from .traced import at_step
 
 
 def decode_step(
@@ -110,7 +111,7 @@ def decode_step(
         )  # fmt: skip
 
     step_rule = dispatch.with_scalars(step_rule, temperature, threshold)
-    return StepResult(*dispatch.at_step(at, step_rule, step, num_steps, logits))
+    return StepResult(*at_step(at, step_rule, step, num_steps, logits))
 
 
 def commit_tokens(
@@ -159,7 +160,7 @@ def commit_tokens(
             )  # fmt: skip
 
         step_rule = dispatch.with_scalars(step_rule, None, threshold)
-        return StepResult(*dispatch.at_step(at, step_rule, step, num_steps, scores))
+        return StepResult(*at_step(at, step_rule, step, num_steps, scores))
     import maskgit.kernels.decode_step.ops as ops
 
     num_masked_at_start = counts_tensor("num_masked_at_start", num_masked_at_start, scores)

@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, partial, wraps
+from functools import cache, lru_cache, wraps
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -20,7 +20,6 @@ import numpy as np
 from ..common.arrays import (
     as_index,
     as_scalar,
-    check_integer,
     dtype_name,
     is_traced,
     kind_of,
@@ -28,10 +27,9 @@ from ..common.arrays import (
     like_all,
     to_numpy,
 )
-from ..common.backends import check_name, choose, device_of, module_of, serves_jax
+from ..common.backends import BACKENDS, check_name, choose, device_of, module_of, serves_jax
 from ..common.mesh import active
 from .door import (
-    TracedStep,
     admit,
     check_guidance,
     check_logits,
@@ -60,7 +58,6 @@ _IN_JAX = {
     "jax on a mesh": ".plain.jax_mesh",
 }  # beside the table's modules
 T = TypeVar("T")
-MOST_TRACED_STEPS = 4096
 
 
 @cache
@@ -155,43 +152,6 @@ def decode_step(
         suspects = eligible & (like(out[2], logits) == -np.inf)
         _raise_on_dead_rows(suspects, x, plan, logits, chosen)
     return results(out, logits, tokens)
-
-
-def at_step(
-    call: Callable[[Any], Any], rule: StepRule, step: Any, num_steps: Any, model: Any
-) -> Any:
-    """`call(step)`; with a traced step a program with a branch for each structure of a plan."""
-    if kind_of(step) is None:
-        return call(step)
-    if not is_traced(step):
-        return call(as_index("step", step))
-    check_integer("num_steps", num_steps)
-    if tuple(step.shape) or not dtype_name(step).startswith(("int", "uint")):
-        raise TypeError(f"step: expected an integer, got {step!r}")
-    if not 1 <= num_steps <= MOST_TRACED_STEPS:
-        raise ValueError(
-            f"num_steps: expected 1 to {MOST_TRACED_STEPS} with a traced step, whose program holds the "
-            f"numbers of all; got {num_steps}"
-        )
-    import jax
-    import jax.numpy as jnp
-
-    alike: dict[Any, list[int]] = {}
-    for s in range(int(num_steps)):
-        plan = plan_of(rule, -1, s, num_steps, model)
-        alike.setdefault((plan.row, plan.commit), []).append(s)
-    groups = [tuple(steps) for steps in alike.values()]
-    places = sorted(
-        (s, group, i) for group, steps in enumerate(groups) for i, s in enumerate(steps)
-    )
-    last = min(int(num_steps) - 1, int(jnp.iinfo(step.dtype).max))  # in the dtype of the step
-    at = jnp.asarray(places, jnp.int32)[jnp.clip(step, 0, last).astype(jnp.int32)]
-    branches = [partial(_at_traced, call, steps) for steps in groups]
-    return jax.lax.switch(at[1], branches, at[2])
-
-
-def _at_traced(call: Callable[[Any], Any], steps: tuple[int, ...], index: Any) -> Any:
-    return call(TracedStep(steps, index))
 
 
 def with_scalars(rule: StepRule, temperature: Any, threshold: Any) -> StepRule:
@@ -351,9 +311,8 @@ def as_taken(x: StepInputs, chosen: str, logits: Any) -> StepInputs:
 
 def _on_host(chosen: str, logits: Any) -> bool:
     """Whether a backend works on NumPy arrays; the C++ core can do so inside jax's programs too."""
-    return chosen == "reference" or (
-        chosen == "cpp" and not (kind_of(logits) == "jax" and serves_jax())
-    )
+    in_jax = chosen == "cpp" and kind_of(logits) == "jax" and serves_jax()
+    return BACKENDS[chosen].arrays == "numpy" and not in_jax
 
 
 def _logits_dtype(x: StepInputs, logits: Any) -> str:
@@ -365,10 +324,11 @@ def run(name: str, x: StepInputs, plan: StepPlan, logits: Any, chosen: str) -> A
     dtype, mask_token_id = _logits_dtype(x, logits), x.mask_token_id
     if _on_host(chosen, logits):
         return getattr(backend_module(chosen), name)(complete(x, plan), plan, dtype)
-    if chosen == "triton":  # which derives in the kernel what `complete` would launch kernels for
-        return getattr(backend_module(chosen), name)(to_gpu(x, logits), plan, dtype)
-    if chosen == "torch":
-        x = complete_in_torch(to_framework(x, "torch", logits), plan)
+    if BACKENDS[chosen].arrays == "torch":
+        if BACKENDS[chosen].derives:  # for which `complete` would launch kernels
+            x = to_gpu(x, logits)
+        else:
+            x = complete_in_torch(to_framework(x, "torch", logits), plan)
         return getattr(backend_module(chosen), name)(x, plan, dtype)
     mesh = _mesh(logits)
     chosen = "cpp in jax" if chosen == "cpp" else "jax on a mesh" if mesh is not None else chosen
@@ -416,7 +376,7 @@ def _jitted(name: str, backend: str, sharding: Any = None) -> Any:
         if isinstance(numbers, Arguments):
             numbers = numbers.unpacked(float_of(row.is_wide))
         plan = StepPlan(row, commit, numbers)
-        if backend == "pallas":  # which derives the rest in its kernels
+        if backend in BACKENDS and BACKENDS[backend].derives:
             x = x._replace(seeds=key_words(x.seeds))
         else:
             x = to_framework(complete(x, plan), "jax", x.logits)

@@ -14,6 +14,7 @@ from ..decode_step.api import (
 )
 from ..decode_step.inputs import StepNoise, StepResult
 from ..decode_step.rule.rule import StepRule
+from ..decode_step.traced import at_step
 from .dispatch import decode
 
 
@@ -81,7 +82,7 @@ def decode_step_from_hidden(
             )  # fmt: skip
 
         step_rule = dispatch.with_scalars(step_rule, temperature, threshold)
-        return StepResult(*dispatch.at_step(at, step_rule, step, num_steps, hidden))
+        return StepResult(*at_step(at, step_rule, step, num_steps, hidden))
     from .ops import decode_step_from_hidden_op
 
     num_masked_at_start = counts_tensor("num_masked_at_start", num_masked_at_start, hidden)

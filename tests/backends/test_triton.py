@@ -23,8 +23,8 @@ tl = pytest.importorskip("triton.language")
 if maskgit.available_backends()["triton"] is not None:
     pytest.skip(maskgit.available_backends()["triton"], allow_module_level=True)
 
-import maskgit.kernels.decode_step.triton_cuda.commit as triton_commit  # noqa: E402
 import maskgit.kernels.decode_step.triton_cuda.launch as triton_cuda  # noqa: E402
+import maskgit.kernels.decode_step.triton_cuda.select as triton_select  # noqa: E402
 from maskgit.kernels.common.arrays import like  # noqa: E402
 from maskgit.kernels.common.backends import is_interpreting  # noqa: E402
 from maskgit.kernels.common.tuning import forced  # noqa: E402
@@ -386,7 +386,7 @@ def test_selection_by_bisection_is_that_by_rank(name, ties, monkeypatch):
     if rule.count == "given":
         options["num_commit"] = torch.tensor([3, 0, 40], device=DEVICE)
     by_rank = maskgit.commit_tokens(*arguments, backend="triton", **options)
-    monkeypatch.setattr(triton_commit, "RANKED", tl.constexpr(0))
+    monkeypatch.setattr(triton_select, "RANKED", tl.constexpr(0))
     triton_cuda._commit_spec.cache_clear()
     by_bisection = maskgit.commit_tokens(*arguments, backend="triton", **options)
     reference = maskgit.commit_tokens(*arguments, backend="reference", **options)
@@ -407,9 +407,9 @@ def test_long_sequences_have_few_warps():
         (1 << 15, 16),
     ):
         block = max(16, 1 << (length - 1).bit_length())
-        spec = triton_commit.CommitSpec(block=block)
+        spec = triton_select.CommitSpec(block=block)
         assert triton_cuda._commit_options(spec, False)["num_warps"] == warps
-    chance = triton_commit.CommitSpec(block=1024, count="bernoulli")  # which selects nothing
+    chance = triton_select.CommitSpec(block=1024, count="bernoulli")  # which selects nothing
     assert triton_cuda._commit_options(chance, False)["num_warps"] == 16
 
 
@@ -553,7 +553,7 @@ def test_thresholds_are_no_constants_of_a_kernel():
     }
     assert len(specs) == 3
     for value in (0.1, 1 / 3, 1e-30, 0.0, -0.7, float("inf"), float("-inf"), np.nextafter(0.9, 1)):
-        assert sum(triton_commit.in_three(value)) == value
+        assert sum(triton_select.in_three(value)) == value
 
 
 class _Nothing:

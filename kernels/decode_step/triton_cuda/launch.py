@@ -26,16 +26,10 @@ from ...common.triton_tools import as_bytes, flat, multiprocessors, on, options
 from ...common.tuning import tuned
 from ..inputs import StepInputs
 from ..rule.plan import CommitPlan, RowPlan, StepPlan
-from .commit import (
-    MOST_POSITIONS,
-    Bounds,
-    CommitSpec,
-    commit_kernel,
-    in_three,
-    merge_kernel,
-)
+from .commit import MOST_POSITIONS, commit_kernel, merge_kernel
 from .finish import NUM_PARTS
 from .rows import sample_kernel
+from .select import Bounds, CommitSpec, in_three
 from .tiles import RowSpec
 
 _FILTERS = {"top_k": 1, "top_p": 2, "min_p": 3, "typical_p": 4}
