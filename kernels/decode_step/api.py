@@ -274,11 +274,15 @@ def _seed_values(seeds: Any) -> list[int]:
     """A sequence of 64-bit integers, signed or not, as numbers without a sign."""
     try:
         values = [int(seed) for seed in seeds if not isinstance(seed, (float, str, bool))]
-        if len(values) == len(seeds):
-            return [value % 2**64 for value in values]
+        is_whole = len(values) == len(seeds)
     except (TypeError, ValueError):
-        pass
-    raise TypeError(f"seeds: expected (B,) integers, got {seeds!r}")
+        is_whole = False
+    if not is_whole:
+        raise TypeError(f"seeds: expected (B,) integers, got {seeds!r}")
+    for value in values:
+        if not -(2**63) <= value < 2**64:
+            raise ValueError(f"seeds: expected 64-bit integers, got {value}")
+    return [value % 2**64 for value in values]
 
 
 def _as_tensor(name: str, array: Any, model: Any) -> Any:

@@ -529,3 +529,32 @@ def test_values_are_looked_at_before_they_are_converted() -> None:
     for counts in ([[1], [1, 2]], "ab", [0.5, 1.0]):
         with pytest.raises(TypeError, match="num_masked_at_start: expected integers"):
             maskgit.decode_step(logits.numpy(), narrow.numpy(), **rest, num_masked_at_start=counts)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_guided_logits_whose_product_overflows(backend: str) -> None:
+    """u + s (c - u) is formed as if the product had room: here s (c - u) has none, the sum often has."""
+    kind, rng = kind_for(backend, "float32"), np.random.default_rng(11)
+    rest = {"rule": "maskgit", "mask_token_id": 20, "step": 0, "num_steps": 4, "seeds": [3]}
+    saturated = 0
+    for _ in range(12):
+        cond, uncond = (rng.normal(size=(2, 1, 4, 20)) * 6e37).astype(np.float32)
+        given = {"guidance_scale": float(rng.uniform(1, 10)), **rest}
+        arrays = [cond, np.full((1, 4), 20), uncond]
+        want = maskgit.decode_step(*arrays[:2], uncond_logits=uncond, backend="reference", **given)
+        c, tokens, u = (native(a, kind) for a in arrays)
+        got = maskgit.decode_step(c, tokens, uncond_logits=u, backend=backend, **given)
+        np.testing.assert_array_equal(
+            np.asarray(got.candidate_tokens), np.asarray(want.candidate_tokens)
+        )
+        with np.errstate(over="ignore"):
+            saturated += bool(np.isinf(given["guidance_scale"] * (cond - uncond)).any())
+    assert saturated > 3
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 2**200])
+def test_seeds_beyond_64_bits(seed: int) -> None:
+    for kind in ("numpy", "torch", "jax"):
+        logits = problem(kind)["logits"]
+        with pytest.raises(ValueError, match="seeds: expected 64-bit integers, got"):
+            maskgit.sample_tokens(logits, rule="maskgit", seeds=[1, seed])

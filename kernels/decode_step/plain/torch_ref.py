@@ -127,7 +127,12 @@ def _guided(x: StepInputs, plan: StepPlan) -> torch.Tensor:
     if plan.row.guidance != "float32":
         return _guided_by_operations(x, plan.row.guidance).to(compute)
     row, uncond = x.logits.to(compute), x.uncond_logits.to(compute)
-    return _in_float32(uncond + x.guidance_scale * _in_float32(row - uncond))
+    apart = _in_float32(row - uncond)
+    mixed = _in_float32(uncond + x.guidance_scale * apart)
+    if _is_on_host(mixed) and not bool(mixed.isinf().any()):
+        return mixed
+    # by halves, where the product overflows and the sum need not
+    return torch.where(mixed.isinf(), 2 * (uncond / 2 + x.guidance_scale * (apart / 2)), mixed)
 
 
 def _guided_by_operations(x: StepInputs, form: str) -> torch.Tensor:
