@@ -582,7 +582,7 @@ def test_a_launch_is_prepared_once(monkeypatch):
             num_masked_at_start=counts, seeds=seeds, backend="triton",
         )  # fmt: skip
 
-    assert calls_of_ours(step) <= 150  # some 50 of them look at values on the host
+    assert calls_of_ours(step) <= 165  # some 50 of them look at values on the host
     assert len(rows.specialisations) == len(commit.specialisations) == 1
     shifted = torch.randn(2 * 8 * 384 + 1, device=DEVICE)[1:].view(
         2, 8, 384

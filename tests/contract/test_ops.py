@@ -227,5 +227,5 @@ def test_a_step_is_looked_at_once():
             num_masked_at_start=counts, seeds=seeds, backend="cpp",
         )  # fmt: skip
 
-    assert calls_of_ours(step) <= 120
-    assert calls_of_ours(lambda: maskgit.sample_tokens(logits, rule="llada", backend="cpp")) <= 90
+    assert calls_of_ours(step) <= 130  # more where other frameworks are loaded too
+    assert calls_of_ours(lambda: maskgit.sample_tokens(logits, rule="llada", backend="cpp")) <= 100
