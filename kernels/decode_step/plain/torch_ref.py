@@ -129,7 +129,7 @@ def _guided(x: StepInputs, plan: StepPlan) -> torch.Tensor:
     row, uncond = x.logits.to(compute), x.uncond_logits.to(compute)
     apart = _in_float32(row - uncond)
     mixed = _in_float32(uncond + x.guidance_scale * apart)
-    if _is_on_host(mixed) and not bool(mixed.isinf().any()):
+    if compute == torch.float64 or (_is_on_host(mixed) and not bool(mixed.isinf().any())):
         return mixed
     # by halves, where the product overflows and the sum need not
     return torch.where(mixed.isinf(), 2 * (uncond / 2 + x.guidance_scale * (apart / 2)), mixed)
