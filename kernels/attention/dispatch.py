@@ -21,16 +21,9 @@ def attend(q: Any, k: Any, v: Any, padding: Any, scale: float, backend: str) -> 
 
 
 def choose(backend: str, q: Any, k: Any) -> str:
-    """The backend's name; ValueError where it cannot run on these arrays, which it does not convert."""
+    """The backend's name; ValueError where it cannot run on these arrays, which are not converted."""
     kind = kind_of(q) or "numpy"
-    chosen = backends.choose(backend, kind, backends.device_of(q), "attention")
-    own = backends.BACKENDS[chosen].arrays
-    if backend != "auto":
-        if chosen != "reference" and own != kind:
-            raise ValueError(
-                f"backend: {backend!r} cannot run: it works on {own} arrays, not on {kind}; "
-                f"available: {kind if kind != 'numpy' else 'reference'}, reference"
-            )
+    chosen = backends.choose(backend, kind, backends.device_of(q), "attention", converts=False)
+    if backend != "auto" or chosen not in ("triton", "pallas"):
         return chosen
-    loses = chosen in ("triton", "pallas") and not module_of("attention", chosen).suits(q, k)
-    return kind if loses else chosen
+    return chosen if module_of("attention", chosen).suits(q, k) else kind

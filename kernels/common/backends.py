@@ -229,10 +229,13 @@ def check_able(backend: str) -> str:
     return backend
 
 
-def choose(backend: str, kind: str, device: str, op: str = "decode_step") -> str:
+def choose(
+    backend: str, kind: str, device: str, op: str = "decode_step", converts: bool = True
+) -> str:
     """The name of the backend of an op for arrays of `kind` on a `device` type.
 
-    The environment speaks to the decode step.
+    converts: whether the op takes arrays of one library to a backend of another; the reference gets
+    NumPy's in any case.  The environment speaks to the decode step.
 
     Raises:
         ValueError: unknown name, or a backend that cannot run here or on these arrays, or has no such op.
@@ -257,6 +260,9 @@ def choose(backend: str, kind: str, device: str, op: str = "decode_step") -> str
             _say_slower(names[0], chosen, kind)
         return chosen
     reason = f"it has no {op}" if op not in BACKENDS[backend].modules else why_missing(backend)
+    arrays = BACKENDS[backend].arrays
+    if reason is None and not converts and backend != "reference" and arrays != kind:
+        reason = f"it works on {arrays} arrays, not on {kind}"
     if reason is None and backend == "cpp" and place != "cpu":
         reason = f"it works on CPU arrays, not on {device}"
     if reason is None and kind == "jax" and device == TRACED and backend in ("torch", "reference"):

@@ -91,7 +91,7 @@ def decode_step(
     step_rule, token_gumbel, choice_gumbel = rule_and_noise(rule, noise, backend)
     seeds = seeds_like(seeds, logits)
     if kind_of(logits) == "torch":
-        import maskgit.kernels.decode_step.ops as ops  # half the cost of a relative import
+        import maskgit.kernels.decode_step.ops as ops  # cheaper than a relative import
 
         num_masked_at_start = counts_tensor("num_masked_at_start", num_masked_at_start, logits)
         num_commit = counts_tensor("num_commit", num_commit, logits)

@@ -42,7 +42,6 @@ from .door import (
 from .inputs import (
     StepInputs,
     complete,
-    complete_in_torch,
     for_program,
     key_words,
     taking_part,
@@ -53,10 +52,8 @@ from .inputs import (
 from .rule.plan import Arguments, CommitPlan, RowPlan, StepPlan, as_arguments, constant_plan
 from .rule.rule import StepRule
 
-_IN_JAX = {
-    "cpp in jax": ".cpu.in_jax",
-    "jax on a mesh": ".plain.jax_mesh",
-}  # beside the table's modules
+# beside the table's modules
+_IN_JAX = {"cpp in jax": ".cpu.in_jax", "jax on a mesh": ".plain.jax_mesh"}
 T = TypeVar("T")
 
 
@@ -133,7 +130,7 @@ def decode_step(
 ) -> tuple[Any, Any, Any]:
     """(next_tokens, candidate_tokens, confidence) of one step; see `maskgit.decode_step`."""
     rule = with_scalars(rule, temperature, threshold)
-    _, _, vocab = check_logits(logits, 3)
+    _, _, vocab = check_logits(logits)
     scale = check_guidance(logits, uncond_logits, guidance_scale)
     logits, uncond_logits = narrowed(logits), narrowed(uncond_logits)
     plan = plan_of(rule, mask_token_id, step, num_steps, logits)
@@ -206,8 +203,7 @@ def _raise_on_dead_rows(
     if not is_traced(suspects) and not to_numpy(suspects).any():
         return
     eligible = to_numpy(suspects) if _on_host(chosen, logits) else suspects
-    out = run("sample_tokens", x._replace(eligible=eligible), plan, logits, chosen)
-    _, _, log_z = out
+    _, _, log_z = run("sample_tokens", x._replace(eligible=eligible), plan, logits, chosen)
     raise_on_dead(suspects & (like(log_z, logits) == -np.inf))
 
 
@@ -277,7 +273,7 @@ def sample_tokens(
 ) -> tuple[Any, Any, Any]:
     """(candidate_tokens, confidence, log_z) of (B, N, V) logits; see `maskgit.sample_tokens`."""
     rule = with_scalars(rule, temperature, None)
-    _, _, vocab = check_logits(logits, 3)
+    _, _, vocab = check_logits(logits)
     logits = narrowed(logits)
     plan = constant_plan(rule, as_index("step", step), dtype_name(logits))
     if rule.score in ("random", "given"):
@@ -328,7 +324,7 @@ def run(name: str, x: StepInputs, plan: StepPlan, logits: Any, chosen: str) -> A
         if BACKENDS[chosen].derives:  # for which `complete` would launch kernels
             x = to_gpu(x, logits)
         else:
-            x = complete_in_torch(to_framework(x, "torch", logits), plan)
+            x = complete(to_framework(x, "torch", logits), plan)
         return getattr(backend_module(chosen), name)(x, plan, dtype)
     mesh = _mesh(logits)
     chosen = "cpp in jax" if chosen == "cpp" else "jax on a mesh" if mesh is not None else chosen

@@ -138,11 +138,20 @@ def _check_facts(
         raise ValueError(
             f"rule: vocab_slice {rule.vocab_slice} expected within V = {vocab} columns"
         )
+    _check_arrays(model, stop - start, vocab is None, arrays)
+    if commits:
+        _check_ids_fit(named["tokens"], vocab, mask_token_id)
+
+
+def _check_arrays(
+    model: Facts, width: int, is_commit: bool, arrays: tuple[tuple[str, Facts], ...]
+) -> None:
+    """Each array against its line in the table."""
     batch, length = model.shape[:2]
-    sizes = {"B": batch, "N": length, "W": stop - start}
-    for field, array in named.items():
+    sizes = {"B": batch, "N": length, "W": width}
+    for field, array in arrays:
         name, shape, dtypes = _ARRAYS[field]
-        name = "choice_gumbel" if vocab is None and field == "choice_gumbel" else name
+        name = "choice_gumbel" if is_commit and field == "choice_gumbel" else name
         if not (field in _COUNTS and array.kind == "numpy"):  # which go with any other
             check_same_kind(name, array, model)
         check_no_grad(name, array)
@@ -155,8 +164,6 @@ def _check_facts(
                 f"{_WORDS[dtypes]}, got" if dtypes == ("bool",) else f"{_WORDS[dtypes]}, got dtype"
             )
             raise TypeError(f"{name}: expected {words} {dtype_name(array)}")
-    if commits:
-        _check_ids_fit(named["tokens"], vocab, mask_token_id)
 
 
 def _check_exactly(name: str, field: str, named: dict[str, Facts], rule: StepRule) -> None:
@@ -322,16 +329,16 @@ def columns(logits: Any, rule: StepRule) -> Any:
     return logits[..., rule.vocab_slice[0] : rule.vocab_slice[1]]
 
 
-def check_logits(logits: Any, ndim: int) -> tuple[int, ...]:
-    """The shape of `logits`, once they are an array of a legal rank, width and dtype."""
-    return _check_logits(facts(logits), ndim)
+def check_logits(logits: Any) -> tuple[int, ...]:
+    """The shape (B, N, V) of `logits`, once they are an array of a legal rank, width and dtype."""
+    return _check_logits(facts(logits))
 
 
 @lru_cache(maxsize=1024)
-def _check_logits(logits: Facts, ndim: int) -> tuple[int, ...]:
+def _check_logits(logits: Facts) -> tuple[int, ...]:
     if logits.kind is None:
         raise TypeError(f"logits: expected a torch, jax or NumPy array, got {logits.type.__name__}")
-    if len(logits.shape) != ndim or logits.shape[-1] < 1:
+    if len(logits.shape) != 3 or logits.shape[-1] < 1:
         raise ValueError(f"logits: expected shape (B, N, V) with V >= 1, got {tuple(logits.shape)}")
     if dtype_name(logits) not in LOGIT_DTYPES:
         raise TypeError(
@@ -361,10 +368,7 @@ def check_beside(tokens: Any, rule: StepRule, eligible: Any = None, **scores: An
         there = {name: facts(x) for name, x in scores.items() if x is not None}
         _check_exactly("scores", "score", there, rule)
     arrays = tuple([(name, facts(x)) for name, x in given.items() if x is not None])
-    _check_facts(facts(tokens), 0, _ANY, 0, False, arrays)
-
-
-_ANY = StepRule()
+    _check_arrays(facts(tokens), 0, False, arrays)
 
 
 def check_guidance(

@@ -15,6 +15,7 @@ import numpy as np
 from ..common.arrays import (
     dtype_name,
     kind_of,
+    library_of,
     signed,
     to_kind,
     to_numpy,
@@ -103,35 +104,31 @@ _ARRAYS = [(i, name) for i, name in enumerate(StepInputs._fields) if name not in
 
 
 def complete(x: StepInputs, plan: StepPlan) -> StepInputs:
-    """The inputs with what follows from them filled in: who takes part, U0, key words, positions."""
-    batch, length = (x.tokens if x.logits is None else x.logits).shape[:2]
-    if x.tokens is None:  # rows without a sequence, all to be drawn
-        x = x._replace(tokens=_all_masked(batch, length), eligible=_everywhere(batch, length))
-    eligible = taking_part(plan.row, x.tokens, x.mask_token_id, x.eligible)
-    start = x.num_masked_at_start
-    return x._replace(
-        eligible=eligible,
-        num_masked_at_start=eligible.sum(1) if start is None else start,
-        seeds=key_words(x.seeds),
-        positions=_rows_of_positions(batch, length) if x.positions is None else x.positions,
-    )
+    """The inputs with what follows from them filled in: who takes part, U0, key words, positions.
 
-
-def complete_in_torch(x: StepInputs, plan: StepPlan) -> StepInputs:
-    """As `complete` of tensors, on their device; without tokens `eligible` is None: all rows are drawn."""
-    import torch
-
+    Rows without a sequence are all drawn; of tensors `tokens` and `eligible` then stay None.
+    """
     model = x.tokens if x.logits is None else x.logits
     batch, length = model.shape[:2]
+    is_torch = kind_of(model) == "torch"
+    if x.tokens is None and is_torch and x.seeds is None:
+        return x
+    if x.tokens is None and not is_torch:
+        x = x._replace(tokens=_all_masked(batch, length), eligible=_everywhere(batch, length))
+    eligible, start, positions = x.eligible, x.num_masked_at_start, x.positions
     if x.tokens is not None:
         eligible = taking_part(plan.row, x.tokens, x.mask_token_id, x.eligible)
-        start = x.num_masked_at_start
         start = eligible.sum(1) if start is None else start
-        x = x._replace(eligible=eligible, num_masked_at_start=start)
-    needs_positions = x.positions is None and x.seeds is not None
-    if needs_positions:
-        x = x._replace(positions=torch.arange(length, device=model.device).expand(batch, length))
-    return x if x.seeds is None else x._replace(seeds=key_words(x.seeds))
+    if positions is None and is_torch:  # made where they are used: no copy from the host
+        positions = library_of(model).arange(length, device=model.device).expand(batch, length)
+    elif positions is None:
+        positions = _rows_of_positions(batch, length)
+    return x._replace(
+        eligible=eligible,
+        num_masked_at_start=start,
+        seeds=key_words(x.seeds),
+        positions=positions,
+    )
 
 
 def taking_part(rule: StepRule | RowPlan, tokens: Any, mask_token_id: int, eligible: Any) -> Any:

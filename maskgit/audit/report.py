@@ -103,7 +103,7 @@ def _inputs(
     positions: Any, dtype: str | None,
 ) -> tuple[StepInputs, StepPlan, str]:  # fmt: skip
     """The checked inputs of the step in NumPy, the rule at it, and the dtype of the logits."""
-    batch, length, vocab = check_logits(logits, 3)
+    batch, length, vocab = check_logits(logits)
     scale = check_guidance(logits, uncond_logits, guidance_scale)
     logits, uncond_logits = narrowed(logits), narrowed(uncond_logits)
     kind = dtype_name(logits) if dtype is None else dtype

@@ -229,7 +229,7 @@ def _span_rule(rule: StepRule) -> StepRule:
 
 def _check_step(logits: Any, tokens: Any) -> None:
     """Logits (B, N, V) and tokens (B, N) of one library."""
-    check_logits(logits, 3)
+    check_logits(logits)
     check_same_kind("tokens", tokens, logits)
     check_shape("tokens", tokens, tuple(logits.shape[:2]))
 

@@ -584,6 +584,9 @@ def test_a_launch_is_prepared_once(monkeypatch):
 
     assert calls_of_ours(step) <= 165  # some 50 of them look at values on the host
     assert len(rows.specialisations) == len(commit.specialisations) == 1
+    before = triton_cuda._launches.cache_info().misses
+    step()
+    assert triton_cuda._launches.cache_info().misses == before
     shifted = torch.randn(2 * 8 * 384 + 1, device=DEVICE)[1:].view(
         2, 8, 384
     )  # rows that start anywhere

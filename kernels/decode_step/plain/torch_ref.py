@@ -27,16 +27,8 @@ from .commit import Library, commit
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 PIECE = 2**19  # logits whose softmax stays in a CPU's cache
-SPAN = {
-    torch.float32: 64,
-    torch.bfloat16: 256,
-    torch.float16: 256,
-}  # columns of a CPU's first maxima
-LEAST_SPANS = {
-    torch.float32: 16,
-    torch.bfloat16: 32,
-    torch.float16: 32,
-}  # of rows that gain by them
+# columns of a span of a row, of which a CPU takes the maximum first, and the shortest row that gains by it
+SPANS = {torch.float32: (64, 1024), torch.bfloat16: (256, 8192), torch.float16: (256, 8192)}
 
 
 class Largest(NamedTuple):
@@ -119,10 +111,9 @@ def compute_dtype(plan: StepPlan) -> torch.dtype:
 def _guided(x: StepInputs, plan: StepPlan) -> torch.Tensor:
     """The logits, or with guidance mixed in, in the compute dtype."""
     if x.uncond_logits is None:
+        # a CPU is quicker to find the largest of float32, where the copy stays in its cache
         is_small = x.logits.numel() <= 2 * PIECE and _is_on_host(x.logits)
-        return (
-            x.logits.float() if is_small else x.logits
-        )  # of which a CPU is quicker to find the largest
+        return x.logits.float() if is_small else x.logits
     compute = compute_dtype(plan)
     if plan.row.guidance != "float32":
         return _guided_by_operations(x, plan.row.guidance).to(compute)
@@ -184,8 +175,9 @@ def _largest(row: torch.Tensor) -> Largest:
     On a CPU torch's maximum with its place takes one logit at a time, that without it a vector: long
     rows are gone through without, span by span, and the place is looked for in the best span alone.
     """
-    vocab, size = row.shape[-1], SPAN.get(row.dtype, 0)
-    if not size or vocab < LEAST_SPANS[row.dtype] * size or not _is_on_host(row):
+    vocab = row.shape[-1]
+    size, least = SPANS.get(row.dtype, (0, math.inf))
+    if vocab < least or not _is_on_host(row):
         return Largest(*row.max(-1))
     whole = vocab // size * size
     tops = [row[..., :whole].unflatten(-1, (-1, size)).amax(-1)]
