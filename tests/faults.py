@@ -72,7 +72,8 @@ FAULTS = (
     Fault(STEP + "plain/commit.py", 'base = np.broadcast_to(now.sum(), now.shape) if how.count_rows == "mean" else now', "base = now", contract("torch", "preset")),
     Fault(STEP + "plain/commit.py", "np.minimum(target, limit - 1) if", "np.minimum(target, limit) if", contract("torch")),
     # plain jax
-    Fault(STEP + "plain/commit.py", "follows = np.concatenate((np.zeros_like(eligible[:, :1])", "follows = np.concatenate((np.ones_like(eligible[:, :1])", contract("jax", "preset")),
+    Fault(STEP + "plain/commit.py", "np.cumsum(eligible & ~follows, -1)", "np.cumsum(eligible, -1)", contract("torch", "preset or field")),
+    Fault(STEP + "plain/jax_ref.py", "largest.at[rows, group].max(values)", "largest.at[rows, group].min(values)", "tests/contract/test_golden.py -k 'jax and dinfer'"),
     Fault(STEP + "plain/jax_ref.py", "return jnp.where(odd, -jnp.inf, row)", "return row", contract("jax")),
     Fault(STEP + "plain/commit.py", "confidence >= floor)", "confidence > floor)", contract("jax")),
     Fault(STEP + "plain/commit.py", "elif noise is not None and how.adds_noise:", "elif False:", contract("jax", "preset")),
@@ -96,6 +97,7 @@ FAULTS = (
     Fault("kernels/head_sample/chunked.py", "seeds=None if x.seeds is None else x.seeds[number // length]", "seeds=None if x.seeds is None else x.seeds[number * 0]", "tests/backends/test_head_sample.py"),
     Fault("kernels/head_sample/chunked.py", "else (number % length)[:, None]", "else (number * 0)[:, None]", "tests/backends/test_head_sample.py"),
     # Triton, in its interpreter
+    Fault(STEP + "triton_cuda/tiles.py", "return tl.fma(x - u, guidance, u)", "return u + guidance * (x - u)", "tests/backends/test_triton.py -k overflows"),
     Fault(STEP + "triton_cuda/select.py", "(other[None, :] < n[:, None])", "(other[None, :] > n[:, None])", "tests/backends/test_triton.py"),
     Fault(STEP + "triton_cuda/select.py", "tl.cumsum(equal.to(tl.int32), 0) <= room", "tl.cumsum(equal.to(tl.int32), 0) < room", "tests/backends/test_triton.py"),
     Fault(STEP + "triton_cuda/tiles.py", "return tl.minimum(tl.where(x == x, x, -float(\"inf\")), FLOAT_MAX)", "return tl.minimum(tl.where(x == x, x, FLOAT_MAX), FLOAT_MAX)", "tests/backends/test_triton.py"),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import GOLDEN, golden_rule, make_case, native, run, run_stats
+from test_arguments import check_products_that_overflow
 from test_contract import check, compare_stats
 from test_temperatures import case_at
 
@@ -594,3 +595,7 @@ def test_a_launch_is_prepared_once(monkeypatch):
     assert len(rows.specialisations) == 4
     step(number=3), step(rule="llada")
     assert len(commit.specialisations) >= 2
+
+
+def test_guided_logits_whose_product_overflows():
+    check_products_that_overflow("triton", 6)

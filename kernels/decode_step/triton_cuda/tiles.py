@@ -101,7 +101,7 @@ class RowSpec:
 def guided(x, u, guidance, kind: tl.constexpr, spec: tl.constexpr):
     """u + guidance (x - u); where guide is 2 or more, in its form, each operation rounded to `kind`."""
     if spec.guide == 1:
-        return u + guidance * (x - u)
+        return tl.fma(x - u, guidance, u)  # one rounding, whatever the compiler joins
     elif spec.guide == 4:
         product = rounded_to(tl.fma(x, guidance, 0.0), kind)
         return rounded_to(product - rounded_to(tl.fma(u, guidance - 1.0, 0.0), kind), kind)
